@@ -1,0 +1,241 @@
+"""The rewards of Sec. 3.3, one function an equation: Eqs. 6-23 in the paper's order.
+
+Everything here is pure: it takes what `hicodet.parse_completion` made of the model's text and the
+ground truth of the image, and returns numbers or new values. Both sides are in the frame the text
+speaks in (absolute pixels of the image that the model sees), so boxes are compared as written.
+
+Axes: N^_a predicted instances, N_a ground-truth instances. Multisets are `Counter`s.
+
+Where the paper leaves a choice, it is read like this:
+1. Eq. 7: as printed, one overlapping box of the two makes a duplicate, which also hits one person
+   with two objects. `duplicate_rule="pair"` asks for both boxes, the purpose the text states.
+2. Eq. 8: the record holds unique boxes only, so a duplicate makes no later box a duplicate.
+3. Eq. 13: a duplicate gets none of r_b, r_ko, r_kv. Eqs. 14-22 know nothing of duplicates.
+4. Eqs. 10, 16: the denominator counts verbs as written, repeats included; without verbs both are 0.
+5. Eqs. 14-18: C_gt is a multiset. All verbs of an instance are compared with what the instances
+   before it left over, and each distinct match then takes one occurrence away.
+6. An instance without both boxes has r_b = 0, is no duplicate and takes no part in Eqs. 19-22;
+   its labels count as usual.
+7. An answer without a readable list is N^_a = 0. With N_a = 0 every term divided by it is 0.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from scipy.optimize import linear_sum_assignment
+
+from hicodet import HOI, OBJECTS, VERBS, Box, Completion, Prediction, iou
+
+REWARD_WEIGHTS = {"tag": 0.2, "box": 0.2, "object": 0.2, "verb": 0.2}  # w of Eq. 13, Sec. 4.2
+N_KEYS = 4  # N_k of Eq. 12: "human", "object", "object class", "verb class"
+DUPLICATE_IOU = 0.5  # Eq. 7
+# How the overlaps of the human boxes and of the object boxes combine to "duplicate" in Eq. 7.
+DUPLICATE_RULES = {"printed": any, "pair": all}
+ABLATIONS = ("label", "iou")  # Table 3: "w/o label reward", "w/o IoU reward"
+
+OBJECT_SET = frozenset(OBJECTS)  # C_o of Eq. 9
+VERB_SET = frozenset(VERBS)  # C_v of Eq. 11
+
+BoxPair = tuple[Box, Box]  # human box, object box
+
+
+# HOI key format reward
+
+
+def tag_reward(completion: Completion) -> float:
+    """Eq. 6: r_tag, 1 if the text contains `<think>`."""
+    return float(completion.has_think)
+
+
+def has_boxes(instance: Prediction) -> bool:
+    """Whether both the human and the object box of `instance` could be read."""
+    return instance.human is not None and instance.object is not None
+
+
+def box_reward(
+    instance: Prediction, recorded: Sequence[BoxPair], duplicate_rule: str = "printed"
+) -> float:
+    """Eq. 7: r_b, 1 if the instance has both boxes and they duplicate none on the record.
+
+    `recorded` is the record of the instances before this one (Eq. 8). A duplicate overlaps a
+    recorded pair by IoU > 0.5 in the human or the object box ("printed") or in both ("pair").
+    """
+    if not has_boxes(instance):
+        return 0.0
+    combine = DUPLICATE_RULES[duplicate_rule]
+    for human, object_ in recorded:
+        overlaps = (iou(instance.human, human), iou(instance.object, object_))
+        if combine(overlap > DUPLICATE_IOU for overlap in overlaps):
+            return 0.0
+    return 1.0
+
+
+def recorded_boxes(
+    recorded: Sequence[BoxPair], instance: Prediction, r_b: float
+) -> tuple[BoxPair, ...]:
+    """Eq. 8: the record with the boxes of `instance` added, if its r_b (Eq. 7) is 1."""
+    if not r_b:
+        return tuple(recorded)
+    return (*recorded, (instance.human, instance.object))
+
+
+def object_format_reward(instance: Prediction) -> float:
+    """Eq. 9: r_ko, 1 if the object class is one of the 80."""
+    return float(instance.object_class in OBJECT_SET)
+
+
+def verb_format_reward(instance: Prediction) -> float:
+    """Eq. 10: r_kv, the distinct known verbs over all verbs as written; 0 without verbs."""
+    if not instance.verbs:
+        return 0.0
+    return len(valid_verbs(instance.verbs)) / len(instance.verbs)
+
+
+def valid_verbs(verbs: Sequence[str]) -> frozenset[str]:
+    """Eq. 11: the distinct labels among `verbs` that are one of the 117."""
+    return VERB_SET.intersection(verbs)
+
+
+def key_penalty(key_count: int) -> float:
+    """Eq. 12: alpha, 1 for an instance of four keys, less for missing, extra and repeated ones."""
+    return N_KEYS / (N_KEYS + abs(key_count - N_KEYS))
+
+
+def format_reward(
+    completion: Completion, hois: Sequence[HOI], duplicate_rule: str = "printed"
+) -> float:
+    """Eq. 13: r_format, the weighted tag reward plus the mean format reward of the instances.
+
+    The mean is over max(N_a, N^_a), so that missing and surplus instances both cost; it is 0
+    without ground truth. A duplicate adds nothing to it: "no further rewards are computed".
+    """
+    weights = REWARD_WEIGHTS
+    r_tag = weights["tag"] * tag_reward(completion)
+    if not hois:
+        return r_tag
+    total, recorded = 0.0, ()
+    for instance in completion.instances:
+        r_b = box_reward(instance, recorded, duplicate_rule)
+        recorded = recorded_boxes(recorded, instance, r_b)
+        if has_boxes(instance) and not r_b:
+            continue
+        total += key_penalty(instance.key_count) * (
+            weights["box"] * r_b
+            + weights["object"] * object_format_reward(instance)
+            + weights["verb"] * verb_format_reward(instance)
+        )
+    return r_tag + total / max(len(hois), len(completion.instances))
+
+
+# Object and verb label reward
+
+
+def object_label_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
+    """Eq. 14: r_lo, the share of instances whose object class is left in the ground truth.
+
+    Each counts key_penalty (Eq. 12), over max(N_a, N^_a); 0 without ground truth.
+    """
+    if not hois:
+        return 0.0
+    remaining, total = Counter(hoi.object_class for hoi in hois), 0.0
+    for instance in instances:
+        total += key_penalty(instance.key_count) * (instance.object_class in remaining)
+        remaining = drop_object_label(remaining, instance.object_class)
+    return total / max(len(hois), len(instances))
+
+
+def drop_object_label(remaining: Counter, object_class: str | None) -> Counter:
+    """Eq. 15: the ground-truth object classes left over, one occurrence of `object_class` less."""
+    return remaining - Counter((object_class,))  # the difference of Counters never goes below 0
+
+
+def verb_label_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
+    """Eq. 16: r_lv, the mean share of an instance's verbs that are left in the ground truth.
+
+    The ground truth has one occurrence for each verb of each instance, whatever its object. Each
+    share counts key_penalty (Eq. 12), over max(N_a, N^_a); 0 without ground truth.
+    """
+    if not hois:
+        return 0.0
+    remaining, total = Counter(verb for hoi in hois for verb in hoi.verbs), 0.0
+    for instance in instances:
+        if instance.verbs:
+            hits = sum(verb in remaining for verb in instance.verbs)
+            total += key_penalty(instance.key_count) * hits / len(instance.verbs)
+        remaining = drop_verbs(remaining, matched_verbs(instance.verbs, remaining))
+    return total / max(len(hois), len(instances))
+
+
+def drop_verbs(remaining: Counter, matched: Collection[str]) -> Counter:
+    """Eq. 17: the ground-truth verbs left over, one occurrence of each verb in `matched` less."""
+    return remaining - Counter(matched)
+
+
+def matched_verbs(verbs: Sequence[str], remaining: Counter) -> frozenset[str]:
+    """Eq. 18: the distinct labels among `verbs` that are left in the ground truth."""
+    return frozenset(verb for verb in verbs if verb in remaining)
+
+
+# HOI IoU reward
+
+
+def matching_cost(similarity: np.ndarray) -> np.ndarray:
+    """Eq. 19: C = 1 - s, from and to (N^_a, N_a)."""
+    return 1.0 - similarity
+
+
+def pair_similarity(instance: Prediction, hoi: HOI) -> float:
+    """Eq. 20: s, the mean of the human boxes' IoU and the object boxes' IoU.
+
+    `instance` must have both boxes.
+    """
+    return 0.5 * (iou(instance.human, hoi.human) + iou(instance.object, hoi.object))
+
+
+def match_instances(cost: np.ndarray) -> list[tuple[int, int]]:
+    """Eq. 21: M*, the (i, j) of the one-to-one matching of least cost, min(N^_a, N_a) of them."""
+    rows, columns = linear_sum_assignment(cost)
+    return list(zip(rows.tolist(), columns.tolist(), strict=True))
+
+
+def iou_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
+    """Eq. 22: r_IoU, the similarities of the matched pairs over N_a; 0 without ground truth.
+
+    Instances that lack a box take no part. Surplus instances cost nothing here.
+    """
+    complete = [instance for instance in instances if has_boxes(instance)]
+    if not hois or not complete:
+        return 0.0
+    similarity = np.array([[pair_similarity(a, b) for b in hois] for a in complete])
+    matching = match_instances(matching_cost(similarity))
+    return sum(float(similarity[i, j]) for i, j in matching) / len(hois)
+
+
+def total_reward(
+    completion: Completion,
+    hois: Sequence[HOI],
+    *,
+    duplicate_rule: str = "printed",
+    without: Collection[str] = (),
+) -> dict[str, float]:
+    """Eq. 23: r, the sum of the format, label and IoU rewards, at most 3.8.
+
+    `hois` are in the frame of the text. `without` names rewards to leave out, as in Table 3:
+    "label" (Eqs. 14-18) and "iou" (Eqs. 19-22). Returns "format", "object", "verb", "iou" and
+    their sum "total"; a part left out is 0, and a text without `<answer>` earns 0 throughout.
+    Raises ValueError for an unknown `duplicate_rule` or name in `without`.
+    """
+    if duplicate_rule not in DUPLICATE_RULES:
+        raise ValueError(f"duplicate_rule is one of {list(DUPLICATE_RULES)}: {duplicate_rule!r}")
+    if unknown := set(without).difference(ABLATIONS):
+        raise ValueError(f"without takes names of {ABLATIONS}: {sorted(unknown)}")
+    parts = {"format": 0.0, "object": 0.0, "verb": 0.0, "iou": 0.0}
+    if completion.has_answer:
+        parts["format"] = format_reward(completion, hois, duplicate_rule)
+        if "label" not in without:
+            parts["object"] = object_label_reward(completion.instances, hois)
+            parts["verb"] = verb_label_reward(completion.instances, hois)
+        if "iou" not in without:
+            parts["iou"] = iou_reward(completion.instances, hois)
+    return parts | {"total": sum(parts.values())}

@@ -1,0 +1,284 @@
+"""The rewards of whole answers, as text: attempts to cheat, a slow reference, real annotations."""
+
+import json
+import math
+import random
+from fractions import Fraction
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+import hicodet
+import rewards
+from hicodet import HOI, parse_completion
+
+HICO_DET = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
+
+RIDER = HOI((10.0, 20.0, 50.0, 100.0), (30.0, 60.0, 90.0, 110.0), "bicycle", ("ride", "sit on"))
+INSTANCE = {"human": [10, 20, 50, 100], "object": [30, 60, 90, 110],
+            "object class": "bicycle", "verb class": "ride, sit on"}
+
+
+def written(*instances, think="<think> a </think> "):
+    return f"{think}<answer> {json.dumps(list(instances))} </answer>"
+
+
+def earned(text, hois, **options):
+    return rewards.total_reward(parse_completion(text), hois, **options)
+
+
+def test_a_perfect_answer_with_one_pair_earns_exactly_3_8():
+    text = hicodet.format_completion([RIDER], "One person rides a bicycle.")
+    assert earned(text, [RIDER])["total"] == 3.8
+    assert earned(written(INSTANCE), [RIDER])["total"] == 3.8
+    assert earned(written(INSTANCE, think=""), [RIDER])["total"] == pytest.approx(3.6)
+
+
+def test_a_perfect_answer_with_one_person_and_two_objects():
+    bag = HOI(RIDER.human, (10.0, 25.0, 30.0, 50.0), "backpack", ("wear",))
+    text = hicodet.format_completion([RIDER, bag], "A rider wears a backpack.")
+    # As printed the bag's instance repeats the human box: format 0.2 + (0.6 + 0) / 2.
+    assert earned(text, [RIDER, bag]) == pytest.approx(
+        {"format": 0.5, "object": 1, "verb": 1, "iou": 1, "total": 3.5})
+    assert earned(text, [RIDER, bag], duplicate_rule="pair")["total"] == pytest.approx(3.8)
+
+
+def test_three_riders_of_three_bicycles_earn_the_whole_label_reward():
+    boxes = [(0.0, 0.0, 9.0, 9.0), (20.0, 0.0, 29.0, 9.0), (40.0, 0.0, 49.0, 9.0)]
+    hois = [HOI(box, box, "bicycle", ("ride",)) for box in boxes]
+    parts = earned(hicodet.format_completion(hois, "Three."), hois)
+    assert (parts["object"], parts["verb"]) == (1.0, 1.0)
+    assert parts["total"] == pytest.approx(3.8)
+
+
+def changed(**values):
+    return INSTANCE | {key.replace("_", " "): value for key, value in values.items()}
+
+
+def apart(i):
+    """INSTANCE with boxes far from those of every other `i`."""
+    return changed(human=[500 * i, 900, 500 * i + 40, 980], object=[500 * i, 700, 500 * i + 9, 709])
+
+
+TEXT = written(INSTANCE)
+REPEATED_KEY = TEXT.replace("}", ', "verb class": "ride"' * 3 + "}")
+INVERTED = {"human": [50, 100, 10, 20], "object": [90, 110, 30, 60]}
+UNREAD = (0.6, 1, 1, 0)  # one box unread: 0.2 + (0 + 0.2 + 0.2), no similarity
+CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a = 1
+    # One is unique: 0.2 + 0.6/10. Labels match once in ten. IoU does not count surplus.
+    "ten copies of one instance": (written(*[INSTANCE] * 10), (0.26, 0.1, 0.1, 1)),
+    # Inverted boxes have IoU 0 even with themselves, so they are no duplicates: 0.2 + 10*0.6/10.
+    "ten copies of inverted boxes": (written(*[INSTANCE | INVERTED] * 10), (0.8, 0.1, 0.1, 0)),
+    # Intersection 20*40 = 800, union 40*80 + 60*50 - 800 = 5400; both IoUs are 800/5400 = 4/27.
+    "human and object swapped": (
+        written(changed(human=INSTANCE["object"], object=INSTANCE["human"])), (0.8, 1, 1, 4 / 27)),
+    "an extra key": (written(INSTANCE | {"score": 1}), (0.2 + 0.8 * 0.6, 0.8, 0.8, 1)),  # 4/5
+    "a repeated key": (REPEATED_KEY, (0.2 + 4 / 7 * 0.6, 4 / 7, 4 / 7, 1)),  # 7 keys: 4/(4+3)
+    # r_kv = 1/5; each "ride" is compared with the same C^(0), so Eq. 16 gives 5/5.
+    "one verb five times": (written(changed(verb_class="ride, " * 5)), (0.64, 1, 1, 1)),
+    "every verb listed": (  # all are known, two are true
+        written(changed(verb_class=", ".join(hicodet.VERBS))), (0.8, 1, 2 / 117, 1)),
+    "verbs missing": (  # 3 keys: 4/5 * (0.2 + 0.2 + 0)
+        written({k: v for k, v in INSTANCE.items() if k != "verb class"}), (0.52, 0.8, 0, 1)),
+    "unknown labels": (  # 0.2 + 0.2 + 0 + 0.2/2
+        written(changed(object_class="bike", verb_class="ride, pedal")), (0.5, 0, 0.5, 1)),
+    "empty list": (written(), (0.2, 0, 0, 0)),
+    "empty instance": (written({}), (0.2, 0, 0, 0)),
+    "numbers as instances": (written(1, None, "a", INSTANCE), (0.2 + 0.6 / 4, 0.25, 0.25, 1)),
+    "three instances too many": (
+        written(INSTANCE, apart(1), apart(2), apart(3)), (0.8, 0.25, 0.25, 1)),
+    "one box with x2 < x1": (  # unique, so r_b = 1, but IoU 0: (0 + 1) / 2
+        written(changed(human=INVERTED["human"])), (0.8, 1, 1, 0.5)),
+    "NaN": (TEXT.replace("20", "NaN"), UNREAD),
+    "Infinity": (TEXT.replace("20", "-Infinity"), UNREAD),
+    "an integer of 5,000 digits": (TEXT.replace("110", "9" * 5000), UNREAD),
+    # Such a box is finite, its area is not: human IoU 0, object IoU 1.
+    "an integer of 301 digits": (
+        written(changed(human=[-(10**300), -(10**300), 10**300, 10**300])), (0.8, 1, 1, 0.5)),
+    # Infinitely wide and of height 0: an area of inf * 0, not a number, must not reach a reward.
+    "a box wider than any float": (
+        written(changed(human=[-1e308, 50, 1e308, 50])), (0.8, 1, 1, 0.5)),
+    # Areas of 1e-320 * 1e-320 = 0: IoU 0 and not 0/0. The human boxes are no duplicates then, the
+    # object boxes are: 0.2 + 0.6/2, one label of each kind in two, IoU (0 + 1) / 2.
+    "two boxes smaller than any float": (
+        written(*[changed(human=[0, 0, 1e-320, 1e-320])] * 2), (0.5, 0.5, 0.5, 0.5)),
+    "a box of five numbers": (written(changed(object=[30, 60, 90, 110, 1])), UNREAD),
+    "a box of strings": (written(changed(object=["30", "60", "90", "110"])), UNREAD),
+    "the prompt echoed": (hicodet.prompt_text(), (0.2, 0, 0, 0)),  # its example is no JSON
+    "the example of Fig. 4": (
+        '<think> reasoning process here </think> <answer> [{"human": [x1, y1, x2, y2], "object": '
+        '[x1, y1, x2, y2], "object class": "<object class>", "verb class": "<verb class>, '
+        '<verb class>, ... "}] </answer>', (0.2, 0, 0, 0)),
+    "no <answer>": (TEXT.replace("answer>", "reply>"), (0, 0, 0, 0)),
+    "think tag only": ("<think> One rider. </think>", (0, 0, 0, 0)),
+    "nothing": ("", (0, 0, 0, 0)),
+    "cut inside the first instance": (TEXT[:TEXT.index("verb class")], (0.2, 0, 0, 0)),
+    "cut inside the second instance": (written(INSTANCE, apart(1))[:-50], (0.8, 1, 1, 1)),
+    "brackets 100,000 deep": ("<think><answer>" + "[" * 100_000, (0.2, 0, 0, 0)),
+}
+
+
+@pytest.mark.parametrize("text, expected", CHEATS.values(), ids=CHEATS.keys())
+def test_attempts_to_cheat(text, expected):
+    parts = earned(text, [RIDER])
+    names = ("format", "object", "verb", "iou")
+    assert [parts[name] for name in names] == pytest.approx(list(expected))
+    assert parts["total"] == pytest.approx(sum(expected))
+
+
+# A reference that shares nothing with the code: cells, fractions, lists, every permutation
+
+
+def slow_iou(a, b):
+    """On whole-numbered boxes: common pixels over all pixels."""
+    a, b = ({(x, y) for x in range(x1, x2) for y in range(y1, y2)} for x1, y1, x2, y2 in (a, b))
+    return Fraction(len(a & b), len(a | b)) if a and b else Fraction(0)
+
+
+def slow_matching(similarity):
+    """The largest sum of a one-to-one matching, by trying all of them."""
+    if len(similarity) > len(similarity[0]):
+        similarity = list(zip(*similarity, strict=True))
+    ways = permutations(range(len(similarity[0])), len(similarity))
+    return max(sum(row[j] for row, j in zip(similarity, way, strict=True)) for way in ways)
+
+
+def slow_rewards(instances, hois, rule):
+    """Eqs. 6-23 for a text with both tags; an instance is the (key, value) pairs as written."""
+    r_format = r_object = r_verb = Fraction(0)
+    unique, complete = [], []
+    objects_left = [hoi.object_class for hoi in hois]
+    verbs_left = [verb for hoi in hois for verb in hoi.verbs]
+    for pairs in instances:
+        alpha = Fraction(4, max(len(pairs), 8 - len(pairs)))
+        last = dict(pairs)
+        boxes = (last.get("human", "?"), last.get("object", "?"))
+        label, verbs = last.get("object class"), last.get("verb class", "").split(", ")
+        verbs = [verb for verb in verbs if verb]
+
+        r_box, duplicate = 0, False
+        if "?" not in boxes:
+            complete.append(boxes)
+            hits = [[slow_iou(*ab) > Fraction(1, 2) for ab in zip(boxes, seen)] for seen in unique]
+            duplicate = any(h or o if rule == "printed" else h and o for h, o in hits)
+            if not duplicate:
+                r_box = 1
+                unique.append(boxes)
+        if not duplicate:
+            good = {verb for verb in verbs if verb in hicodet.VERBS}
+            share = Fraction(len(good), len(verbs)) if verbs else 0
+            r_format += alpha * Fraction(1, 5) * (r_box + (label in hicodet.OBJECTS) + share)
+
+        if label in objects_left:
+            r_object += alpha
+            objects_left.remove(label)
+        matched = [verb for verb in verbs if verb in verbs_left]
+        if matched:
+            r_verb += alpha * Fraction(len(matched), len(verbs))
+        for verb in set(matched):
+            verbs_left.remove(verb)
+    r_iou = 0
+    if complete:
+        scores = [[(slow_iou(h, hoi.human) + slow_iou(o, hoi.object)) / 2 for hoi in hois]
+                  for h, o in complete]
+        r_iou = slow_matching(scores) / len(hois)
+    n = max(len(hois), len(instances))
+    return [Fraction(1, 5) + r_format / n, r_object / n, r_verb / n, r_iou]
+
+
+@pytest.fixture
+def rng():
+    seed = random.SystemRandom().randrange(2**32)
+    print("seed of this run:", seed)  # pytest shows it when the test fails
+    return random.Random(seed)
+
+
+def random_box(rng, tidy):
+    x1, y1 = rng.randrange(8), rng.randrange(8)
+    low = 1 if tidy else -2  # untidy boxes may be empty or inverted
+    return [x1, y1, x1 + rng.randint(low, 6), y1 + rng.randint(low, 6)]
+
+
+def random_instance(rng, boxes):
+    """(key, value) pairs: keys missing, repeated or unknown, values good or bad."""
+    values = {
+        "human": lambda: rng.choice(boxes + ["?"]),
+        "object": lambda: rng.choice(boxes + ["?"]),
+        "object class": lambda: rng.choice(["bicycle", "dog", "cat", "unicorn"]),
+        "verb class": lambda: ", ".join(rng.choices(["ride", "hold", "wash", "moon"],
+                                                    k=rng.randrange(5))),
+        "score": lambda: 1,
+    }
+    keys = [key for key in values if rng.random() < (0.2 if key == "score" else 0.9)]
+    keys += rng.choices(list(values), k=rng.choice([0, 0, 0, 1, 2]))
+    return [(key, values[key]()) for key in keys]
+
+
+def test_random_answers_against_the_slow_reference(rng):
+    for _ in range(400):
+        hois = [
+            HOI(tuple(random_box(rng, True)), tuple(random_box(rng, True)),
+                rng.choice(["bicycle", "dog"]),
+                tuple(rng.sample(["ride", "hold", "wash"], rng.randint(1, 3))))
+            for _ in range(rng.randint(1, 4))
+        ]
+        # A small pool, so that boxes come back; some of them are right.
+        boxes = [random_box(rng, False) for _ in range(3)] + [list(hoi.human) for hoi in hois]
+        instances = [random_instance(rng, boxes) for _ in range(rng.randrange(6))]
+        written_ = ["{" + ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs) + "}"
+                    for pairs in instances]
+        text = f"<think> a </think> <answer> [{', '.join(written_)}] </answer>"
+        for rule in ("printed", "pair"):
+            parts = earned(text, hois, duplicate_rule=rule)
+            expected = slow_rewards(instances, hois, rule)
+            assert list(parts.values()) == pytest.approx(
+                [float(x) for x in [*expected, sum(expected)]], abs=1e-12), (text, hois, rule)
+
+
+PIECES = ["<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", ":", '"', "\\",
+          '"human": ', '"object": ', '"object class": ', '"verb class": ', '"bicycle"', '"ride"',
+          '"ride, ride, sit on"', "[10, 20, 50, 100]", "[1, 2, 3]", "null", " ", "é", "人"]
+NUMBERS = ["0", "-0.0", "10", "50", "1e308", "-1e308", "1e-320", "NaN", "Infinity", "-Infinity",
+           "9" * 400, "-" + "9" * 308, "true", "null", '"10"', "[]"]
+
+
+def odd_coordinates(rng):
+    odd = [f"[{', '.join(rng.choices(NUMBERS, k=4))}]" for _ in range(2)]
+    text = written(INSTANCE, INSTANCE).replace("[10, 20, 50, 100]", odd[0])
+    return text.replace("[30, 60, 90, 110]", odd[1]) if rng.random() < 0.5 else text
+
+
+def cut_and_doubled(rng):
+    text = written(INSTANCE, apart(1))
+    for _ in range(rng.randint(1, 4)):
+        i, j = sorted(rng.choices(range(len(text) + 1), k=2))
+        middle = rng.choice(["", text[i:j] * 2, rng.choice(PIECES)])
+        text = text[:i] + middle + text[rng.choice([i, j]):]
+    return text
+
+
+def loose_pieces(rng):
+    return "<think><answer>" + "".join(rng.choices(PIECES, k=rng.randrange(40)))
+
+
+def test_garbage_earns_a_finite_reward_between_0_and_3_8(rng):
+    for _ in range(3000):
+        text = rng.choice([odd_coordinates, cut_and_doubled, loose_pieces])(rng)
+        parts = earned(text, [RIDER], duplicate_rule=rng.choice(["printed", "pair"]))
+        assert all(math.isfinite(part) and part >= 0 for part in parts.values()), text
+        assert parts["format"] <= 0.8 + 1e-9 and parts["total"] <= 3.8 + 1e-9, text
+        assert max(parts["object"], parts["verb"], parts["iou"]) <= 1 + 1e-9, text
+
+
+@pytest.mark.skipif(not HICO_DET.is_dir(), reason="needs the annotations of HICO-DET")
+def test_share_of_real_images_whose_perfect_answer_is_punished():
+    samples = [sample for sample in hicodet.load_split(HICO_DET, "test") if sample.hois]
+    assert len(samples) == 9546
+    answers = [parse_completion(hicodet.format_completion(s.hois, "a")) for s in samples]
+    for rule, share in {"printed": 0.320, "pair": 0.012}.items():
+        punished = sum(
+            rewards.format_reward(answer, sample.hois, rule) < 0.8 - 1e-9
+            for answer, sample in zip(answers, samples, strict=True)
+        )
+        assert punished / len(samples) == pytest.approx(share, abs=0.004)
