@@ -1,0 +1,371 @@
+"""The official HICO-DET mAP: Default and Known Object, Full / Rare / Non-Rare (Sec. 4.1, Table 1).
+
+    python evaluate.py predictions.jsonl --data hico_20160224_det --json result.json
+
+predictions.jsonl (`hoi_r1.py predict` writes it) has one line for every image of the split:
+
+    {"file_name": "HICO_test2015_00000001.jpg", "instances": [{"human": [319, 305, 358, 348],
+     "object": [147.0, 344.5, 375.0, 413.0], "object_class": "motorcycle",
+     "verbs": ["ride", "sit on"], "scores": [1.0, 0.7]}]}
+
+Boxes are x1, y1, x2, y2 in 0-based pixels of the original image, and each verb has its score. An
+image without predictions has an empty list of instances. Other keys, such as "text", are ignored.
+Printed is a row of Table 1 in percent; --json writes the same as fractions, with the AP of all 600
+classes. No GPU and no image files are needed, only anno_bbox.mat and, if at hand, anno.mat.
+
+The official MATLAB code does the following, and so does this one:
+1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
+2. A detection's overlap with a true pair is the smaller of the human and the object IoU. It goes to
+   the true pair of its class and image that it overlaps most, taken or not, and is right if that
+   overlap is at least 0.5 and no detection before it took the pair.
+3. Every other detection is wrong, also in images without a true pair of the class.
+4. Detections come in the order of falling score; equal scores in the order of the images in the
+   annotations (not of the lines), then in the order of the image's instances.
+5. AP is the mean of eleven precisions, each the best one at a recall of at least k * 0.1.
+6. Known Object drops detections in images that do not show the class's object.
+7. A class without detections or without true pairs has AP 0, and counts in the means.
+Departure: --classes present leaves classes without true pairs out of the means, for parts of the
+data set. Every class has some in the official test set, so the result there is the same.
+
+Axes: N detections (one for each verb of each instance), M true pairs, I images.
+"""
+
+import argparse
+import json
+import reprlib
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from hicodet import OBJECTS, PAIRS, VERBS, Sample, load_split, training_counts
+
+MIN_IOU = 0.5  # Sec. 4.1
+RARE_BELOW = 10  # training pairs; fewer make a class rare
+# Not the decimals: 3 * 0.1 lies one ulp above 0.3, so a recall of 3/10 does not reach it.
+RECALL_GRID = tuple(k * 0.1 for k in range(11))
+
+HOI_IDS = {pair: hoi_id for hoi_id, pair in enumerate(PAIRS)}
+
+
+class Pairs(NamedTuple):
+    """Human-object pairs of all images as flat arrays; the order of rows is the order of ties."""
+
+    hoi_id: np.ndarray  # (N,) int, 0 to 599
+    image: np.ndarray  # (N,) int, index into the samples
+    boxes_human: np.ndarray  # (N, 4) float xyxy, 0-based pixels of the original image
+    boxes_object: np.ndarray  # (N, 4)
+    score: np.ndarray  # (N,) float; in true pairs 1.0, and never read
+
+
+def _stack(rows: list[tuple]) -> Pairs:
+    """Rows of (hoi_id, image, human, object, score) as arrays; there may be none."""
+    columns = list(zip(*rows)) or [()] * 5
+    hoi_id, image = (np.array(column, dtype=np.int64) for column in columns[:2])
+    humans, objects = (np.array(column, dtype=float).reshape(-1, 4) for column in columns[2:4])
+    return Pairs(hoi_id, image, humans, objects, np.array(columns[4], dtype=float))
+
+
+def detection_arrays(predictions: list[dict], samples: list[Sample]) -> Pairs:
+    """One row for each verb of each instance, in the order of the lines and instances."""
+    index = {sample.file_name: i for i, sample in enumerate(samples)}
+    rows = []
+    for prediction in predictions:
+        image = index[prediction["file_name"]]
+        for hoi in prediction["instances"]:
+            for verb, score in zip(hoi["verbs"], hoi["scores"], strict=True):
+                hoi_id = HOI_IDS[verb, hoi["object_class"]]
+                rows.append((hoi_id, image, hoi["human"], hoi["object"], score))
+    return _stack(rows)
+
+
+def truth_arrays(samples: list[Sample]) -> Pairs:
+    """The annotated pairs, unmerged, in the order of the annotations."""
+    return _stack(
+        [(p.hoi_id, i, p.human, p.object, 1.0) for i, s in enumerate(samples) for p in s.pairs]
+    )
+
+
+def known_classes(samples: list[Sample]) -> np.ndarray:
+    """Whether Known Object takes detections of a class in an image, which shows its object.
+
+    Returns (I, 600) bool. Raises ValueError if an image is not known for an object that it has a
+    true pair with, which the official code asserts too.
+    """
+    known = np.zeros((len(samples), len(OBJECTS)), dtype=bool)
+    for i, sample in enumerate(samples):
+        stray = {PAIRS[pair.hoi_id][1] for pair in sample.pairs} - sample.known_objects
+        if stray:
+            raise ValueError(
+                f"{sample.file_name}: anno_bbox.mat has pairs with {min(stray)!r}, which anno.mat "
+                "does not know in this image; the two files do not belong together"
+            )
+        known[i, [OBJECTS.index(name) for name in sample.known_objects]] = True
+    return known[:, [OBJECTS.index(object_class) for _, object_class in PAIRS]]
+
+
+def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU of a[n] and b[n], a box from x1 to x2 being x2 - x1 + 1 pixels wide.
+
+    a, b: (N, 4) float xyxy. Returns (N,) float: 0 where no pixel is shared or a box is inverted.
+    """
+    ax1, ay1, ax2, ay2 = a.T
+    bx1, by1, bx2, by2 = b.T
+    with np.errstate(over="ignore", invalid="ignore"):  # a box of 1e300 pixels has IoU 0
+        width = np.minimum(ax2, bx2) - np.maximum(ax1, bx1) + 1
+        height = np.minimum(ay2, by2) - np.maximum(ay1, by1) + 1
+        area_a = (ax2 - ax1 + 1) * (ay2 - ay1 + 1)
+        area_b = (bx2 - bx1 + 1) * (by2 - by1 + 1)
+        shared = width * height
+        union = area_a + area_b - shared
+        overlapping = (width > 0) & (height > 0)
+        return np.divide(shared, union, out=np.zeros(len(a)), where=overlapping)
+
+
+def match(detections: Pairs, truth: Pairs) -> np.ndarray:
+    """The true pair that each detection overlaps most, free or not.
+
+    Looks among the true pairs of the detection's class and image; the overlap is the smaller of the
+    two IoUs, and of equal ones the first row counts.
+    Returns (N,) int: a row of `truth`, -1 where no overlap reaches MIN_IOU.
+    """
+    num_images = max(detections.image.max(initial=-1), truth.image.max(initial=-1)) + 1
+    truth_group = truth.hoi_id * num_images + truth.image
+    group = detections.hoi_id * num_images + detections.image
+    by_group = np.argsort(truth_group, kind="stable")
+    start = np.searchsorted(truth_group[by_group], group, side="left")
+    count = np.searchsorted(truth_group[by_group], group, side="right") - start
+
+    # One row for each detection and each true pair of its group, K in all.
+    detection = np.repeat(np.arange(len(group)), count)  # (K,)
+    first = np.cumsum(count) - count  # (N,) where a detection's rows begin
+    candidate = by_group[np.arange(len(detection)) + np.repeat(start - first, count)]  # (K,)
+    overlap = np.minimum(
+        box_iou(detections.boxes_human[detection], truth.boxes_human[candidate]),
+        box_iou(detections.boxes_object[detection], truth.boxes_object[candidate]),
+    )
+    ranked = np.lexsort((-overlap, detection))  # stable, so the first of equal overlaps leads
+    best = ranked[first[count > 0]]
+
+    matched = np.full(len(group), -1)
+    matched[count > 0] = np.where(overlap[best] >= MIN_IOU, candidate[best], -1)
+    return matched
+
+
+def true_positives(matched: np.ndarray) -> np.ndarray:
+    """Which detections are right: of those matched to one true pair only the first.
+
+    matched: (N,) int from `match`, in the order of falling score. Returns (N,) bool.
+    """
+    rows = np.flatnonzero(matched >= 0)
+    _, first = np.unique(matched[rows], return_index=True)
+    right = np.zeros(len(matched), dtype=bool)
+    right[rows[first]] = True
+    return right
+
+
+def average_precision(right: np.ndarray, npos: int) -> float:
+    """11-point AP of one class: the mean over k of the best precision at recall >= k * 0.1.
+
+    right: (N,) bool in the order of falling score; npos: number of true pairs, missed ones too.
+    Returns a fraction; 0 without detections or without true pairs.
+    """
+    if npos == 0:
+        return 0.0
+    hits = np.cumsum(right)
+    recall = hits / npos
+    precision = hits / np.arange(1, len(right) + 1)
+    best = [precision[recall >= level].max(initial=0.0) for level in RECALL_GRID]
+    return float(sum(best) / len(best))
+
+
+def ap_per_class(hoi_id: np.ndarray, right: np.ndarray, npos: np.ndarray) -> np.ndarray:
+    """AP of every class; hoi_id, right: (N,) sorted by class, then by falling score; npos: (600,).
+
+    Returns (600,) float.
+    """
+    ends = np.searchsorted(hoi_id, np.arange(len(PAIRS)), side="right")
+    by_class = np.split(right, ends)[: len(PAIRS)]
+    return np.array([average_precision(*pair) for pair in zip(by_class, npos, strict=True)])
+
+
+def _means(ap: np.ndarray, averaged: np.ndarray, rare: np.ndarray) -> dict:
+    """One setting of the result; averaged, rare: (600,) bool. The mean of no class is None."""
+    subsets = {"full": averaged, "rare": averaged & rare, "non_rare": averaged & ~rare}
+    means = {name: float(ap[rows].mean()) if rows.any() else None for name, rows in subsets.items()}
+    return means | {"ap": ap.tolist()}
+
+
+def evaluate_arrays(
+    detections: Pairs, truth: Pairs, known: np.ndarray, train_counts: list[int], *, classes="all"
+) -> dict:
+    """`evaluate` on flat arrays; known: (I, 600) bool, as `known_classes` gives it."""
+    if classes not in ("all", "present"):
+        raise ValueError(f'classes is "all" or "present", not {classes!r}')
+    order = np.lexsort((detections.image, -detections.score, detections.hoi_id))  # stable
+    detections = Pairs(*(column[order] for column in detections))
+    right = true_positives(match(detections, truth))
+    npos = np.bincount(truth.hoi_id, minlength=len(PAIRS))
+    found = np.bincount(detections.hoi_id[right], minlength=len(PAIRS))
+    # A class's detections in one image are dropped together or not at all, so the others keep
+    # their matches, and Known Object needs no second matching.
+    kept = known[detections.image, detections.hoi_id]
+    default = ap_per_class(detections.hoi_id, right, npos)
+    known_object = ap_per_class(detections.hoi_id[kept], right[kept], npos)
+
+    averaged = npos > 0 if classes == "present" else npos >= 0
+    rare = np.asarray(train_counts) < RARE_BELOW
+    return {
+        "default": _means(default, averaged, rare),
+        "known_object": _means(known_object, averaged, rare),
+        "max_recall": [f / n if n else None for f, n in zip(found.tolist(), npos.tolist())],
+        "true_pairs": npos.tolist(),
+        "classes": classes,
+        "num_images": len(known),
+        "num_predictions": len(order),
+    }
+
+
+def evaluate(
+    predictions: list[dict], samples: list[Sample], train_counts: list[int], *, classes: str = "all"
+) -> dict:
+    """Official HICO-DET mAP (Sec. 4.1); what --json writes.
+
+    predictions: the lines of predictions.jsonl as dicts, one for each sample in any order.
+    samples: from hicodet.load_split. train_counts: from hicodet.training_counts.
+    classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
+    Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
+    "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],
+    "classes", "num_images", "num_predictions"}; a mean over no class is None.
+    Raises ValueError if the predictions are not for exactly the samples' images, and as
+    `known_classes` does.
+    """
+    if sorted(p["file_name"] for p in predictions) != sorted(s.file_name for s in samples):
+        raise ValueError("predictions must name every image of the samples, each exactly once")
+    return evaluate_arrays(
+        detection_arrays(predictions, samples),
+        truth_arrays(samples),
+        known_classes(samples),
+        train_counts,
+        classes=classes,
+    )
+
+
+def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
+    """Reads and checks predictions.jsonl; returns its lines as dicts, in the file's order.
+
+    Raises ValueError, naming file and line, for a malformed line and for an image that is missing,
+    repeated or none of the samples'.
+    """
+    line_of = dict.fromkeys(sample.file_name for sample in samples)
+    predictions = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                prediction = _parse_line(line)
+                name = prediction["file_name"]
+                expected = "an image of this split (check --data and --split)"
+                _expect(name in line_of, "'file_name'", expected, name)
+                expected = f"on one line only, but is on line {line_of[name]} already"
+                _expect(line_of[name] is None, "'file_name'", expected, name)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+            line_of[name] = number
+            predictions.append(prediction)
+    missing = [name for name, number in line_of.items() if number is None]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(line_of)} images have no line, such as {missing[0]!r};"
+            ' predict the whole split (an image without predictions has "instances": [])'
+        )
+    return predictions
+
+
+def _parse_line(line: bytes) -> dict:
+    """One line as a checked dict; ValueError says what is wrong with it and what is expected."""
+    try:
+        prediction = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON ({error}); if it was cut short, predict it again") from error
+    _expect(isinstance(prediction, dict), "the line", "an object", prediction)
+    name, instances = prediction.get("file_name"), prediction.get("instances")
+    _expect(isinstance(name, str), "'file_name'", "a string, the name of an image", name)
+    _expect(isinstance(instances, list), "'instances'", "a list, which may be empty", instances)
+    for i, instance in enumerate(instances):
+        _check_instance(instance, f"instances[{i}]")
+    return prediction
+
+
+def _check_instance(instance: object, where: str) -> None:
+    _expect(isinstance(instance, dict), where, "an object", instance)
+    for key in ("human", "object"):
+        box = instance.get(key)
+        expected = "four finite numbers, [x1, y1, x2, y2]"
+        _expect(_are_numbers(box, 4), f"{key!r} of {where}", expected, box)
+    name, verbs, scores = map(instance.get, ("object_class", "verbs", "scores"))
+    _expect(name in OBJECTS, f"'object_class' of {where}", "one of hicodet.OBJECTS", name)
+    _expect(isinstance(verbs, list), f"'verbs' of {where}", "a list of names", verbs)
+    for verb in verbs:
+        _expect(verb in VERBS, f"each of 'verbs' of {where}", "one of hicodet.VERBS", verb)
+        expected = f"one that hicodet.PAIRS has with {name!r}"
+        _expect((verb, name) in HOI_IDS, f"each of 'verbs' of {where}", expected, verb)
+    expected = f"{len(verbs)} finite numbers, one for each verb"
+    _expect(_are_numbers(scores, len(verbs)), f"'scores' of {where}", expected, scores)
+
+
+def _expect(holds: bool, what: str, expected: str, found: object) -> None:
+    if not holds:
+        raise ValueError(f"{what} must be {expected}; found {reprlib.repr(found)}")
+
+
+def _are_numbers(values: object, count: int) -> bool:
+    """Whether a JSON value is a list of `count` numbers that a float can hold."""
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    return all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values)
+
+
+def table(result: dict) -> str:
+    """The six means of `evaluate` as a row of Table 1, in percent, with its header."""
+    subsets = ("full", "rare", "non_rare")
+    means = [result[setting][m] for setting in ("default", "known_object") for m in subsets]
+    header = f"{'Default':^26} {'Known Object':^26}".rstrip()
+    names = " ".join(["    Full     Rare Non-Rare"] * 2)
+    row = " ".join("       -" if mean is None else f"{100 * mean:8.2f}" for mean in means)
+    return "\n".join([header, names, row])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; --help prints the module docstring."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("predictions", type=Path, help="predictions.jsonl, as described above")
+    add("--data", type=Path, required=True, help="folder of HICO-DET, with anno_bbox.mat")
+    add("--split", choices=("test", "train"), default="test", help="default: test")
+    means = "the means are over all 600 classes (default) or those with true pairs in the split"
+    add("--classes", choices=("all", "present"), default="all", help=means)
+    add("--json", type=Path, metavar="OUT.JSON", help="also write the result to this file")
+    args = parser.parse_args(argv)
+    if args.json and args.json.resolve() == args.predictions.resolve():
+        parser.error("--json would overwrite the predictions")
+    try:
+        samples = load_split(args.data, args.split)
+        train_counts = training_counts(args.data)
+        predictions = read_predictions(args.predictions, samples)
+    except (OSError, ValueError) as error:
+        sys.exit(f"evaluate.py: error: {error}")
+    result = evaluate(predictions, samples, train_counts, classes=args.classes)
+    absent = result["true_pairs"].count(0)
+    if absent and args.classes == "all":
+        note = f"{absent} classes have no true pair here and count as 0; see --classes present"
+        print(note, file=sys.stderr)
+    print(table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

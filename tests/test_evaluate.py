@@ -1,0 +1,396 @@
+"""evaluate.py against the official code's numbers, a slow reference, and cases worked by hand."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import evaluate
+import hicodet
+
+HICO_DET = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
+MANY = [100] * 600  # training counts with which no class is rare
+
+RIDE_BICYCLE = hicodet.PAIRS.index(("ride", "bicycle"))
+HOLD_BICYCLE = hicodet.PAIRS.index(("hold", "bicycle"))
+RIDE_HORSE = hicodet.PAIRS.index(("ride", "horse"))
+BOX = (0.0, 0.0, 9.0, 9.0)
+FAR = (100.0, 100.0, 109.0, 109.0)
+
+
+def make_sample(name, pairs=(), known=("bicycle",)):
+    """A Sample with true pairs given as (human, object, hoi_id)."""
+    return hicodet.Sample(
+        file_name=name, path=Path(name), width=640, height=480, hois=(),
+        pairs=tuple(hicodet.Pair(*pair) for pair in pairs), known_objects=frozenset(known),
+    )
+
+
+def make_line(name, detections=()):
+    """A line of predictions.jsonl from detections (human, object, hoi_id, score)."""
+    instances = []
+    for human, object_, hoi_id, score in detections:
+        verb, object_class = hicodet.PAIRS[hoi_id]
+        instances.append(
+            {"human": list(human), "object": list(object_), "object_class": object_class,
+             "verbs": [verb], "scores": [score]}
+        )
+    return {"file_name": name, "instances": instances}
+
+
+def bicycle_ap(truth, detections):
+    """Default AP of "ride bicycle" in one image; truth: box pairs, detections: (pair, score)."""
+    sample = make_sample("a.jpg", [(*pair, RIDE_BICYCLE) for pair in truth])
+    line = make_line("a.jpg", [(*pair, RIDE_BICYCLE, score) for pair, score in detections])
+    return evaluate.evaluate([line], [sample], MANY)["default"]["ap"][RIDE_BICYCLE]
+
+
+# ---- the official code's result
+
+
+@pytest.fixture(scope="module")
+def official():
+    """Samples, training counts, detections and the MATLAB code's result for them."""
+    for name in ("anno_bbox.mat", "anno.mat", "dets_c.npz", "expected_c.json"):
+        if not (HICO_DET / name).is_file():
+            pytest.skip(f"the real test annotations are not here: {HICO_DET / name}")
+    with np.load(HICO_DET / "dets_c.npz") as file:
+        boxes = file["boxes_h"] - 1, file["boxes_o"] - 1  # 1-based there
+        detections = evaluate.Pairs(file["hoi"], file["image_index"], *boxes, file["score"])
+    expected = json.loads((HICO_DET / "expected_c.json").read_text())
+    samples = hicodet.load_split(HICO_DET, "test")
+    return samples, hicodet.training_counts(HICO_DET), detections, expected
+
+
+def assert_official(result, expected):
+    for ours, theirs in ("default", "default"), ("known_object", "known"):
+        difference = np.abs(np.array(result[ours]["ap"]) - expected[f"{theirs}_ap"])
+        assert difference.max() < 1e-9, np.flatnonzero(difference > 1e-9)
+        means = {name.replace("_", ""): result[ours][name] for name in ("full", "rare", "non_rare")}
+        assert means == pytest.approx(expected[theirs], abs=1e-9)
+        assert result["max_recall"] == pytest.approx(expected[f"{theirs}_max_recall"], abs=1e-9)
+
+
+def test_arrays_equal_the_official_code(official):
+    samples, train_counts, detections, expected = official
+    truth, known = evaluate.truth_arrays(samples), evaluate.known_classes(samples)
+    for classes in "all", "present":  # the real test set has true pairs of every class
+        result = evaluate.evaluate_arrays(detections, truth, known, train_counts, classes=classes)
+        assert_official(result, expected)
+    assert (sum(result["true_pairs"]), result["num_images"]) == (33405, 9658)
+
+
+def test_lines_equal_the_official_code(official, tmp_path):
+    samples, train_counts, detections, expected = official
+    lines = [make_line(sample.file_name) for sample in samples]
+    rows = zip(*(column.tolist() for column in detections))
+    for hoi_id, image, human, object_, score in rows:
+        added = make_line("", [(human, object_, hoi_id, score)])["instances"]
+        lines[image]["instances"] += added
+    random.shuffle(lines)  # ties follow the annotations, not the file
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    predictions = evaluate.read_predictions(path, samples)
+    assert_official(evaluate.evaluate(predictions, samples, train_counts), expected)
+
+
+# ---- an independent reference, detection by detection
+
+
+def reference_iou(a, b):
+    """IoU as in VOCevaldet_bboxpair.m, in 1-based pixels."""
+    a, b = [v + 1 for v in a], [v + 1 for v in b]
+    iw = min(a[2], b[2]) - max(a[0], b[0]) + 1
+    ih = min(a[3], b[3]) - max(a[1], b[1]) + 1
+    if iw <= 0 or ih <= 0:
+        return 0.0
+    area_a = (a[2] - a[0] + 1) * (a[3] - a[1] + 1)
+    area_b = (b[2] - b[0] + 1) * (b[3] - b[1] + 1)
+    return iw * ih / (area_a + area_b - iw * ih)
+
+
+def reference_ap(detections, truth, seen):
+    """One class, one detection after the other. detections: (image, human, object, score) in tie
+    order; truth: (image, human, object). Counts in `seen` which rules came into play."""
+    taken = [False] * len(truth)
+    tp = fp = 0
+    recalls, precisions = [], []
+    for image, human, object_, _ in sorted(detections, key=lambda detection: -detection[3]):
+        best, best_overlap = None, float("-inf")
+        for j, (true_image, true_human, true_object) in enumerate(truth):
+            if true_image == image:
+                overlap = min(reference_iou(human, true_human), reference_iou(object_, true_object))
+                seen["equal overlaps"] += overlap == best_overlap > 0
+                if overlap > best_overlap:
+                    best, best_overlap = j, overlap
+        seen["no truth in image"] += best is None
+        seen["exactly half"] += best_overlap == 0.5
+        seen["already taken"] += best_overlap >= 0.5 and taken[best]
+        if best_overlap >= 0.5 and not taken[best]:
+            taken[best] = True
+            tp += 1
+        else:
+            fp += 1
+        recalls.append(tp / len(truth) if truth else float("nan"))
+        precisions.append(tp / (tp + fp))
+    ap = 0.0
+    for k in range(11):
+        reached = [p for p, r in zip(precisions, recalls) if r >= k * 0.1]
+        ap += max(reached, default=0.0) / 11
+    return ap
+
+
+def random_box(rng):
+    """Boxes on a coarse grid, 10 or 20 pixels wide, so that equal and half overlaps are common."""
+    x, y = rng.choice((0, 5, 10, 40)), rng.choice((0, 5))
+    return (x, y, x + rng.choice((9, 9, 19)), y + 9)
+
+
+def disturbed(box, rng):
+    """The same box, or half of it, or inverted, or another one."""
+    x1, y1, x2, y2 = box
+    half = (x1, y1, x1 + (x2 - x1 + 1) / 2 - 1, y2)
+    return rng.choice((box, box, box, half, (x2, y1, x1, y2), random_box(rng)))
+
+
+def random_problem(rng):
+    """Samples and lines with many ties; image 0 has no true pair, the last class none anywhere."""
+    hoi_ids = [RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE, 599]
+    samples, lines = [], []
+    for image in range(rng.randint(2, 7)):
+        pairs = [
+            (random_box(rng), random_box(rng), rng.choice(hoi_ids[:3]))
+            for _ in range(rng.randint(0, 6) if image else 0)
+        ]
+        pairs += [rng.choice(pairs)] if pairs else []  # annotated twice
+        known = {hicodet.PAIRS[hoi_id][1] for *_, hoi_id in pairs}
+        detections = [
+            (disturbed(human, rng), disturbed(object_, rng), hoi_id, rng.choice((0.5, 0.5, 1.0)))
+            for human, object_, hoi_id in rng.choices(pairs, k=12)
+        ] if pairs else []
+        detections += [
+            (random_box(rng), random_box(rng), rng.choice(hoi_ids), rng.choice((0.5, 1.0)))
+            for _ in range(rng.randint(0, 5))
+        ]
+        rng.shuffle(detections)
+        samples.append(make_sample(f"{image}.jpg", pairs, known))
+        lines.append(make_line(f"{image}.jpg", detections))
+    return samples, lines
+
+
+def reference_problem(samples, lines, hoi_id, known_object, seen):
+    """Collects one class's rows in tie order and hands them to reference_ap."""
+    verb, object_class = hicodet.PAIRS[hoi_id]
+    detections, truth = [], []
+    for image, (sample, line) in enumerate(zip(samples, lines)):
+        truth += [(image, p.human, p.object) for p in sample.pairs if p.hoi_id == hoi_id]
+        if known_object and object_class not in sample.known_objects:
+            continue
+        detections += [
+            (image, i["human"], i["object"], i["scores"][0])
+            for i in line["instances"]
+            if (i["verbs"][0], i["object_class"]) == (verb, object_class)
+        ]
+    return reference_ap(detections, truth, seen)
+
+
+def test_equals_the_reference_on_random_data():
+    rules = ("equal overlaps", "no truth in image", "exactly half", "already taken")
+    seen = dict.fromkeys(rules, 0)
+    for _ in range(60):
+        seed = random.randrange(2**32)
+        rng = random.Random(seed)
+        samples, lines = random_problem(rng)
+        shuffled = rng.sample(lines, len(lines))
+        result = evaluate.evaluate(shuffled, samples, MANY)
+        for setting in "default", "known_object":
+            for hoi_id in range(600):
+                expected = reference_problem(samples, lines, hoi_id, setting != "default", seen)
+                got = result[setting]["ap"][hoi_id]
+                assert got == pytest.approx(expected, abs=1e-12), (seed, setting, hoi_id)
+    assert all(seen.values()), seen  # the data did exercise each rule
+
+
+def test_box_iou_equals_the_reference_on_random_boxes():
+    rng = np.random.default_rng()
+    a, b = rng.uniform(0, 20, (2, 500, 4)) * rng.choice((1.0, -1.0, 0.0), (2, 500, 4))
+    expected = [reference_iou(*pair) for pair in zip(a.tolist(), b.tolist())]
+    np.testing.assert_allclose(evaluate.box_iou(a, b), expected, atol=1e-12)
+
+
+# ---- cases worked by hand
+
+
+def test_box_iou_counts_both_end_pixels():
+    boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 9], [9, 0, 0, 9], [0, 0, 9, 9]], float)
+    other = np.array(
+        [[0, 0, 9, 9], [0, 0, 19, 9], [9, 9, 18, 18], [0, 0, 9, 9], [10, 0, 19, 9]], float
+    )
+    # Equal; 10x10 of 20x10; one shared pixel of 100 + 100 - 1; inverted; side by side.
+    assert evaluate.box_iou(boxes, other).tolist() == [1.0, 0.5, 1 / 199, 0.0, 0.0]
+
+
+@pytest.mark.filterwarnings("error")
+def test_box_iou_of_absurd_boxes_is_zero_and_silent():
+    huge = np.array([[-1e308, -1e308, 1e308, 1e308], [1e308, -1e308, -1e308, 1e308]])
+    assert evaluate.box_iou(huge, np.array([BOX, BOX])).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.filterwarnings("error")  # no 0 / 0
+@pytest.mark.parametrize(
+    ("right", "npos", "expected"),
+    [
+        ([1], 1, 1.0),
+        ([0], 1, 0.0),
+        ([], 1, 0.0),
+        ([0, 0], 0, 0.0),
+        # Recall 1/4, 1/4, 2/4 with precision 1, 1/2, 2/3: levels 0, .1, .2 find 1 and
+        # .3, .4, .5 find 2/3, so (3 * 1 + 3 * 2/3) / 11.
+        ([1, 0, 1], 4, 5 / 11),
+        # Recall 0, 1/2, 1 with precision 0, 1/2, 2/3: the later 2/3 counts at every level.
+        ([0, 1, 1], 2, 2 / 3),
+    ],
+)
+def test_average_precision_by_hand(right, npos, expected):
+    assert evaluate.average_precision(np.array(right, bool), npos) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("found", "levels"), [(1, 2), (2, 3), (3, 3), (4, 5), (5, 6), (6, 6), (7, 7), (8, 9), (10, 11)]
+)
+def test_recall_of_3_6_and_7_tenths_misses_its_level(found, levels):
+    # `found` of 10 at precision 1 reach the levels 0, .1, ..., found / 10, which are found + 1;
+    # but 3 * 0.1, 6 * 0.1 and 7 * 0.1 are one ulp above .3, .6 and .7.
+    right = np.ones(found, dtype=bool)
+    assert evaluate.average_precision(right, 10) == pytest.approx(levels / 11)
+
+
+def test_recall_grid_is_numpys_linspace():
+    assert list(evaluate.RECALL_GRID) == np.linspace(0, 1, 11).tolist()
+
+
+def test_plus_one_decides_a_match():
+    # 3x3 of 4x4 pixels: 9/16 >= 0.5. Without the +1 it is 2x2 of 3x3: 4/9 < 0.5.
+    assert bicycle_ap([((0, 0, 3, 3), BOX)], [(((0, 0, 2, 2), BOX), 1.0)]) == 1.0
+
+
+def test_overlap_of_exactly_half_matches():
+    assert bicycle_ap([(BOX, (0, 0, 19, 9))], [((BOX, BOX), 1.0)]) == 1.0  # 100 / 200
+    assert bicycle_ap([(BOX, (0, 0, 20, 9))], [((BOX, BOX), 1.0)]) == 0.0  # 100 / 210
+
+
+def test_both_boxes_must_overlap():
+    assert bicycle_ap([(BOX, BOX)], [((BOX, FAR), 1.0)]) == 0.0
+    assert bicycle_ap([(BOX, BOX)], [((FAR, BOX), 1.0)]) == 0.0
+
+
+def test_a_detection_goes_to_the_pair_it_overlaps_most():
+    for truth in [(BOX, BOX), (FAR, FAR)], [(FAR, FAR), (BOX, BOX)]:
+        assert bicycle_ap(truth, [((BOX, BOX), 0.9), ((FAR, FAR), 0.8)]) == 1.0
+
+
+def test_a_duplicate_is_wrong_and_does_not_match_another_free_pair():
+    wide = (0, 0, 11, 9)  # overlaps BOX by 100 / 120
+    truth = [(BOX, BOX), (wide, wide)]
+    # Both detections overlap BOX most, so the second is wrong: precision 1 up to recall 1/2,
+    # 6 levels of 11. A second chance at the free pair would give 1.
+    assert bicycle_ap(truth, [((BOX, BOX), 0.9), ((BOX, BOX), 0.8)]) == pytest.approx(6 / 11)
+    assert bicycle_ap(truth, [((BOX, BOX), 0.9), ((wide, wide), 0.8)]) == 1.0
+
+
+def test_a_pair_annotated_twice_is_found_once():
+    detections = [((BOX, BOX), 0.9), ((BOX, BOX), 0.8)]
+    assert bicycle_ap([(BOX, BOX), (BOX, BOX)], detections) == pytest.approx(6 / 11)
+
+
+def test_the_higher_score_comes_first():
+    right, wrong = (BOX, BOX), (FAR, FAR)
+    assert bicycle_ap([right], [(wrong, 0.1), (right, 0.2)]) == 1.0
+    assert bicycle_ap([right], [(wrong, 0.2), (right, 0.1)]) == pytest.approx(0.5)
+
+
+def test_equal_scores_follow_the_samples_then_the_instances():
+    right, wrong = (BOX, BOX, RIDE_BICYCLE, 1.0), (FAR, FAR, RIDE_BICYCLE, 1.0)
+    samples = [make_sample("z.jpg"), make_sample("a.jpg", [right[:3]])]
+    lines = [make_line("a.jpg", [right]), make_line("z.jpg", [wrong])]
+    for order, expected in (samples, 0.5), (samples[::-1], 1.0):
+        for file_order in lines, lines[::-1]:
+            result = evaluate.evaluate(file_order, order, MANY)
+            assert result["default"]["ap"][RIDE_BICYCLE] == pytest.approx(expected)
+    assert bicycle_ap([right[:2]], [(wrong[:2], 1.0), (right[:2], 1.0)]) == pytest.approx(0.5)
+    assert bicycle_ap([right[:2]], [(right[:2], 1.0), (wrong[:2], 1.0)]) == 1.0
+
+
+def test_known_object_drops_detections_where_the_object_is_not_known():
+    # Wrong "ride bicycle" at the highest score in an image that shows a bicycle of another class
+    # (kept: precision 1/2), one that shows a horse, and one without true pairs (both dropped).
+    wrong = [(BOX, BOX, RIDE_BICYCLE, 0.9)]
+    found = (BOX, BOX, RIDE_BICYCLE, 0.5)
+    samples = [
+        make_sample("0", [(BOX, BOX, HOLD_BICYCLE)]),
+        make_sample("1", [(BOX, BOX, RIDE_HORSE)], known=["horse"]),
+        make_sample("2", known=[]),
+        make_sample("3", [found[:3]]),
+    ]
+    lines = [make_line(str(i), wrong) for i in range(3)] + [make_line("3", [found])]
+    result = evaluate.evaluate(lines, samples, MANY)
+    assert result["default"]["ap"][RIDE_BICYCLE] == pytest.approx(1 / 4)
+    assert result["known_object"]["ap"][RIDE_BICYCLE] == pytest.approx(1 / 2)
+    assert result["max_recall"][RIDE_BICYCLE] == 1.0
+
+
+def test_a_true_pair_outside_its_known_images_is_an_error():
+    # The official code asserts this; detections of such a pair would be dropped silently.
+    samples = [make_sample("a"), make_sample("b", [(BOX, BOX, RIDE_HORSE)])]
+    with pytest.raises(ValueError, match="b: anno_bbox.mat has pairs with 'horse', which anno.mat"):
+        evaluate.evaluate([make_line("a"), make_line("b")], samples, MANY)
+
+
+def test_each_verb_of_an_instance_is_a_detection_with_its_own_score():
+    sample = make_sample("a", [(BOX, BOX, RIDE_BICYCLE), (BOX, BOX, HOLD_BICYCLE)])
+    line = make_line("a", [(FAR, FAR, HOLD_BICYCLE, 0.5), (BOX, BOX, RIDE_BICYCLE, 1.0)])
+    line["instances"][1] |= {"verbs": ["ride", "hold"], "scores": [1.0, 0.4]}
+    ap = evaluate.evaluate([line], [sample], MANY)["default"]["ap"]
+    assert (ap[RIDE_BICYCLE], ap[HOLD_BICYCLE]) == (1.0, pytest.approx(0.5))
+
+
+def test_means_over_all_or_present_and_rare_below_ten():
+    counts = list(MANY)
+    counts[RIDE_BICYCLE], counts[HOLD_BICYCLE] = 9, 10
+    pairs = [(BOX, BOX, hoi_id) for hoi_id in (RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE)]
+    sample = make_sample("a", pairs, known=["bicycle", "horse"])
+    line = make_line("a", [(*pair, 1.0) for pair in pairs[:2]])
+    official = evaluate.evaluate([line], [sample], counts)
+    present = evaluate.evaluate([line], [sample], counts, classes="present")
+    for setting in "default", "known_object":
+        means = [official[setting][name] for name in ("full", "rare", "non_rare")]
+        assert means == pytest.approx([2 / 600, 1.0, 1 / 599])
+        means = [present[setting][name] for name in ("full", "rare", "non_rare")]
+        assert means == pytest.approx([2 / 3, 1.0, 1 / 2])  # "ride horse" is missed
+    assert official["max_recall"][RIDE_HORSE] == 0.0 and official["max_recall"][599] is None
+
+
+def test_nothing_to_average_is_none_and_a_dash():
+    result = evaluate.evaluate([make_line("a")], [make_sample("a")], MANY, classes="present")
+    assert result["default"]["full"] is None
+    assert evaluate.table(result).splitlines()[-1].split() == ["-"] * 6
+    assert evaluate.evaluate([make_line("a")], [make_sample("a")], MANY)["default"]["full"] == 0.0
+    assert evaluate.evaluate([], [], MANY)["num_images"] == 0
+
+
+def test_evaluate_refuses_other_images_and_unknown_modes():
+    samples = [make_sample("a"), make_sample("b")]
+    for names in ["a"], ["a", "a"], ["a", "c"], ["a", "b", "b"]:
+        with pytest.raises(ValueError, match="every image of the samples, each exactly once"):
+            evaluate.evaluate([make_line(name) for name in names], samples, MANY)
+    with pytest.raises(ValueError, match='"all" or "present", not \'rare\''):
+        evaluate.evaluate([], [], MANY, classes="rare")
+
+
+def test_arguments_are_not_changed():
+    samples, lines = random_problem(random.Random())
+    before = json.dumps(lines)
+    evaluate.evaluate(lines, samples, MANY)
+    assert json.dumps(lines) == before

@@ -1,0 +1,246 @@
+"""evaluate.py as a program: reading predictions.jsonl, and the command from end to end."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.io
+
+import evaluate
+import hicodet
+from tests.test_evaluate import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, make_line, make_sample
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+# ---- reading predictions.jsonl
+
+
+def instance(**changes):
+    """A good instance with some keys changed; None leaves the key out."""
+    good = make_line("", [(BOX, BOX, RIDE_BICYCLE, 1.0)])["instances"][0] | changes
+    return {key: value for key, value in good.items() if value is not None}
+
+
+def line_with(**changes):
+    return json.dumps({"file_name": "b.jpg", "instances": [instance(), instance(**changes)]})
+
+
+def read(tmp_path, *lines):
+    path = tmp_path / "p.jsonl"
+    path.write_bytes(b"".join(x if isinstance(x, bytes) else x.encode() + b"\n" for x in lines))
+    return evaluate.read_predictions(path, [make_sample("a.jpg"), make_sample("b.jpg")])
+
+
+def test_read_predictions_accepts_good_lines(tmp_path):
+    lines = [
+        {"file_name": "b.jpg", "text": "<think>", "instances": [instance(scores=[1])]},
+        {"file_name": "a.jpg", "instances": []},
+    ]
+    assert read(tmp_path, *map(json.dumps, lines)) == lines
+
+
+BAD_LINES = [
+    (b'{"file_name": "b.jpg", "inst', "not JSON (Unterminated string"),
+    ("", "not JSON (Expecting value"),
+    (b"\xff\xfe{\n", "not JSON ("),
+    ("[" * 100_000, "not JSON (maximum recursion depth exceeded"),
+    ("1" * 5_000, "not JSON (Exceeds the limit"),
+    ("[]", "the line must be an object; found []"),
+    ('{"instances": []}', "'file_name' must be a string, the name of an image; found None"),
+    ('{"file_name": 7, "instances": []}', "'file_name' must be a string, the name of an image"),
+    ('{"file_name": "b.jpg"}', "'instances' must be a list, which may be empty; found None"),
+    ('{"file_name": "b.jpg", "instances": {}}', "'instances' must be a list, which may be"),
+    ('{"file_name": "b.jpg", "instances": [3]}', "instances[0] must be an object; found 3"),
+    (
+        '{"file_name": "c.jpg", "instances": []}',
+        "must be an image of this split (check --data and --split); found 'c.jpg'",
+    ),
+    (
+        '{"file_name": "a.jpg", "instances": []}',
+        "must be on one line only, but is on line 1 already; found 'a.jpg'",
+    ),
+    (
+        line_with(human=[1, 2, 3]),
+        "'human' of instances[1] must be four finite numbers, [x1, y1, x2, y2]; found [1, 2, 3]",
+    ),
+    (line_with(human=[1, 2, 3, 4, 5]), "[x1, y1, x2, y2]; found [1, 2, 3, 4, 5]"),
+    (line_with(human=None), "'human' of instances[1] must be four finite numbers"),
+    (line_with(object=[1, 2, 3, "4"]), "'object' of instances[1] must be four finite numbers"),
+    (line_with(object=[1, 2, 3, True]), "[x1, y1, x2, y2]; found [1, 2, 3, True]"),
+    (line_with(object=[1, 2, 3, float("nan")]), "[x1, y1, x2, y2]; found [1, 2, 3, nan]"),
+    (line_with(object=[1, 2, float("-inf"), 3]), "[x1, y1, x2, y2]; found [1, 2, -inf, 3]"),
+    (line_with(object=[1, 2, 3, 10**400]), "[x1, y1, x2, y2]; found [1, 2, 3, 1000"),
+    (line_with(object="1, 2, 3, 4"), "[x1, y1, x2, y2]; found '1, 2, 3, 4'"),
+    (line_with(object_class="bike"), "'object_class' of instances[1] must be one of hicodet.OBJ"),
+    (line_with(object_class=["bicycle"]), "must be one of hicodet.OBJECTS; found ['bicycle']"),
+    (line_with(object_class=None), "must be one of hicodet.OBJECTS; found None"),
+    (line_with(verbs="ride"), "'verbs' of instances[1] must be a list of names; found 'ride'"),
+    (line_with(verbs=None), "'verbs' of instances[1] must be a list of names; found None"),
+    (line_with(verbs=["riding"]), "must be one of hicodet.VERBS; found 'riding'"),
+    (line_with(verbs=[["ride"]]), "must be one of hicodet.VERBS; found ['ride']"),
+    (line_with(verbs=["eat"]), "must be one that hicodet.PAIRS has with 'bicycle'; found 'eat'"),
+    (
+        line_with(scores=[1, 1]),
+        "'scores' of instances[1] must be 1 finite numbers, one for each verb; found [1, 1]",
+    ),
+    (line_with(scores=None), "one for each verb; found None"),
+    (line_with(scores=1.0), "one for each verb; found 1.0"),
+    (line_with(scores=["1"]), "one for each verb; found ['1']"),
+    (line_with(scores=[float("nan")]), "one for each verb; found [nan]"),
+]
+
+
+@pytest.mark.parametrize(("bad", "message"), BAD_LINES, ids=[case[1] for case in BAD_LINES])
+def test_read_predictions_names_file_line_and_fault(tmp_path, bad, message):
+    good = json.dumps(make_line("a.jpg"))
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        read(tmp_path, good, bad)
+    assert str(error.value).startswith(f"{tmp_path / 'p.jsonl'}, line 2: ")
+    assert len(str(error.value)) < 400
+
+
+def test_read_predictions_names_missing_images(tmp_path):
+    message = "p.jsonl: 1 of 2 images have no line, such as 'b.jpg'; predict the whole split"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read(tmp_path, json.dumps(make_line("a.jpg")))
+
+
+# ---- the command
+
+
+def struct(rows):
+    """A MATLAB struct array from dicts with the same keys."""
+    array = np.empty((1, len(rows)), dtype=[(key, object) for key in rows[0]])
+    for i, row in enumerate(rows):
+        array[0, i] = tuple(row.values())
+    return array
+
+
+def matlab_image(name, pairs):
+    """One element of bbox_test; pairs: (human, object, hoi_id) in 0-based pixels."""
+    def box(b):
+        x1, y1, x2, y2 = (v + 1 for v in b)
+        return struct([{"x1": x1, "x2": x2, "y1": y1, "y2": y2}])
+
+    hois = [
+        {"id": hoi_id + 1.0, "bboxhuman": box(human), "bboxobject": box(object_),
+         "connection": np.array([[1.0, 1.0]]), "invis": 0.0}
+        for human, object_, hoi_id in pairs
+    ]
+    size = struct([{"width": 640.0, "height": 480.0, "depth": 3.0}])
+    return {"filename": name, "size": size, "hoi": struct(hois) if hois else np.empty((0, 0))}
+
+
+def write_dataset(root, train, test):
+    """anno_bbox.mat and anno.mat; train, test: {file name: true pairs}."""
+    actions = struct([
+        {"nname": object_class.replace(" ", "_"), "vname": verb.replace(" ", "_"),
+         "vname_ing": verb.replace(" ", "_")}
+        for verb, object_class in hicodet.PAIRS
+    ])
+    boxes, labels = {"list_action": actions.T}, {"list_action": actions.T}
+    for split, images in ("train", train), ("test", test):
+        boxes[f"bbox_{split}"] = struct([matlab_image(*item) for item in images.items()])
+        anno = -np.ones((600, len(images)))
+        for i, pairs in enumerate(images.values()):
+            anno[[hoi_id for *_, hoi_id in pairs], i] = 1
+        names = np.array(list(images), dtype=object).reshape(-1, 1)
+        labels |= {f"anno_{split}": anno, f"list_{split}": names}
+    scipy.io.savemat(root / "anno_bbox.mat", boxes)
+    scipy.io.savemat(root / "anno.mat", labels)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Two test images, three classes: one rare, one not, one only in training."""
+    rare, common = (BOX, BOX, RIDE_BICYCLE), (BOX, FAR, HOLD_BICYCLE)
+    train = {f"t{i}.jpg": [common, common] + [rare] * (i == 0) for i in range(5)}
+    write_dataset(tmp_path, train, {"a.jpg": [rare], "b.jpg": [common], "c.jpg": []})
+    lines = [
+        make_line("c.jpg", [(*common, 0.9)]),  # no bicycle there: wrong, dropped in Known Object
+        make_line("b.jpg", [(*common, 0.8)]),
+        make_line("a.jpg", [(*rare, 1.0)]),
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, REPO / "evaluate.py", *arguments],
+        capture_output=True, text=True, timeout=120, check=False,
+    )
+
+
+def test_command_prints_a_row_of_table_1_and_writes_json(dataset):
+    arguments = [dataset / "p.jsonl", "--data", dataset, "--json", dataset / "out.json"]
+    done = command(*arguments, "--classes", "present")
+    assert (done.returncode, done.stderr) == (0, "")
+    top, names, row = done.stdout.splitlines()
+    assert top.split() == ["Default", "Known", "Object"]
+    assert names.split() == ["Full", "Rare", "Non-Rare"] * 2
+    # "ride bicycle" 1; "hold bicycle" 1/2, or 1 without the detection in c.jpg.
+    assert row.split() == ["75.00", "100.00", "50.00", "100.00", "100.00", "100.00"]
+    assert len({len(line) for line in (names, row)}) == 1
+
+    samples = hicodet.load_split(dataset, "test")
+    expected = evaluate.evaluate(
+        evaluate.read_predictions(dataset / "p.jsonl", samples), samples,
+        hicodet.training_counts(dataset), classes="present",
+    )
+    written = json.loads((dataset / "out.json").read_text())
+    assert written == expected
+    assert written["known_object"]["full"] == 1.0 and len(written["default"]["ap"]) == 600
+
+
+def test_command_counts_absent_classes_by_default(dataset):
+    done = command(dataset / "p.jsonl", "--data", dataset)
+    assert done.stderr.startswith("598 classes have no true pair here and count as 0")
+    *_, row = done.stdout.splitlines()
+    assert row.split()[0] == "0.25"  # 1.5 / 600 in percent
+
+
+def test_command_reports_bad_input_in_one_line(dataset):
+    with (dataset / "p.jsonl").open("a") as file:
+        file.write('{"file_name": "a.jpg", "insta')  # a writer that was interrupted
+    done = command(dataset / "p.jsonl", "--data", dataset)
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"evaluate.py: error: .*p\.jsonl, line 4: not JSON .*\n", done.stderr)
+    (dataset / "empty").mkdir()
+    for predictions, data in ("none.jsonl", dataset), ("p.jsonl", dataset / "empty"):
+        done = command(dataset / predictions, "--data", data)
+        assert done.returncode == 1 and done.stderr.startswith("evaluate.py: error: ")
+        assert done.stderr.count("\n") == 1
+
+
+def test_command_does_not_overwrite_its_input(dataset):
+    before = (dataset / "p.jsonl").read_bytes()
+    done = command(dataset / "p.jsonl", "--data", dataset, "--json", dataset / "p.jsonl")
+    assert done.returncode == 2 and "would overwrite the predictions" in done.stderr
+    assert (dataset / "p.jsonl").read_bytes() == before
+
+
+def test_help_shows_an_example_and_the_format():
+    done = command("--help")
+    assert done.returncode == 0
+    for part in "python evaluate.py predictions.jsonl --data", '"scores"', "--classes", "0-based":
+        assert part in done.stdout
+
+
+def test_evaluate_imports_no_torch():
+    code = "import sys, evaluate; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+
+
+def test_the_line_in_the_docstring_is_readable(tmp_path):
+    text = evaluate.__doc__
+    example = text[text.index('{"file_name"') : text.index("Boxes are x1")]
+    line = json.dumps(json.loads(example))
+    path = tmp_path / "p.jsonl"
+    path.write_text(line + "\n")
+    assert evaluate.read_predictions(path, [make_sample("HICO_test2015_00000001.jpg")])
