@@ -1,0 +1,1062 @@
+"""HOI-R1: supervised fine-tuning, then GRPO with HOI rewards, then prediction (Secs. 3.2, 3.3, 4.2).
+
+    torchrun --nproc_per_node 8 hoi_r1.py sft --model Qwen/Qwen2.5-VL-3B-Instruct \\
+        --data hico_20160224_det --traces traces.jsonl --out runs/sft
+    torchrun --nproc_per_node 8 hoi_r1.py grpo --model runs/sft/model --data ... --out runs/grpo
+    torchrun --nproc_per_node 8 hoi_r1.py predict --model runs/grpo/model --data ... --out runs/test
+    python evaluate.py runs/test/predictions.jsonl --data hico_20160224_det
+    python hoi_r1.py demo            # all of it on a drawn data set, on a laptop
+
+Plain `python` runs one process. Three policies: pi_theta in fp32, sharded over the ranks by FSDP2 and
+computing in bf16 on a GPU; pi_old, a replica on every rank in the dtype of computation, which samples
+and is refreshed after each optimizer step; pi_ref, frozen, only where kl_coef > 0.
+
+Data order and sampling seeds are pure functions of (seed, step, place in the batch), and losses are
+divided by counts over all ranks and micro-batches: world size and `--resume` do not change the run.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import hicodet
+import rewards
+import teacher
+
+
+def option(default, text: str):
+    """A dataclass field that `add_options` turns into a command line flag with this help."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What every stage is told."""
+
+    model: str = field(metadata={"help": "folder or hub name of a Qwen2.5-VL model (safetensors)"})
+    data: str = field(metadata={"help": "folder of hico_20160224_det: anno_bbox.mat, images/"})
+    out: str = field(metadata={"help": "folder for all that the run writes"})
+    seed: int = option(0, "of data order and sampling")
+    thinking: bool = option(True, "prompt with the Thinking Process (Table 2)")
+    task_description: bool = option(True, "prompt with the valid classes (Table 2)")
+    workers: int = option(2, "processes a rank that read and resize images; 0: none beside the rank's")
+    dry_run: bool = option(False, "print the first sample as the model would see it, and stop")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """What both trainings are told; defaults are Sec. 4.2, or the README's table of readings."""
+
+    learning_rate: float = option(1e-6, "of AdamW, at its highest")
+    warmup_steps: int = option(0, "steps over which the learning rate rises")
+    adam_beta2: float = option(0.999, "decay of AdamW's second moment")
+    weight_decay: float = option(0.0, "of AdamW")
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
+    epochs: int = option(1, "passes over the training images")
+    tokens_per_microbatch: int = option(16384, "tokens of one forward and backward; less takes less memory")
+    gradient_checkpointing: bool = option(True, "recompute activations in backward: less memory, slower")
+    save_every: int = option(100, "steps between checkpoints; 0: only the final model")
+    resume: bool = option(False, "go on from the last checkpoint in --out")
+    eval_every: int = option(0, "steps between evaluations on held-out images; 0: none")
+    eval_images: int = option(200, "test images, from the first, that an evaluation takes")
+    eval_max_new_tokens: int = option(2048, "longest completion in an evaluation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainConfig):
+    """Thinking distillation and answer supervision (Sec. 3.2)."""
+
+    traces: str = option("", "traces.jsonl of the teacher")
+    untraced: typing.Literal["skip", "answer"] = option(
+        "skip", "images without a trace: leave out, or train on the answer alone"
+    )
+    batch_size: int = option(8, "images of one optimizer step, over all ranks")
+    max_steps: int = option(0, "optimizer steps; 0: as many as the epochs have")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(TrainConfig):
+    """Reinforcement learning (Sec. 3.3)."""
+
+    batch_size: int = option(16, "images of one batch, over all ranks; each has group-size completions")
+    max_steps: int = option(40, "batches; 0: as many as the epochs have")
+    group_size: int = option(4, "completions of an image, G")
+    updates_per_batch: int = option(1, "optimizer steps on the same completions")
+    kl_coef: float = option(0.04, "weight of the KL divergence from the first policy, beta; 0: no pi_ref")
+    clip_eps: float = option(0.2, "clip range of the ratio, epsilon")
+    ratio: typing.Literal["token", "sequence"] = option("token", "Eqs. 3-4 per token, or on whole outputs")
+    temperature: float = option(1.0, "of sampling and of the policies' log-probs")
+    max_new_tokens: int = option(1024, "longest completion")
+    slots: int = option(64, "groups that are sampled at a time on a rank")
+    duplicate_rule: typing.Literal["printed", "pair"] = option("printed", "what Eq. 7 calls a duplicate")
+    without: tuple[typing.Literal["label", "iou"], ...] = option((), "rewards to leave out (Table 3)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(RunConfig):
+    """Greedy prediction for a split."""
+
+    split: typing.Literal["train", "test"] = option("test", "images to predict")
+    limit: int = option(0, "only the first so many images; 0: all")
+    max_new_tokens: int = option(2048, "longest completion")
+    slots: int = option(64, "images that are decoded at a time on a rank")
+    scores: typing.Literal["ones", "likelihood"] = option(
+        "ones", "of an instance: 1.0, or the probability the model gave to its tokens"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """SFT, GRPO, predictions and mAP on a drawn data set with a tiny model, on a CPU."""
+
+    out: str = option("runs/demo", "folder for all that the demo writes")
+    seed: int = option(0, "of the drawings, the first weights, data order and sampling")
+
+
+STAGES = {"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig}
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """One flag for each field of a config dataclass."""
+    types_of = typing.get_type_hints(config_class)
+    for f in dataclasses.fields(config_class):
+        kind, options = types_of[f.name], {"help": f.metadata["help"]}
+        if typing.get_origin(kind) is tuple:
+            kind = typing.get_args(kind)[0]
+            options["nargs"] = "*"
+        if typing.get_origin(kind) is typing.Literal:
+            options["choices"] = typing.get_args(kind)
+        elif kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options["type"] = kind
+        if f.default is dataclasses.MISSING:
+            options["required"] = True
+        else:
+            options["default"] = f.default
+            options["help"] += " (default: %(default)s)" if kind is not bool else ""
+        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
+
+
+def parse_config(argv: list[str] | None = None):
+    """The config of the stage that the command line names. Exits on --help and on a typo."""
+    summary, usage = __doc__.split("\n\n")[:2]
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    stages = parser.add_subparsers(dest="stage", required=True)
+    for name, config_class in STAGES.items():
+        stage = stages.add_parser(name, help=config_class.__doc__, description=config_class.__doc__)
+        add_options(stage, config_class)
+    values = vars(parser.parse_args(argv))
+    config_class = STAGES[values.pop("stage")]
+    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return config_class(**values)
+
+
+if __name__ == "__main__":
+    CONFIG = parse_config()  # --help and typos are answered before the seconds that torch takes to load
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+import torch.distributed.checkpoint as dcp  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
+from torch.distributed.fsdp import (  # noqa: E402
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor  # noqa: E402
+from torch.utils.data import DataLoader  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+)
+
+import grpo  # noqa: E402
+
+END_OF_TURN = "<|im_end|>"
+MAX_BAD_STEPS = 10  # steps in a row with a non-finite loss or gradient before a run stops
+
+
+# Ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def share(self, batch: list) -> tuple[list, list[float]]:
+        """This rank's part of a batch, and weights of 1.
+
+        A rank without a part takes the first item with weight 0: every rank takes part in every
+        collective call.
+        """
+        mine = batch[self.rank :: self.world]
+        return (mine, [1.0] * len(mine)) if mine else (batch[:1], [0.0])
+
+    def gather(self, rows: list) -> list:
+        """The rows of all ranks, rank after rank, on every rank."""
+        parts = [None] * self.world
+        dist.all_gather_object(parts, rows)
+        return [row for part in parts for row in part]
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all ranks, in rank order."""
+        return sum(self.gather([value]))
+
+    def print(self, *values) -> None:
+        """print on the first rank."""
+        if self.rank == 0:
+            print(*values, flush=True)
+
+
+def start_ranks() -> Ranks:
+    """Join torchrun's process group, or open one of a single process."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+# Samples as the model reads them
+
+
+@dataclass(frozen=True)
+class Example:
+    """One image with its question and its ground truth, in the frame of the model."""
+
+    sample: hicodet.Sample
+    prompt: grpo.Prompt
+    model_size: tuple[int, int]  # (width, height) of the image after the processor's resize
+    hois: tuple[hicodet.HOI, ...]  # boxes in that frame
+    target_ids: Tensor | None  # (C,) what SFT supervises: trace, answer and the end of the turn
+
+
+class Examples(torch.utils.data.Dataset):
+    """Samples turned into Examples, each when it is asked for.
+
+    thinks: None, or for SFT the trace of each file name; an image without one is asked for the
+    answer alone.
+    """
+
+    def __init__(self, config: RunConfig, samples: list[hicodet.Sample], thinks: dict | None = None):
+        self.samples, self.thinks, self.thinking = samples, thinks, config.thinking
+        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        self.processor = AutoImageProcessor.from_pretrained(config.model, backend="pil")
+        self.image_id = AutoConfig.from_pretrained(config.model).image_token_id
+        self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        self.questions = {
+            thinking: self.question(thinking, config.task_description) for thinking in (True, False)
+        }
+
+    def question(self, thinking: bool, task_description: bool) -> str:
+        """Fig. 4 behind the image, in the model's chat template."""
+        text = hicodet.prompt_text(thinking=thinking, task_description=task_description)
+        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+        return self.tokenizer.apply_chat_template(
+            [message], add_generation_prompt=True, tokenize=False
+        )
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Example:
+        sample = self.samples[index]
+        think = self.thinks.get(sample.file_name) if self.thinks is not None else None
+        thinking = self.thinking and (self.thinks is None or think is not None)
+        prompt = self.prompt(sample, thinking)
+        patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
+        model_size = (patches[2] * side, patches[1] * side)
+        hois = tuple(in_model_frame(hoi, sample, model_size) for hoi in sample.hois)
+        target = None if self.thinks is None else self.target_ids(hois, think)
+        return Example(sample, prompt, model_size, hois, target)
+
+    def prompt(self, sample: hicodet.Sample, thinking: bool) -> grpo.Prompt:
+        """Image and question, as ids with a placeholder for each image token, and patches."""
+        pixels = self.processor(images=read_image(sample), return_tensors="pt")
+        grid = pixels["image_grid_thw"]
+        ids = self.tokenizer(self.questions[thinking], return_tensors="pt")["input_ids"][0]
+        place = int((ids == self.image_id).nonzero())
+        image = torch.full((int(grid.prod()) // self.processor.merge_size**2,), self.image_id)
+        ids = torch.cat([ids[:place], image, ids[place + 1 :]])
+        return grpo.Prompt(ids, pixels["pixel_values"], grid)
+
+    def target_ids(self, hois: tuple[hicodet.HOI, ...], think: str | None) -> Tensor:
+        """What SFT supervises (Sec. 3.2): `<think>` to the closing end of the turn."""
+        text = hicodet.format_completion(hois, think) + END_OF_TURN
+        return self.tokenizer(text, return_tensors="pt")["input_ids"][0]
+
+    def decode(self, ids: Tensor) -> str:
+        """A completion as text, without the end of the turn."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def banned(self, vocabulary: int) -> Tensor:
+        """(V,) bool: special tokens but the end of the turn, and ids that the tokenizer lacks.
+
+        A sampled image token would be read as an image that is not there.
+        """
+        banned = torch.arange(vocabulary) >= len(self.tokenizer)
+        special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
+        banned[special] = True
+        banned[self.end_id] = False
+        return banned
+
+
+def in_model_frame(hoi: hicodet.HOI, sample: hicodet.Sample, model_size) -> hicodet.HOI:
+    """An HOI of the sample with its boxes in the frame that the model sees."""
+    boxes = {
+        name: hicodet.to_model_frame(box, (sample.width, sample.height), model_size)
+        for name, box in (("human", hoi.human), ("object", hoi.object))
+    }
+    return dataclasses.replace(hoi, **boxes)
+
+
+def read_image(sample: hicodet.Sample) -> Image.Image:
+    """The sample's image as RGB. Raises ValueError naming the file if it is cut or of another size."""
+    try:
+        with Image.open(sample.path) as file:
+            image = file.convert("RGB")
+    except OSError as error:
+        raise ValueError(f"{sample.path}: not a readable image ({error}); fetch it again") from None
+    if image.size != (sample.width, sample.height):
+        raise ValueError(
+            f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
+            f"{sample.height}: images and anno_bbox.mat belong to different data"
+        )
+    return image
+
+
+def batch_order(count: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """The samples of every step; an epoch takes each sample once, its last batch may be short."""
+    order: list[list[int]] = []
+    for epoch in range(math.ceil(steps * batch_size / count) + 1):
+        samples = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+        order += [samples[i : i + batch_size] for i in range(0, count, batch_size)]
+    return order[:steps]
+
+
+def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator[Example]:
+    """The examples in this order, read and resized by worker processes before they are needed."""
+    options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
+    loader = DataLoader(
+        examples, sampler=indices, batch_size=None, **(options if workers else {})
+    )
+    return iter(loader)
+
+
+# The three policies
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What forward and backward compute in: bf16 on a GPU, fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None):
+    """A Qwen2.5-VL with group attention, in eval mode: pi_old or pi_ref; safetensors only."""
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        path,
+        dtype=dtype or compute_dtype(device),
+        attn_implementation={"text_config": grpo.GROUP_ATTENTION, "vision_config": "sdpa"},
+        use_safetensors=True,
+    )
+    return model.to(device).eval()
+
+
+def load_policy(config: TrainConfig, device: torch.device):
+    """pi_theta: fp32 parameters sharded over all ranks, computing in compute_dtype.
+
+    At lr 1e-6 a step moves a weight by less than half a bf16 ulp: bf16 parameters would stay put.
+    """
+    policy = load_model(config.model, torch.device("cpu"), torch.float32).train()
+    if config.gradient_checkpointing:
+        # the newer name of two; transformers 5.17 has only the older
+        enable = getattr(policy, "activation_checkpointing_enable", None)
+        (enable or policy.gradient_checkpointing_enable)({"use_reentrant": False})
+    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    for block in [*policy.model.visual.blocks, *policy.model.language_model.layers, policy]:
+        fully_shard(block, mesh=mesh, mp_policy=precision)
+    # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
+    policy.token_logprobs = types.MethodType(grpo.token_logprobs, policy)
+    register_fsdp_forward_method(policy, "token_logprobs")
+    return policy.to(device)
+
+
+@torch.no_grad()
+def refresh(replica, policy) -> None:
+    """Copy pi_theta's weights into a replica, in place and parameter by parameter."""
+    for copy, parameter in zip(replica.parameters(), policy.parameters(), strict=True):
+        copy.copy_(parameter.full_tensor())
+
+
+class Stepper:
+    """AdamW with clipping, which leaves everything as it was when a gradient is not finite."""
+
+    def __init__(self, policy, config: TrainConfig):
+        self.config, self.bad_in_a_row, self.skipped = config, 0, 0
+        self.parameters = list(policy.parameters())
+        self.optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.learning_rate,
+            betas=(0.9, config.adam_beta2),
+            weight_decay=config.weight_decay,
+        )
+
+    def step(self, lr: float) -> float:
+        """Apply the accumulated gradient at this learning rate. Returns its norm before clipping."""
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = float(norm.full_tensor())
+        if math.isfinite(norm):  # a norm over all ranks, so all of them decide alike
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            self.bad_in_a_row = 0
+        else:
+            self.bad_in_a_row += 1
+            self.skipped += 1
+        self.optimizer.zero_grad()
+        if self.bad_in_a_row == MAX_BAD_STEPS:
+            raise RuntimeError(
+                f"{MAX_BAD_STEPS} steps in a row had a gradient that is not finite: lower "
+                "--learning-rate, and look at the last lines of metrics.jsonl"
+            )
+        return norm
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig, schedule: str) -> float:
+    """Warm-up, then "cosine" or "linear" down to 0 (Sec. 4.2). step counts from 0."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
+    factor = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return config.learning_rate * factor
+
+
+def micro_batches(
+    lengths: list[int], weights: list[float], budget: int, ranks: Ranks
+) -> list[tuple[list[int], list[float]]]:
+    """Split items into parts of at most `budget` tokens: the indices and the weights of each.
+
+    The longest come first, so that memory runs out at once if it does; an item over the budget
+    stands alone. Every rank gets the same number of parts, a missing one as item 0 with weight 0.
+    """
+    parts: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not parts or lengths[index] > room:
+            parts.append([])
+            room = budget
+        parts[-1].append(index)
+        room -= lengths[index]
+    missing = max(ranks.gather([len(parts)])) - len(parts)
+    return [(part, [weights[i] for i in part]) for part in parts] + [([0], [0.0])] * missing
+
+
+# SFT
+
+
+def sft_loss(logprobs: Tensor, weights: Tensor, num_tokens: float) -> Tensor:
+    """Negative log-likelihood of trace and answer (Eq. 1), per supervised token of the batch.
+
+    logprobs: (B, C), zeros behind each target's end. weights: (B,), 0 for a row that must not count.
+    num_tokens: supervised tokens of the global batch, so that a sum over parts and ranks is the loss.
+    """
+    return -(logprobs.sum(1) * weights).sum() / num_tokens
+
+
+def sft_update(policy, stepper: Stepper, batch, weights, lr, config, ranks: Ranks) -> dict:
+    """One optimizer step on this rank's share of a batch. Returns what is logged."""
+    started = time.perf_counter()
+    num_tokens = ranks.sum(sum(w * len(e.target_ids) for e, w in zip(batch, weights)))
+    lengths = [len(e.prompt.prompt_ids) + len(e.target_ids) for e in batch]
+    loss_sum = 0.0
+    for part, kept in micro_batches(lengths, weights, config.tokens_per_microbatch, ranks):
+        targets = [[batch[i].target_ids] for i in part]
+        packed = grpo.pack(policy, [batch[i].prompt for i in part], targets)
+        kept = torch.tensor(kept, device=ranks.device)
+        loss = sft_loss(policy.token_logprobs(packed), kept, num_tokens)
+        (loss * ranks.world).backward()  # FSDP takes the mean over ranks, the loss is a sum
+        loss_sum += loss.item()
+    norm = stepper.step(lr)
+    seconds = time.perf_counter() - started
+    rate = {"seconds_update": seconds, "tokens_per_second": ranks.sum(sum(lengths)) / seconds}
+    return {"loss": ranks.sum(loss_sum), "grad_norm": norm, "supervised": num_tokens} | rate
+
+
+# GRPO
+
+
+def sample_seeds(seed: int, step: int, places: list[int], group_size: int) -> list[int]:
+    """One seed for each completion of the prompts at these places of the global batch."""
+    keys = [[seed, step, place, g] for place in places for g in range(group_size)]
+    return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1) for key in keys]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch of whole groups, B = prompts of the part x G."""
+
+    packed: grpo.PackedBatch
+    advantages: Tensor  # (B,)
+    weights: Tensor  # (B,)
+    ref_logprobs: Tensor | None  # (B, C)
+    sampled_logprobs: Tensor  # (N,) what the sampler reported
+
+
+class GRPOTrainer:
+    """One batch of GRPO at a time: sample, reward, update, refresh (Sec. 3.3)."""
+
+    def __init__(self, policy, stepper, replica, examples: Examples, config: GRPOConfig, ranks):
+        self.policy, self.stepper, self.replica = policy, stepper, replica
+        self.examples, self.config, self.ranks = examples, config, ranks
+        self.reference = load_model(config.model, ranks.device) if config.kl_coef else None
+        banned = examples.banned(policy.config.text_config.vocab_size).to(ranks.device)
+        self.distribution = {"temperature": config.temperature, "banned": banned}
+        refresh(replica, policy)
+
+    def update(self, step: int, batch: list[Example], weights: list[float], lr: float) -> dict:
+        """One batch. Returns what is logged."""
+        times = [time.perf_counter()]
+        rollout = self.sample(step, batch)
+        times.append(time.perf_counter())
+        scored = [self.score(example.hois, ids) for example, ids in self.rows(batch, rollout)]
+        totals = torch.tensor([row["total"] for row in scored]).view(-1, self.config.group_size)
+        advantages = grpo.group_advantages(totals)
+        times.append(time.perf_counter())
+        logged = self.optimize(self.parts(batch, weights, rollout, advantages), sum(weights), lr)
+        refresh(self.replica, self.policy)
+        times.append(time.perf_counter())
+        stds = totals.std(1).repeat_interleave(self.config.group_size).tolist()
+        rows = zip(scored, map(len, rollout.completion_ids), rollout.finished.tolist(), stds)
+        rows = self.ranks.gather(list(rows) if weights[0] else [])
+        seconds = dict(zip(("sample", "reward", "update"), np.diff(times).tolist()))
+        return logged | rollout_metrics(rows, seconds)
+
+    def rows(self, batch: list[Example], rollout: grpo.Rollout):
+        """(example, ids) of each completion."""
+        groups = [example for example in batch for _ in range(self.config.group_size)]
+        return zip(groups, rollout.completion_ids, strict=True)
+
+    def sample(self, step: int, batch: list[Example]) -> grpo.Rollout:
+        """G completions of each prompt from pi_old."""
+        places = [self.ranks.rank + i * self.ranks.world for i in range(len(batch))]
+        return grpo.sample(
+            self.replica,
+            [example.prompt for example in batch],
+            group_size=self.config.group_size,
+            max_new_tokens=self.config.max_new_tokens,
+            end_id=self.examples.end_id,
+            seeds=sample_seeds(self.config.seed, step, places, self.config.group_size),
+            slots=self.config.slots,
+            **self.distribution,
+        )
+
+    def score(self, hois: tuple[hicodet.HOI, ...], ids: Tensor) -> dict[str, float]:
+        """The rewards of one completion (Eqs. 6-23)."""
+        completion = hicodet.parse_completion(self.examples.decode(ids))
+        rule, without = self.config.duplicate_rule, self.config.without
+        return rewards.total_reward(completion, hois, duplicate_rule=rule, without=without)
+
+    def parts(self, batch, weights, rollout, advantages) -> list[Part]:
+        """The batch in micro-batches, with pi_ref's log-probs."""
+        size, device = self.config.group_size, self.ranks.device
+        groups = [rollout.completion_ids[i * size : (i + 1) * size] for i in range(len(batch))]
+        sampled = [rollout.logprobs[i * size : (i + 1) * size] for i in range(len(batch))]
+        lengths = [len(e.prompt.prompt_ids) + sum(map(len, g)) for e, g in zip(batch, groups)]
+        budget, parts = self.config.tokens_per_microbatch, []
+        for part, kept in micro_batches(lengths, weights, budget, self.ranks):
+            prompts = [batch[i].prompt for i in part]
+            packed = grpo.pack(self.policy, prompts, [groups[i] for i in part])
+            with torch.no_grad():
+                reference = self.reference and grpo.token_logprobs(
+                    self.reference, packed, **self.distribution
+                )
+            parts.append(
+                Part(
+                    packed,
+                    advantages[part].flatten().to(device),
+                    torch.tensor(kept, device=device).repeat_interleave(size),
+                    reference,
+                    torch.cat([row for i in part for row in sampled[i]]).to(device),
+                )
+            )
+        return parts
+
+    def optimize(self, parts: list[Part], prompts: float, lr: float) -> dict:
+        """`updates_per_batch` optimizer steps on one batch of completions (Eqs. 2-5)."""
+        config, ranks = self.config, self.ranks
+        count = ranks.sum(prompts) * config.group_size
+        old_logprobs: list[Tensor] = []
+        sums = {"objective": 0.0, "kl": 0.0, "clip_fraction": 0.0}
+        gap = 0.0
+        for update in range(config.updates_per_batch):
+            for k, part in enumerate(parts):
+                logprobs = self.policy.token_logprobs(part.packed, **self.distribution)
+                if update == 0:  # before the first step pi_old is pi_theta: no forward of its own
+                    old_logprobs.append(logprobs.detach())
+                    trained = old_logprobs[k][part.packed.completion_mask]
+                    gap = max(gap, (trained - part.sampled_logprobs).abs().max().item())
+                terms = grpo.grpo_objective(
+                    logprobs,
+                    old_logprobs[k],
+                    part.ref_logprobs,
+                    part.advantages,
+                    part.packed.completion_mask,
+                    clip_eps=config.clip_eps,
+                    kl_coef=config.kl_coef,
+                    ratio=config.ratio,
+                )
+                terms = {name: (term * part.weights).sum() / count for name, term in terms.items()}
+                (-terms["objective"] * ranks.world).backward()  # FSDP takes the mean over ranks
+                sums = {name: sums[name] + term.item() for name, term in terms.items()}
+            norm = self.stepper.step(lr)
+        means = {name: ranks.sum(value) / config.updates_per_batch for name, value in sums.items()}
+        gap = max(ranks.gather([gap]))
+        return {"loss": -means.pop("objective"), **means, "grad_norm": norm, "logprob_gap": gap}
+
+
+def rollout_metrics(rows: list[tuple], seconds: dict[str, float]) -> dict[str, float]:
+    """Means over the completions of all ranks; rows of (rewards, length, finished, group std)."""
+    scored, lengths, finished, stds = zip(*rows)
+    logged = {f"seconds_{name}": value for name, value in seconds.items()}
+    for name in scored[0]:
+        values = [row[name] for row in scored]
+        logged[f"reward_{name}"], logged[f"reward_{name}_std"] = np.mean(values), np.std(values)
+    logged["zero_variance_groups"] = np.mean(np.array(stds) == 0)
+    logged["completion_length"] = np.mean(lengths)
+    logged["truncated"] = 1 - np.mean(finished)
+    for name in ("sample", "update"):
+        logged[f"{name}_tokens_per_second"] = sum(lengths) / seconds[name]
+    return {name: float(value) for name, value in logged.items()}
+
+
+# Both trainings
+
+
+class Run:
+    """The folder of a training: config.json, metrics.jsonl, checkpoints and the final model."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks):
+        self.config, self.ranks, self.folder = config, ranks, Path(config.out)
+        self.metrics = self.folder / "metrics.jsonl"
+        if ranks.rank == 0:
+            self.check()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", dataclasses.asdict(config))
+        dist.barrier()
+
+    def check(self) -> None:
+        """Raise ValueError if the folder holds a run, unless it is this one and to be resumed."""
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        if not self.config.resume:
+            raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --out")
+        stored, mine = json.loads(path.read_text()), dataclasses.asdict(self.config)
+        for name in mine.keys() - {"resume", "workers", "save_every", "out"}:
+            if stored.get(name) != json.loads(json.dumps(mine[name])):
+                raise ValueError(
+                    f"{path}: the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; "
+                    "--resume goes on with the same settings"
+                )
+
+    def checkpoints(self) -> list[Path]:
+        """Complete checkpoints, oldest first."""
+        return sorted(p for p in self.folder.glob("checkpoint-*") if p.suffix != ".tmp")
+
+    def load(self, policy, optimizer) -> int:
+        """Restore the last checkpoint, if there is one. Returns the number of steps done."""
+        done = 0
+        if self.checkpoints():
+            latest = self.checkpoints()[-1]
+            model, moments = get_state_dict(policy, optimizer)
+            dcp.load({"model": model, "optimizer": moments}, checkpoint_id=latest)
+            set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
+            done = int(latest.name.split("-")[1])
+        if self.ranks.rank == 0 and self.metrics.exists():
+            # steps that will be run again, and a line that a crash cut
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
+            write_aside(self.metrics, "".join(kept))
+        return done
+
+    def save(self, policy, optimizer, done: int) -> None:
+        """Write a checkpoint aside, rename it when it is whole, then drop those before it."""
+        old, folder = self.checkpoints(), self.folder / f"checkpoint-{done:06d}"
+        aside = folder.with_suffix(".tmp")
+        model, moments = get_state_dict(policy, optimizer)
+        dcp.save({"model": model, "optimizer": moments}, checkpoint_id=aside)
+        if self.ranks.rank == 0:
+            aside.rename(folder)
+            for path in old:
+                shutil.rmtree(path)
+        dist.barrier()
+
+    def log(self, step: int, values: dict) -> None:
+        """One line of metrics.jsonl."""
+        if self.ranks.rank == 0:
+            with self.metrics.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def export(self, replica, examples: Examples) -> None:
+        """Write model/, which `from_pretrained` and any Qwen2.5-VL server read; whole or absent."""
+        if self.ranks.rank == 0:
+            folder, aside = self.folder / "model", self.folder / "model.tmp"
+            for part in (replica, examples.tokenizer, examples.processor):
+                part.save_pretrained(aside)
+            shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
+        dist.barrier()
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Replace a file at one stroke."""
+    aside = path.with_name(path.name + ".tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """Replace a JSON file at one stroke."""
+    write_aside(path, json.dumps(value, indent=2) + "\n")
+
+
+def training_examples(config: TrainConfig, ranks: Ranks) -> Examples:
+    """The annotated training images; for SFT with their traces."""
+    samples = [sample for sample in hicodet.load_split(config.data, "train") if sample.hois]
+    thinks = None
+    if isinstance(config, SFTConfig):
+        thinks = {}
+        if config.thinking:
+            if not config.traces:
+                raise ValueError("--traces: give the file of teacher.py, or --no-thinking")
+            thinks = teacher.read_traces(config.traces)
+            traced = [sample for sample in samples if sample.file_name in thinks]
+            kept = len(traced) if config.untraced == "skip" else len(samples)
+            ranks.print(f"{len(traced)} of {len(samples)} images have a trace; training on {kept}")
+            samples = traced if config.untraced == "skip" else samples
+    if not samples:
+        raise ValueError(f"no image of {config.data} to train on (annotated, with a trace)")
+    hicodet.require_images(samples)
+    return Examples(config, samples, thinks)
+
+
+def train(config: SFTConfig | GRPOConfig) -> None:
+    """SFT or GRPO."""
+    ranks, is_sft = start_ranks(), isinstance(config, SFTConfig)
+    examples = training_examples(config, ranks)
+    judge = Judge(config, ranks) if config.eval_every else None
+    if config.dry_run:
+        return ranks.print(describe(examples[0], examples))
+    run = Run(config, ranks)
+    policy, replica = load_policy(config, ranks.device), load_model(config.model, ranks.device)
+    stepper = Stepper(policy, config)
+    done = run.load(policy, stepper.optimizer)
+    if not is_sft:
+        trainer = GRPOTrainer(policy, stepper, replica, examples, config, ranks)
+
+    steps = config.max_steps or config.epochs * math.ceil(len(examples) / config.batch_size)
+    order = batch_order(len(examples), config.batch_size, steps, config.seed)
+    shares = [ranks.share(batch) for batch in order[done:]]
+    stream = read_ahead(examples, [i for share, _ in shares for i in share], config.workers)
+    name, schedule = ("sft", "cosine") if is_sft else ("grpo", "linear")
+    bar = tqdm(total=steps, initial=done, disable=ranks.rank > 0, desc=name, unit="step")
+    for step, (share, weights) in enumerate(shares, start=done):
+        started = time.perf_counter()
+        batch = [next(stream) for _ in share]
+        waited = time.perf_counter() - started
+        lr = learning_rate(step, steps, config, schedule)
+        if is_sft:
+            values = sft_update(policy, stepper, batch, weights, lr, config, ranks)
+        else:
+            values = trainer.update(step, batch, weights, lr)
+        values |= {"seconds_waiting": waited, "seconds": time.perf_counter() - started}
+        values |= {"learning_rate": lr, "skipped_steps": stepper.skipped}
+        if judge and (step + 1) % config.eval_every == 0:
+            refresh(replica, policy)
+            values |= judge(replica)
+        run.log(step + 1, values)
+        shown = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
+        bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values})
+        bar.update()
+        if config.save_every and (step + 1) % config.save_every == 0:
+            run.save(policy, stepper.optimizer, step + 1)
+    refresh(replica, policy)
+    run.export(replica, examples)
+    ranks.print(f"model: {run.folder / 'model'}")
+
+
+def describe(example: Example, examples: Examples) -> str:
+    """What --dry-run prints: the first prompt, its answer, token counts, and what is supervised."""
+    ids, tokenizer = example.prompt.prompt_ids, examples.tokenizer
+    images = int((ids == examples.image_id).sum())
+    pad = tokenizer.decode([examples.image_id])
+    lines = [
+        f"--- {example.sample.path}, {example.sample.width} x {example.sample.height} pixels, seen "
+        f"by the model as {example.model_size[0]} x {example.model_size[1]}",
+        f"--- prompt: {len(ids)} tokens, {images} of them image",
+        tokenizer.decode(ids).replace(pad * images, f"{pad} x {images}"),
+    ]
+    if example.target_ids is None:
+        answer = hicodet.format_completion(example.hois, "...")
+        reward = rewards.total_reward(hicodet.parse_completion(answer), example.hois)
+        lines += ["--- a perfect completion and its reward", answer, json.dumps(reward)]
+    else:
+        tokens = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
+        lines += [
+            f"--- supervised: these {len(tokens)} tokens, and none of the prompt",
+            " | ".join(tokens),
+        ]
+    return "\n".join(lines)
+
+
+# Prediction
+
+
+def predict_rows(model, examples, indices: list[int], config, ranks: Ranks) -> list[dict]:
+    """Greedy predictions of this rank's share of the images, one row an image.
+
+    config: a PredictConfig. A row holds the image's index, its line of predictions.jsonl, its
+    rewards (None without ground truth), its length in tokens and whether it ended by itself.
+    """
+    mine = indices[ranks.rank :: ranks.world]
+    stream = read_ahead(examples, mine, config.workers)
+    banned = examples.banned(model.config.text_config.vocab_size).to(model.device)
+    bar = tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0)
+    rows = []
+    for start in range(0, len(mine), 4 * config.slots):  # so many images in memory at a time
+        chunk = mine[start : start + 4 * config.slots]
+        batch = [next(stream) for _ in chunk]
+        rollout = grpo.sample(
+            model,
+            [example.prompt for example in batch],
+            group_size=1,
+            max_new_tokens=config.max_new_tokens,
+            end_id=examples.end_id,
+            temperature=0,
+            banned=banned,
+            slots=config.slots,
+        )
+        done = zip(chunk, batch, rollout.completion_ids, rollout.logprobs, rollout.finished.tolist())
+        for index, example, ids, logprobs, finished in done:
+            likely = logprobs if config.scores == "likelihood" else None
+            row = prediction(examples, example, ids, likely)
+            rows.append({"index": index, "length": len(ids), "finished": finished, **row})
+        bar.update(len(chunk))
+    return rows
+
+
+def prediction(examples, example: Example, ids: Tensor, logprobs: Tensor | None) -> dict:
+    """The line of predictions.jsonl and the rewards of one completion."""
+    text = examples.decode(ids)
+    completion = hicodet.parse_completion(text)
+    scores = None
+    if logprobs is not None:
+        scores = instance_scores(examples.tokenizer, text, completion, ids, logprobs)
+    size = (example.sample.width, example.sample.height)
+    instances = hicodet.predicted_instances(completion, size, example.model_size, scores)
+    line = {"file_name": example.sample.file_name, "text": text, "instances": instances}
+    reward = rewards.total_reward(completion, example.hois) if example.hois else None
+    return {"line": line, "reward": reward}
+
+
+def instance_scores(tokenizer, text: str, completion, ids: Tensor, logprobs: Tensor) -> list[float]:
+    """The probability that the model gave to the tokens of each instance.
+
+    A byte-level token has a symbol for each byte, so its place in the text is known without
+    encoding the text anew, which might cut it otherwise than the model wrote it.
+    """
+    special, symbols = set(tokenizer.all_special_ids), tokenizer.convert_ids_to_tokens(ids)
+    sizes = [0 if i in special else len(symbol) for i, symbol in zip(ids.tolist(), symbols)]
+    ends = np.cumsum(sizes)
+    scores = []
+    for instance in completion.instances:
+        start, stop = (len(text[:place].encode()) for place in instance.span)
+        inside = (ends > start) & (ends - sizes < stop)
+        scores.append(math.exp(logprobs[torch.from_numpy(inside)].sum().item()))
+    return scores
+
+
+def mean_rewards(rows: list[dict]) -> dict[str, float]:
+    """Mean of each part of the reward over the rows that have ground truth."""
+    scored = [row["reward"] for row in rows if row["reward"]]
+    return {name: float(np.mean([r[name] for r in scored])) for name in (scored or [{}])[0]}
+
+
+class Judge:
+    """Held-out images for --eval-every: mean greedy reward, and mAP over the classes they show."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks):
+        samples = hicodet.load_split(config.data, "test")[: config.eval_images]
+        hicodet.require_images(samples)
+        self.examples, self.ranks = Examples(config, samples), ranks
+        self.counts = hicodet.training_counts(config.data)
+        names = [f.name for f in dataclasses.fields(RunConfig)]
+        self.config = PredictConfig(
+            **{name: getattr(config, name) for name in names},
+            max_new_tokens=config.eval_max_new_tokens,
+        )
+
+    def __call__(self, model) -> dict[str, float]:
+        samples = self.examples.samples
+        indices = list(range(len(samples)))
+        rows = predict_rows(model, self.examples, indices, self.config, self.ranks)
+        rows = self.ranks.gather(rows)
+        lines = [row["line"] for row in rows]
+        result = evaluate.evaluate(lines, samples, self.counts, classes="present")
+        reward = mean_rewards(rows).get("total", 0.0)
+        return {"eval_reward": reward, "eval_map": 100 * result["default"]["full"]}
+
+
+def predict(config: PredictConfig) -> None:
+    """Write predictions.jsonl and summary.json for a split."""
+    ranks = start_ranks()
+    samples = hicodet.load_split(config.data, config.split)[: config.limit or None]
+    hicodet.require_images(samples)
+    examples, folder = Examples(config, samples), Path(config.out)
+    if config.dry_run:
+        return ranks.print(describe(examples[0], examples))
+    if (folder / "predictions.jsonl").exists():
+        raise ValueError(f"{folder} holds predictions: choose another --out")
+    model = load_model(config.model, ranks.device)
+    started = time.perf_counter()
+    rows = predict_rows(model, examples, list(range(len(samples))), config, ranks)
+    rows = sorted(ranks.gather(rows), key=lambda row: row["index"])
+    seconds = time.perf_counter() - started
+    lengths = [row["length"] for row in rows]
+    summary = {
+        "images": len(rows),
+        "reward": mean_rewards(rows),
+        "completion_length": float(np.mean(lengths)),
+        "truncated": 1 - float(np.mean([row["finished"] for row in rows])),
+        "seconds": seconds,
+        "tokens_per_second": sum(lengths) / seconds,
+    }
+    if ranks.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "config.json", dataclasses.asdict(config))
+        write_json(folder / "summary.json", summary)
+        lines = "".join(json.dumps(row["line"]) + "\n" for row in rows)
+        write_aside(folder / "predictions.jsonl", lines)
+    ranks.print(json.dumps(summary, indent=2))
+
+
+# The demo
+
+HERE = Path(__file__).resolve().parent
+DEMO_SFT = "--max-steps 900 --batch-size 16 --learning-rate 1e-3 --warmup-steps 50 --adam-beta2 0.98"
+DEMO_GRPO = "--max-steps 150 --batch-size 16 --group-size 8 --learning-rate 5e-5 --max-new-tokens 64"
+
+
+def demo(config: DemoConfig) -> None:
+    """Write the toy data and model, train, predict, evaluate, and show what was learned."""
+    out, started = Path(config.out).resolve(), time.perf_counter()
+    if out.exists():
+        raise ValueError(f"{out} exists: remove it, or choose another --out")
+    seed, common = f"--seed {config.seed}", f"--data {out}/data --no-task-description --workers 1"
+    traces = f"{out}/traces.jsonl"
+    command(f"-m tests.toy {out} {seed}")
+    command(f"teacher.py --backend template --data {out}/data --out {traces}")
+    models = {"before": "model", "sft": "sft/model", "grpo": "grpo/model"}
+    train_with = {
+        "sft": f"{common} {seed} {DEMO_SFT} --traces {traces} --no-gradient-checkpointing",
+        "grpo": f"{common} {seed} {DEMO_GRPO} --no-gradient-checkpointing",
+    }
+    source = "model"
+    for name, model in models.items():
+        if name in train_with:
+            command(f"hoi_r1.py {name} --model {out}/{source} --out {out}/{name} {train_with[name]}")
+        source, test = model, f"{out}/test_{name}"
+        command(f"hoi_r1.py predict --model {out}/{model} {common} --out {test} --max-new-tokens 64")
+        command(
+            f"evaluate.py {test}/predictions.jsonl --data {out}/data --classes present "
+            f"--json {test}/map.json"
+        )
+    print_demo_table(out, models)
+    draw_demo(out, ("sft", "grpo"), count=6)
+    print(f"\npictures: {out / 'pictures'}\n{(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+def command(line: str) -> None:
+    """Show and run one of the project's programs, as a user would type it."""
+    print(f"\n$ python {line}", flush=True)
+    subprocess.run([sys.executable, *line.split()], cwd=HERE, check=True)
+
+
+def print_demo_table(out: Path, names) -> None:
+    """mAP in percent and the mean greedy reward on the held-out images."""
+    print("\n                     Default            Known Object       reward")
+    print("           Full   Rare  Non-R     Full   Rare  Non-R")
+    for name in names:
+        result = json.loads((out / f"test_{name}" / "map.json").read_text())
+        reward = json.loads((out / f"test_{name}" / "summary.json").read_text())["reward"]
+        cells = [
+            "     -" if result[setting][part] is None else f"{100 * result[setting][part]:6.2f}"
+            for setting in ("default", "known_object")
+            for part in ("full", "rare", "non_rare")
+        ]
+        print(f"{name:8s} {' '.join(cells[:3])}   {' '.join(cells[3:])}   {reward['total']:6.3f}")
+
+
+def draw_demo(out: Path, names, count: int) -> None:
+    """Pictures of the first held-out images: the ground truth, then each model's prediction."""
+    (out / "pictures").mkdir()
+    files = [(out / f"test_{name}" / "predictions.jsonl").read_text().splitlines() for name in names]
+    for sample, *lines in zip(hicodet.load_split(out / "data", "test")[:count], *files):
+        image, panels = read_image(sample), {"ground truth": sample.hois}
+        for name, line in zip(names, lines):
+            panels[name] = [
+                hicodet.HOI(i["human"], i["object"], i["object_class"], tuple(i["verbs"]))
+                for i in json.loads(line)["instances"]
+            ]
+        drawn = [hicodet.draw_hois(image, hois, caption=name) for name, hois in panels.items()]
+        sheet = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)), "white")
+        for i, panel in enumerate(drawn):
+            sheet.paste(panel, (sum(p.width for p in drawn[:i]), 0))
+        sheet.save(out / "pictures" / f"{Path(sample.file_name).stem}.png")
+
+
+def main(config) -> None:
+    """Run the stage that a config is for."""
+    stages = {SFTConfig: train, GRPOConfig: train, PredictConfig: predict, DemoConfig: demo}
+    try:
+        stages[type(config)](config)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(CONFIG)

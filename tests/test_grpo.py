@@ -1,0 +1,348 @@
+"""grpo.py: Eqs. 2-5 by hand; group attention, log-probs and sampler against plain forwards."""
+
+import copy
+import math
+import secrets
+
+import pytest
+import torch
+
+import grpo
+from tests.toy import tiny_model
+
+CLIP = 0.2
+
+
+@pytest.fixture(scope="module")
+def seed():
+    value = secrets.randbits(31)
+    print(f"seed {value}")
+    return value
+
+
+@pytest.fixture(scope="module")
+def model(seed):
+    model = tiny_model(seed)
+    model.set_attn_implementation({"text_config": grpo.GROUP_ATTENTION, "vision_config": "sdpa"})
+    return model
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    """The same weights with the library's own attention."""
+    reference = copy.deepcopy(model)
+    reference.set_attn_implementation("sdpa")
+    return reference
+
+
+def text_ids(model, length, generator):
+    """Random ids of ordinary tokens: Qwen's special ones stand at the end of the vocabulary."""
+    special = min(model.config.image_token_id, model.config.vision_start_token_id, 300)
+    return torch.randint(special, (length,), generator=generator)
+
+
+def make_prompt(model, rows, columns, before, after, generator):
+    """A prompt with an image of rows x columns merged patches and random text around it."""
+    image = torch.full((rows * columns,), model.config.image_token_id)
+    ids = torch.cat(
+        [text_ids(model, before, generator), image, text_ids(model, after, generator)]
+    )
+    pixels = torch.randn(rows * columns * 4, 3 * 2 * 14 * 14, generator=generator)
+    return grpo.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
+
+
+@pytest.fixture(scope="module")
+def prompts(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, 3, 3, 5), (4, 2, 1, 9), (3, 3, 6, 2)]
+    return [make_prompt(model, *shape, generator) for shape in shapes]
+
+
+@pytest.fixture(scope="module")
+def completions(model, prompts, seed):
+    generator = torch.Generator().manual_seed(seed + 1)
+    lengths = [(4, 7, 1), (5,), (3, 3, 8)]
+    return [[text_ids(model, n, generator) for n in group] for group in lengths]
+
+
+def plain_logprobs(reference, prompt, completion, temperature=1.0, banned=None):
+    """log-probs of one completion by one ordinary forward over prompt + completion."""
+    ids = torch.cat([prompt.prompt_ids, completion])[None]
+    logits = reference(
+        input_ids=ids,
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+        mm_token_type_ids=(ids == reference.config.image_token_id).int(),
+        attention_mask=torch.ones_like(ids),
+    ).logits[0, len(prompt.prompt_ids) - 1 : -1]
+    if banned is not None:
+        logits = logits.masked_fill(banned, -torch.inf)
+    logprobs = torch.log_softmax(logits.float() / temperature, -1)
+    return logprobs[torch.arange(len(completion)), completion]
+
+
+# Eqs. 2-5, by hand
+
+
+def test_eq5_group_advantages():
+    # mean 2, squared deviations 1 + 0 + 1, sample variance 2 / 2 = 1; a population std would be 0.8165
+    advantages = grpo.group_advantages(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
+    assert advantages.tolist() == [[-1.0, 0.0, 1.0]]
+    # two rewards 0 and 1: std 0.70711, so -+ 0.5 / 0.70721
+    advantages = grpo.group_advantages(torch.tensor([[0.0, 1.0]]))
+    assert advantages[0].tolist() == pytest.approx([-0.70701, 0.70701], abs=1e-5)
+
+
+def test_eq5_equal_rewards_give_zeros_and_groups_stay_apart():
+    advantages = grpo.group_advantages(torch.tensor([[3.8, 3.8, 3.8], [0.0, 1.0, 2.0]]))
+    assert advantages[0].tolist() == [0.0, 0.0, 0.0]
+    assert advantages[1].tolist() == pytest.approx([-0.9999, 0.0, 0.9999])
+    with pytest.raises(ValueError, match="group size 1"):
+        grpo.group_advantages(torch.tensor([[1.0]]))
+
+
+def test_eq3_policy_ratio():
+    old = torch.log(torch.tensor([[0.5, 0.25]]))
+    new = torch.log(torch.tensor([[0.75, 0.125]]))
+    mask = torch.tensor([[True, True]])
+    # per token 0.75 / 0.5 and 0.125 / 0.25; whole output 1.5 * 0.5
+    assert grpo.policy_ratio(new, old, mask)[0].tolist() == pytest.approx([1.5, 0.5])
+    assert grpo.policy_ratio(new, old, mask, "sequence")[0].tolist() == pytest.approx([0.75, 0.75])
+    # a masked token takes no part, whatever it holds
+    mask = torch.tensor([[True, False]])
+    assert grpo.policy_ratio(new, old, mask, "sequence")[0].tolist() == pytest.approx([1.5, 1.0])
+    with pytest.raises(ValueError, match="tokens"):
+        grpo.policy_ratio(new, old, mask, "tokens")
+
+
+def test_eq4_clipped_ratio():
+    ratio = torch.tensor([0.5, 0.8, 1.0, 1.2, 1.5])
+    assert grpo.clipped_ratio(ratio, CLIP).tolist() == pytest.approx([0.8, 0.8, 1.0, 1.2, 1.2])
+
+
+def test_eq2_clipped_surrogate():
+    ratio = torch.tensor([[1.5, 0.5], [1.5, 0.5]])
+    # A = 2: min(3, 2.4), min(1, 1.6); A = -2: min(-3, -2.4), min(-1, -1.6)
+    surrogate = grpo.clipped_surrogate(ratio, torch.tensor([2.0, -2.0]), CLIP)
+    assert surrogate.flatten().tolist() == pytest.approx([2.4, 1.0, -3.0, -1.6])
+
+
+def test_eq2_kl_estimate():
+    # ref / theta = 0.5 / 0.25 = 2: 2 - ln 2 - 1 = 0.306853; equal policies: 0
+    new, ref = torch.tensor([0.25, 0.3]).log(), torch.tensor([0.5, 0.3]).log()
+    assert grpo.kl_estimate(new, ref).tolist() == pytest.approx([1 - math.log(2), 0.0])
+
+
+def test_eq2_grpo_objective():
+    old = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
+    new = torch.log(torch.tensor([[0.75, 0.25], [0.5, 0.9]]))
+    ref = torch.log(torch.tensor([[0.75, 0.5], [0.5, 0.1]]))
+    mask = torch.tensor([[True, True], [True, False]])
+    terms = grpo.grpo_objective(
+        new, old, ref, torch.tensor([1.0, -1.0]), mask, clip_eps=CLIP, kl_coef=0.1
+    )
+    # output 1, A = 1: ratios 1.5 -> 1.2 and 0.5; KL 0 and 2 - ln 2 - 1 = 0.306853
+    #   mean (1.2 + 0.5 - 0.1 * 0.306853) / 2 = 0.834657
+    # output 2, A = -1: ratio 1 -> -1; KL 0; the second token is padding
+    assert terms["objective"].tolist() == pytest.approx([0.834657, -1.0], abs=1e-6)
+    assert terms["kl"].tolist() == pytest.approx([0.306853 / 2, 0.0], abs=1e-6)
+    assert terms["clip_fraction"].tolist() == [0.5, 0.0]
+    # sequence ratio of output 1: 1.5 * 0.5 = 0.75 for both tokens, min(0.75, 0.8)
+    terms = grpo.grpo_objective(
+        new, old, None, torch.tensor([1.0, -1.0]), mask, clip_eps=CLIP, ratio="sequence"
+    )
+    assert terms["objective"].tolist() == pytest.approx([0.75, -1.0])
+
+
+def test_objective_gradient_by_hand_on_two_tokens():
+    """A policy over two tokens with one logit z: p = sigmoid(z), d log p / dz = 1 - p."""
+    z = torch.tensor(0.0, requires_grad=True)
+    logprob = torch.nn.functional.logsigmoid(z)[None, None]  # p = 0.5
+    ref = torch.tensor([[0.8]]).log()
+    terms = grpo.grpo_objective(
+        logprob,
+        logprob.detach(),
+        ref,
+        torch.tensor([2.0]),
+        torch.tensor([[True]]),
+        clip_eps=CLIP,
+        kl_coef=0.5,
+    )
+    (gradient,) = torch.autograd.grad(terms["objective"].sum(), z)
+    # ratio 1, d ratio / dz = 1 - p = 0.5, times A = 2: 1.0
+    # KL = r - ln r - 1 with r = 0.8 / p: dKL / dlogp = 1 - r = -0.6; times 0.5: -0.3; -0.5 * -0.3 = 0.15
+    assert gradient.item() == pytest.approx(1.15, abs=1e-6)
+
+
+def test_clip_stops_the_gradient_only_where_it_should():
+    logprobs = torch.log(torch.tensor([[0.9], [0.9], [0.1], [0.1]])).requires_grad_()
+    old = torch.full((4, 1), math.log(0.5))
+    advantages = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    mask = torch.ones(4, 1, dtype=torch.bool)
+    terms = grpo.grpo_objective(logprobs, old, None, advantages, mask, clip_eps=CLIP)
+    (gradient,) = torch.autograd.grad(terms["objective"].sum(), logprobs)
+    # ratio 1.8 with A > 0 and ratio 0.2 with A < 0 are clipped; the others keep A * ratio
+    assert gradient[:, 0].tolist() == pytest.approx([0.0, -1.8, 0.2, 0.0])
+    assert terms["clip_fraction"].tolist() == [1.0, 0.0, 0.0, 1.0]
+
+
+def test_padding_takes_no_part_in_objective_or_gradient():
+    logprobs = torch.randn(2, 3, requires_grad=True)
+    mask = grpo.mask_from_lengths(torch.tensor([3, 1]))
+    old, ref = torch.randn(2, 3), torch.randn(2, 3)
+    terms = grpo.grpo_objective(logprobs, old, ref, torch.tensor([1.0, 1.0]), mask)
+    (gradient,) = torch.autograd.grad(terms["objective"].sum(), logprobs)
+    assert gradient[1, 1:].tolist() == [0.0, 0.0]
+    assert grpo.completion_means(torch.ones(1, 2), torch.zeros(1, 2)).tolist() == [0.0]
+
+
+# The packed row
+
+
+def test_token_logprobs_equal_separate_forwards(model, reference, prompts, completions):
+    batch = grpo.pack(model, prompts, completions)
+    logprobs = grpo.token_logprobs(model, batch, temperature=0.7)
+    rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
+    for row, (prompt, completion) in zip(logprobs, rows, strict=True):
+        expected = plain_logprobs(reference, prompt, completion, temperature=0.7)
+        torch.testing.assert_close(row[: len(completion)], expected, atol=1e-5, rtol=1e-5)
+        assert row[len(completion) :].tolist() == [0.0] * (len(row) - len(completion))
+
+
+def test_gradients_equal_separate_forwards(model, reference, prompts, completions, monkeypatch):
+    """Every parameter's gradient, vision tower included, with the head in several chunks."""
+    monkeypatch.setattr(grpo, "HEAD_CHUNK", 4)
+    weights = torch.randn(7)
+    rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
+    model.zero_grad(), reference.zero_grad()
+    logprobs = grpo.token_logprobs(model, grpo.pack(model, prompts, completions))
+    (logprobs.sum(1) * weights).sum().backward()
+    for weight, (prompt, completion) in zip(weights, rows):
+        (plain_logprobs(reference, prompt, completion).sum() * weight).backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        scale = expected[name].grad.abs().max()
+        assert scale > 0, name
+        difference = (parameter.grad - expected[name].grad).abs().max()
+        assert difference < 1e-5 * max(scale, 1), (name, difference, scale)
+    model.zero_grad(), reference.zero_grad()
+
+
+def test_gradient_checkpointing_changes_nothing(model, prompts, completions):
+    batch = grpo.pack(model, prompts, completions)
+    gradients = []
+    checkpointed = copy.deepcopy(model).train()
+    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    for each in (copy.deepcopy(model), checkpointed):
+        grpo.token_logprobs(each, batch).sum().backward()
+        gradients.append([p.grad for p in each.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_banned_ids_leave_the_distribution(model, reference, prompts, completions):
+    banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
+    banned[300:] = True
+    batch = grpo.pack(model, prompts[:1], completions[:1])
+    logprobs = grpo.token_logprobs(model, batch, banned=banned)
+    expected = plain_logprobs(reference, prompts[0], completions[0][1], banned=banned)
+    torch.testing.assert_close(logprobs[1, : len(expected)], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_completion_does_not_see_its_siblings(model, prompts, completions):
+    alone = grpo.token_logprobs(model, grpo.pack(model, prompts[:1], [completions[0][:1]]))
+    changed = [[completions[0][0], completions[0][1].flip(0)]]
+    together = grpo.token_logprobs(model, grpo.pack(model, prompts[:1], changed))
+    torch.testing.assert_close(alone[0], together[0, : alone.shape[1]], atol=1e-6, rtol=1e-5)
+
+
+# The sampler
+
+
+def generate(reference, prompt, max_new_tokens, end_id):
+    """The library's own greedy decoding of one prompt."""
+    ids = prompt.prompt_ids[None]
+    output = reference.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+        mm_token_type_ids=(ids == reference.config.image_token_id).int(),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_id,
+        pad_token_id=0,
+    )
+    return output[0, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 64])
+def test_greedy_ids_equal_generate(model, reference, prompts, slots):
+    """Unequal prompts in one batch; the end token is one that the first prompt really reaches."""
+    end_id = int(generate(reference, prompts[0], 12, -1)[5])
+    rollout = grpo.sample(
+        model, prompts, group_size=1, max_new_tokens=12, end_id=end_id, temperature=0, slots=slots
+    )
+    for prompt, ids, finished in zip(prompts, rollout.completion_ids, rollout.finished, strict=True):
+        expected = generate(reference, prompt, 12, end_id)
+        assert ids.tolist() == expected.tolist()
+        assert bool(finished) == (expected[-1] == end_id)
+    assert rollout.finished[0] and len(rollout.completion_ids[0]) <= 6
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 0.6])
+def test_sampled_logprobs_equal_a_fresh_forward(model, reference, prompts, temperature):
+    banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
+    banned[300:] = True
+    rollout = grpo.sample(
+        model,
+        prompts,
+        group_size=3,
+        max_new_tokens=10,
+        end_id=7,
+        temperature=temperature,
+        banned=banned,
+        seeds=list(range(9)),
+        slots=2,
+    )
+    for row, (ids, logprobs) in enumerate(zip(rollout.completion_ids, rollout.logprobs)):
+        expected = plain_logprobs(reference, prompts[row // 3], ids, temperature or 1.0, banned)
+        torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
+        assert ids.max() < 300
+    distinct = {tuple(ids.tolist()) for ids in rollout.completion_ids[:3]}
+    assert len(distinct) == (1 if temperature == 0 else 3)
+
+
+def test_a_sample_depends_on_its_seed_alone(model, prompts):
+    options = {"max_new_tokens": 10, "end_id": 7}
+    seeds = [11, 12, 13, 14, 15, 16]
+    together = grpo.sample(model, prompts, group_size=2, seeds=seeds, **options)
+    few_slots = grpo.sample(model, prompts, group_size=2, seeds=seeds, slots=1, **options)
+    alone = grpo.sample(model, prompts[1:2], group_size=2, seeds=[13, 14], **options)
+    for row in range(6):
+        assert together.completion_ids[row].tolist() == few_slots.completion_ids[row].tolist()
+    for row in range(2):
+        assert together.completion_ids[2 + row].tolist() == alone.completion_ids[row].tolist()
+    with pytest.raises(ValueError, match="seeds"):
+        grpo.sample(model, prompts, group_size=2, seeds=seeds[:5], **options)
+
+
+def test_first_token_follows_the_exact_softmax():
+    """20,000 draws against softmax(logits / T): no top-k, no top-p, no other temperature."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0, 0.5])
+    banned = torch.tensor([False, False, False, False, False, True])
+    draws = 20_000
+    uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(3))
+    ids, logprobs = grpo.draw_tokens(logits.expand(draws, -1), 2.0, uniforms, banned)
+    expected = torch.softmax(logits[:5] / 2.0, 0)
+    observed = torch.bincount(ids, minlength=6)[:5] / draws
+    # five standard errors of a share
+    assert (observed - expected).abs().max() < 5 * 0.5 / math.sqrt(draws)
+    assert observed.sum() == 1
+    torch.testing.assert_close(logprobs, expected.log()[ids])
+
+
+def test_draw_tokens_never_draws_what_is_banned_at_the_ends():
+    banned = torch.tensor([True, False, True])
+    uniforms = torch.tensor([0.0, 1 - 2**-24])
+    ids, _ = grpo.draw_tokens(torch.zeros(2, 3), 1.0, uniforms, banned)
+    assert ids.tolist() == [1, 1]
