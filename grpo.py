@@ -1,42 +1,42 @@
-"""Group Relative Policy Optimization for Qwen2.5-VL: Sec. 3.3, Eqs. 2-5, and everything tensor below it.
+"""Group Relative Policy Optimization for Qwen2.5-VL: Sec. 3.3, Eqs. 2-5 and their tensors.
 
-Axes: P prompts, G completions per prompt, B = P * G completions, S prompt length, C completion length,
-L length of a packed row, N completion tokens in it, V vocabulary; H heads, K key-value heads, D head size.
+Axes: P prompts, G completions per prompt, B = P * G completions, S prompt length, C completion
+length, L length of a packed row, N completion tokens in it, V vocabulary; H heads, K key-value
+heads, D head size.
 
-The G completions of a group share their prompt, and causal attention makes the prompt's hidden states
-independent of what follows. One idea therefore serves sampling and update alike, *group attention*: a
+The G completions of a group share their prompt, and causal attention makes the prompt's hidden
+states independent of what follows. One idea serves sampling and update alike, *group attention*: a
 completion attends to its group's prompt and to itself.
 
-- Update: one flat row `[prompt_1 | o_11 .. o_1G | prompt_2 | ...]` without padding (`pack`, `token_logprobs`).
-- Sampling: a prompt is prefilled once, its keys and values are kept once (`GroupCache`, `sample`).
+- Update: one flat row `[prompt_1 | o_11 .. o_1G | prompt_2 | ...]`, no padding (`token_logprobs`).
+- Sampling: a prompt is prefilled once, its keys and values are kept once (`sample`).
 
-Both reach the library's Qwen2.5-VL through one attention function registered under the name
-`GROUP_ATTENTION`; load the model with `attn_implementation={"text_config": GROUP_ATTENTION,
-"vision_config": "sdpa"}`.
+Both reach the library's Qwen2.5-VL through one attention function registered as GROUP_ATTENTION;
+load the model with attn_implementation={"text_config": GROUP_ATTENTION, "vision_config": "sdpa"}.
 
 Departures from the paper, or readings of it:
 
-1. Eqs. 2-4 use one ratio per token, averaged over the completion and then over the group, as GRPO [21] does;
-   `ratio="sequence"` is the ratio of whole outputs, as printed.
+1. Eqs. 2-4 use a ratio per token, averaged over the completion and then over the group, as GRPO
+   [21] does; `ratio="sequence"` is the ratio of whole outputs, as printed.
 2. Eq. 5 divides by the sample standard deviation plus 1e-4.
 3. The KL divergence is the estimator of [21]: ref/theta - log(ref/theta) - 1, per token.
-4. With one update per batch pi_old's log-probs are pi_theta's own, detached; what the sampler reported is
-   logged against them, never used in the loss.
+4. At the first update on a batch pi_old's log-probs are pi_theta's own, detached; what the sampler
+   reported is logged against them and never used in the loss.
 """
 
 from collections import deque
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 GROUP_ATTENTION = "group_attention"
-HEAD_CHUNK = 1024  # completion tokens whose logits exist at one time: 0.6 GB in fp32 with V = 151,936
+HEAD_CHUNK = 1024  # completion tokens whose logits exist at a time: 0.6 GB with V = 151,936
 
 
 # Eqs. 2-5: the objective
@@ -49,7 +49,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     Uses the sample std (divide by G - 1), plus eps. Raises ValueError if G < 2.
     """
     if rewards.shape[1] < 2:
-        raise ValueError(f"group size {rewards.shape[1]}: Eq. 5 needs at least 2 completions per prompt")
+        raise ValueError(f"group size {rewards.shape[1]}: Eq. 5 needs at least 2 completions")
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + eps)
 
@@ -111,9 +111,9 @@ def grpo_objective(
 ) -> dict[str, Tensor]:
     """What each output adds to the GRPO objective (Eq. 2), before the mean over outputs.
 
-    logprobs, old_logprobs, ref_logprobs, completion_mask: (B, C); ref_logprobs None means no KL term.
+    logprobs, old_logprobs, ref_logprobs, completion_mask: (B, C); without ref_logprobs no KL term.
     advantages: (B,). Returns (B,) tensors: "objective" (to be maximised, carries the gradient), and
-    detached for the log "kl" and "clip_fraction", the share of tokens where the clip took the gradient.
+    for the log "kl" and "clip_fraction", the share of tokens where the clip took the gradient.
     """
     s_1 = policy_ratio(logprobs, old_logprobs, completion_mask, ratio)
     surrogate = clipped_surrogate(s_1, advantages, clip_eps)
@@ -140,7 +140,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class GroupLayout:
-    """Who sees whom in a packed row: the lengths of each prompt and of the completions behind it."""
+    """Who sees whom in a packed row: lengths of the prompts and of the completions behind each."""
 
     prompt_lengths: tuple[int, ...]
     completion_lengths: tuple[tuple[int, ...], ...]
@@ -148,37 +148,32 @@ class GroupLayout:
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Group attention over the row. q: (1, H, L, D); k, v: (1, K, L, D). Returns (1, H, L, D).
 
-        Two calls a group, and no mask over (L, L): the baseline of G separate rows takes 2.6 times as long
-        (`python -m tests.bench update`).
+        Two calls a group, and no mask over (L, L).
         """
         sizes = [s + sum(c) for s, c in zip(self.prompt_lengths, self.completion_lengths)]
-        blocks = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
-        layout = zip(self.prompt_lengths, self.completion_lengths)
-        outputs = [_attend_group(*qkv, *lengths, scaling) for qkv, lengths in zip(blocks, layout)]
-        return torch.cat(outputs, dim=2)
+        groups = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
+        lengths = zip(self.prompt_lengths, self.completion_lengths)
+        return torch.cat([_attend_group(*g, *n, scaling) for g, n in zip(groups, lengths)], dim=2)
 
 
 def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
-    """Attention of one group, (1, heads, S + C_1 + .. + C_G, D): the prompt causal, completions over both."""
-    gqa = q.shape[1] != k.shape[1]
-    if len(completion_lengths) <= 1:  # a prompt alone or with one completion is plain causal attention
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
+    """One group, (1, heads, S + C_1 + .. + C_G, D): the prompt causal, completions over both."""
+
+    def attend(q, k, v, **mask):
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=gqa, **mask)
+
+    if len(completion_lengths) <= 1:  # with one completion or none the group is an ordinary row
+        return attend(q, k, v, is_causal=True)
     lengths = [prompt_length, *completion_lengths]
-    (q_prompt, *q_own), (k_prompt, *k_own), (v_prompt, *v_own) = (x[0].split(lengths, dim=1) for x in (q, k, v))
-    prompt = F.scaled_dot_product_attention(
-        q_prompt[None], k_prompt[None], v_prompt[None], is_causal=True, scale=scaling, enable_gqa=gqa
-    )
-    q_own, k_own, v_own = (_stack_padded(x) for x in (q_own, k_own, v_own))  # (G, heads, C, D)
-    # padding stands at the end, so "lower right" causal hides it: query i sees the S + i + 1 first keys
-    own = F.scaled_dot_product_attention(
-        q_own,
-        torch.cat([k_prompt.expand(len(k_own), -1, -1, -1), k_own], dim=2),
-        torch.cat([v_prompt.expand(len(v_own), -1, -1, -1), v_own], dim=2),
-        attn_mask=causal_lower_right(q_own.shape[2], prompt_length + q_own.shape[2]),
-        scale=scaling,
-        enable_gqa=gqa,
-    )
-    return torch.cat([prompt[0], *(o[:, :n] for o, n in zip(own, completion_lengths))], dim=1)[None]
+    (q_prompt, *q), (k_prompt, *k), (v_prompt, *v) = (x[0].split(lengths, dim=1) for x in (q, k, v))
+    prompt = attend(q_prompt[None], k_prompt[None], v_prompt[None], is_causal=True)[0]
+    q, k, v = _stack_padded(q), _stack_padded(k), _stack_padded(v)  # (G, heads, C, D)
+    k = torch.cat([k_prompt.expand(len(k), -1, -1, -1), k], dim=2)
+    v = torch.cat([v_prompt.expand(len(v), -1, -1, -1), v], dim=2)
+    # token i of a completion sees the first S + i + 1 keys, so the padding behind them stays unseen
+    own = attend(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
+    return torch.cat([prompt, *(o[:, :n] for o, n in zip(own, completion_lengths))], dim=1)[None]
 
 
 def _stack_padded(rows: list[Tensor]) -> Tensor:
@@ -188,12 +183,11 @@ def _stack_padded(rows: list[Tensor]) -> Tensor:
 
 
 def _group_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The library's attention call. `attention_mask` arrives as given to the model: one of our layouts.
+    """The library's attention call; `attention_mask` is the layout that the model was given.
 
-    kwargs: the library passes every attention function further names; none of them concerns this one.
+    kwargs: the library passes every attention function further names; none concerns this one.
     """
-    output = attention_mask.attend(module, query, key, value, scaling)
-    return output.transpose(1, 2), None
+    return attention_mask.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
 AttentionInterface.register(GROUP_ATTENTION, _group_attention)
@@ -223,39 +217,35 @@ def prompt_positions(model: nn.Module, prompt: Prompt) -> Tensor:
 def pack(model: nn.Module, prompts: list[Prompt], completions: list[list[Tensor]]) -> PackedBatch:
     """Lay P prompts, each with its completions (1-D id tensors), in one flat row.
 
-    Every completion's positions restart at max(prompt position) + 1, as if it alone followed the prompt.
+    Every completion's positions restart at max(prompt position) + 1, as if it alone followed.
     """
-    ids, positions, sources = [], [], []
+    ids, positions, sources = [], [], [torch.zeros(0, dtype=torch.long)]
     start = 0
     for prompt, group in zip(prompts, completions, strict=True):
-        prompt_place = prompt_positions(model, prompt)
+        at_prompt = prompt_positions(model, prompt)
         ids.append(prompt.prompt_ids)
-        positions.append(prompt_place)
-        last = start + len(prompt.prompt_ids) - 1
-        start = last + 1
+        positions.append(at_prompt)
+        start += len(prompt.prompt_ids)
+        last = start - 1
         for completion in group:
             steps = torch.arange(len(completion))
-            ids.append(completion.cpu())
-            positions.append((prompt_place.max() + 1 + steps).expand(3, -1))
+            ids.append(completion)
+            positions.append((at_prompt.max() + 1 + steps).expand(3, -1))
             # token 0 is predicted by the prompt's last state, token t by the state of token t - 1
             sources.append(torch.where(steps == 0, last, start + steps - 1))
             start += len(completion)
     flat = [completion for group in completions for completion in group]
-    lengths = torch.tensor([len(completion) for completion in flat], dtype=torch.long)
-    empty = torch.zeros(0, dtype=torch.long)
+    lengths = tuple(tuple(len(completion) for completion in group) for group in completions)
     device = model.device
     return PackedBatch(
         input_ids=torch.cat(ids)[None].to(device),
-        position_ids=torch.cat(positions, 1)[:, None].to(device),
+        position_ids=torch.cat(positions, dim=1)[:, None].to(device),
         pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(device),
         image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]).to(device),
-        layout=GroupLayout(
-            tuple(len(prompt.prompt_ids) for prompt in prompts),
-            tuple(tuple(len(completion) for completion in group) for group in completions),
-        ),
-        predicted_from=torch.cat([empty, *sources]).to(device),
-        completion_ids=torch.cat([empty, *(completion.cpu() for completion in flat)]).to(device),
-        completion_mask=mask_from_lengths(lengths).to(device),
+        layout=GroupLayout(tuple(len(prompt.prompt_ids) for prompt in prompts), lengths),
+        predicted_from=torch.cat(sources).to(device),
+        completion_ids=torch.cat([sources[0], *flat]).to(device),
+        completion_mask=mask_from_lengths(torch.tensor(sum(lengths, ()))).to(device),
     )
 
 
@@ -268,7 +258,7 @@ def mask_from_lengths(lengths: Tensor) -> Tensor:
 def token_logprobs(
     model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0, banned: Tensor | None = None
 ) -> Tensor:
-    """log pi_theta of every completion token given image, prompt and the tokens before it (Eqs. 1-4).
+    """log pi_theta of each completion token given image, prompt and tokens before it (Eqs. 1-4).
 
     temperature and banned ((V,) bool or None) must be those the tokens were sampled with.
     Returns (B, C) fp32 with gradient, zeros behind each completion's end.
@@ -311,15 +301,15 @@ class Rollout:
     """B sampled completions in the order of their prompts, G rows a prompt (CPU tensors)."""
 
     completion_ids: list[Tensor]  # B of (length,), the closing end-of-turn token included
-    logprobs: list[Tensor]  # B of (length,) fp32, of what was sampled, at the temperature it was sampled with
+    logprobs: list[Tensor]  # B of (length,) fp32, of what was sampled, at its temperature
     finished: Tensor  # (B,) bool: ended by itself, not cut at max_new_tokens
 
 
 class GroupCache:
     """Keys and values of `slots` groups: each prompt's once, and each of its G rows' own.
 
-    A slot holds a prompt and its G rows. Rows have lengths of their own, so a slot whose rows have all
-    finished can take the next prompt while the others go on.
+    A slot holds a prompt and its G rows. Rows have lengths of their own, so a slot whose rows have
+    all finished can take the next prompt while the others go on.
     """
 
     def __init__(self, model, slots: int, group_size: int, prompt_room: int, completion_room: int):
@@ -347,10 +337,10 @@ class GroupCache:
             setattr(self, name, getattr(self, name)[slots])
 
     def begin_step(self) -> None:
-        """Room for one more token a row, and the places each row may look at, once for all layers."""
+        """Room for one more token a row, and which places a row must not see, for all layers."""
         self.room = int(self.own_lengths.max()) + 1
         places = torch.arange(self.room, device=self.own_lengths.device)
-        self.own_hidden = (places > self.own_lengths[..., None])[:, None, :, None]  # (slots, 1, G, 1, room)
+        self.own_hidden = (places > self.own_lengths[..., None])[:, None, :, None]
         places = torch.arange(self.prompt_keys[0].shape[2], device=places.device)
         self.prompt_hidden = (places >= self.prompt_lengths[:, None])[:, None, None, None]
 
@@ -359,7 +349,7 @@ class GroupCache:
         self.own_lengths = (self.own_lengths + 1).clamp(max=self.own_keys[0].shape[3] - 1)
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """Called by the library for each layer with the new token's (1, K, B, D): write it to its row."""
+        """The library's call in each layer: write the new token's (1, K, B, D) to its row."""
         place = self.own_lengths[..., None, None, None]
         for buffer, new in ((self.own_keys, key), (self.own_values, value)):
             new = new[0].transpose(0, 1).unflatten(0, (-1, self.group_size))[..., None, :]
@@ -370,30 +360,22 @@ class GroupCache:
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Group attention of one new token a row, one softmax over prompt and own tokens.
 
-        q: (1, H, B, D). Returns (1, H, B, D). The prompt's keys are read once for the G rows together;
-        copying them to each row first takes 1.4 times `generate()`'s speed down to its own.
+        q: (1, H, B, D). Returns (1, H, B, D). A prompt's keys are read once for its G rows.
         """
-        layer, groups = module.layer_idx, self.group_size
-        heads = self.prompt_keys[layer].shape[1]
-        slots = q.shape[2] // groups
-        # (slots, K, G, heads a key-value head serves, D)
-        q = (q[0] * scaling).view(heads, -1, slots, groups, q.shape[3]).permute(2, 0, 3, 1, 4)
-        own_keys, own_values = (
-            buffer[layer][:, :, :, : self.room].transpose(1, 2) for buffer in (self.own_keys, self.own_values)
-        )  # (slots, K, G, room, D)
-        prompt_scores = (q.flatten(2, 3) @ self.prompt_keys[layer].mT).unflatten(2, q.shape[2:4])
-        scores = torch.cat(
-            [
-                prompt_scores.masked_fill(self.prompt_hidden, -torch.inf),
-                (q @ own_keys.mT).masked_fill(self.own_hidden, -torch.inf),
-            ],
-            dim=-1,
-        )
-        weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)
-        on_prompt, on_own = weights.split([weights.shape[-1] - self.room, self.room], dim=-1)
+        layer, heads = module.layer_idx, self.prompt_keys[0].shape[1]
+        # (slots, K, G, heads that a key-value head serves, D)
+        q = (q[0] * scaling).view(heads, -1, len(self.own_lengths), self.group_size, q.shape[3])
+        q = q.permute(2, 0, 3, 1, 4)
+        own_keys = self.own_keys[layer][:, :, :, : self.room].transpose(1, 2)
+        own_values = self.own_values[layer][:, :, :, : self.room].transpose(1, 2)
+        on_prompt = (q.flatten(2, 3) @ self.prompt_keys[layer].mT).unflatten(2, q.shape[2:4])
+        on_prompt = on_prompt.masked_fill(self.prompt_hidden, -torch.inf)
+        on_own = (q @ own_keys.mT).masked_fill(self.own_hidden, -torch.inf)
+        weights = torch.softmax(torch.cat([on_prompt, on_own], dim=-1).float(), dim=-1).to(q.dtype)
+        on_prompt, on_own = weights.split([on_prompt.shape[-1], self.room], dim=-1)
         output = (on_prompt.flatten(2, 3) @ self.prompt_values[layer]).unflatten(2, q.shape[2:4])
         output = output + on_own @ own_values
-        return output.permute(1, 3, 0, 2, 4).reshape(1, -1, slots * groups, q.shape[4])
+        return output.permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
 
 
 class _Prefill:
@@ -410,12 +392,12 @@ class _Prefill:
 
 
 def draw_tokens(
-    logits: Tensor, temperature: float, uniforms: Tensor | None, banned: Tensor | None
+    logits: Tensor, *, temperature: float, uniforms: Tensor | None, banned: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Sample one token a row from softmax(logits / temperature), exactly; temperature 0 is greedy.
 
-    logits: (B, V). uniforms: (B,) in [0, 1), the only randomness (None when greedy). banned: (V,) bool.
-    Returns ids (B,) and their fp32 log-probs (B,), at this temperature (greedy: at 1).
+    logits: (B, V). uniforms: (B,) in [0, 1), the only randomness (None when greedy). banned: (V,)
+    bool. Returns ids (B,) and their fp32 log-probs (B,) at this temperature (greedy: at 1).
     """
     logits = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
@@ -432,78 +414,82 @@ def draw_tokens(
 class _Sampling:
     """The rows under way in the slots of a GroupCache, and what they have produced."""
 
-    def __init__(self, model, prompts, group_size, max_new_tokens, end_id, temperature, banned, seeds, slots):
+    def __init__(self, model, prompts, group_size, max_new_tokens, end_id, slots, draw, seeds):
         self.model, self.prompts, self.group_size = model, prompts, group_size
         self.max_new_tokens, self.end_id = max_new_tokens, end_id
-        self.temperature, self.banned, self.seeds = temperature, banned, seeds
-        self.owner: list[int | None] = [None] * slots  # the prompt in each slot
+        self.draw, self.seeds = draw, seeds
         longest = max(len(prompt.prompt_ids) for prompt in prompts)
         self.cache = GroupCache(model, slots, group_size, longest, max_new_tokens)
+        self.owner: list[int | None] = [None] * slots  # the prompt in each slot
         rows = len(prompts) * group_size
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(rows)]
-        self.done = [False] * rows
-        self.finished = [False] * rows
         self.uniforms: dict[int, Tensor] = {}
+
+    def slots(self, busy: bool) -> list[int]:
+        """The slots that hold a prompt, or those that are free."""
+        return [slot for slot, owner in enumerate(self.owner) if (owner is not None) == busy]
 
     def rows(self, slot: int) -> range:
         """The completions of the prompt in a slot."""
         return range(self.owner[slot] * self.group_size, (self.owner[slot] + 1) * self.group_size)
 
+    def finished(self, row: int) -> bool:
+        """Whether a row has drawn the end token."""
+        return self.ids[row][-1:] == [self.end_id]
+
+    def done(self, row: int) -> bool:
+        """Whether a row has ended or is full."""
+        return self.finished(row) or len(self.ids[row]) == self.max_new_tokens
+
     def admit(self, slots: list[int], prompts: list[int]) -> None:
         """Prefill prompts into free slots and draw the first token of each of their rows."""
         for slot, prompt in zip(slots, prompts, strict=True):
             self.owner[slot] = prompt
-        batch = pack(self.model, [self.prompts[p] for p in prompts], [[] for _ in prompts])
+        batch = pack(self.model, [self.prompts[p] for p in prompts], [[]] * len(prompts))
         cache, lengths = self.cache, batch.layout.prompt_lengths
         hidden = _hidden_states(self.model, batch, _Prefill(cache, slots, lengths))
         cache.prompt_lengths[slots] = torch.tensor(lengths, device=hidden.device)
-        last_positions = [positions.max() for positions in batch.position_ids.split(lengths, dim=2)]
-        cache.next_positions[slots] = torch.stack(last_positions) + 1
+        last = [positions.max() for positions in batch.position_ids.split(lengths, dim=2)]
+        cache.next_positions[slots] = torch.stack(last) + 1
         cache.own_lengths[slots] = 0
-        ends = torch.tensor(lengths).cumsum(0) - 1
-        logits = self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0)
-        self.take(slots, logits)
+        logits = self.model.lm_head(hidden[torch.tensor(lengths).cumsum(0) - 1])
+        self.take(slots, logits.repeat_interleave(self.group_size, 0))
 
     def step(self) -> None:
-        """Feed the last token of every row and draw the next one."""
-        last = [
-            [self.ids[row][-1] for row in self.rows(slot)] if owner is not None else [0] * self.group_size
-            for slot, owner in enumerate(self.owner)
-        ]
+        """Feed the last token of every row and draw the next one; free slots run along unread."""
+        last = torch.zeros(len(self.owner), self.group_size, dtype=torch.long)
+        for slot in self.slots(busy=True):
+            last[slot] = torch.tensor([self.ids[row][-1] for row in self.rows(slot)])
         cache = self.cache
         cache.begin_step()
-        positions = (cache.next_positions[:, None] + cache.own_lengths).view(1, 1, -1).expand(3, -1, -1)
+        positions = (cache.next_positions[:, None] + cache.own_lengths).view(1, 1, -1)
         hidden = self.model.model.language_model(
-            inputs_embeds=self.model.get_input_embeddings()(
-                torch.tensor(last, device=self.model.device).view(1, -1)
-            ),
-            position_ids=positions,
+            inputs_embeds=self.model.get_input_embeddings()(last.view(1, -1).to(self.model.device)),
+            position_ids=positions.expand(3, -1, -1),
             attention_mask={"full_attention": cache},
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[0]
         cache.end_step()
-        busy = [slot for slot, owner in enumerate(self.owner) if owner is not None]
-        self.take(busy, self.model.lm_head(hidden).unflatten(0, (-1, self.group_size))[busy].flatten(0, 1))
+        logits = self.model.lm_head(hidden).unflatten(0, (-1, self.group_size))
+        self.take(self.slots(busy=True), logits[self.slots(busy=True)].flatten(0, 1))
 
     def take(self, slots: list[int], logits: Tensor) -> None:
         """Draw a token for each row of the slots and free the slots in which every row is done."""
         rows = [row for slot in slots for row in self.rows(slot)]
-        uniforms = self.next_uniforms(rows) if self.temperature else None
-        ids, logprobs = draw_tokens(logits, self.temperature, uniforms, self.banned)
+        uniforms = self.next_uniforms(rows) if self.seeds is not None else None
+        ids, logprobs = self.draw(logits, uniforms=uniforms)
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist()):
-            if not self.done[row]:
+            if not self.done(row):
                 self.ids[row].append(token)
                 self.logprobs[row].append(logprob)
-                self.finished[row] = token == self.end_id
-                self.done[row] = self.finished[row] or len(self.ids[row]) == self.max_new_tokens
         for slot in slots:
-            if all(self.done[row] for row in self.rows(slot)):
+            if all(self.done(row) for row in self.rows(slot)):
                 self.owner[slot] = None
 
     def next_uniforms(self, rows: list[int]) -> Tensor:
-        """The random numbers of a row come from its own seed, whatever its neighbours, slot or device."""
+        """A row's random numbers come from its own seed, whatever its neighbours and slot."""
         for row in rows:
             if row not in self.uniforms:
                 generator = torch.Generator().manual_seed(self.seeds[row])
@@ -526,34 +512,32 @@ def sample(
     seeds: list[int] | None = None,
     slots: int = 64,
 ) -> Rollout:
-    """Sample G completions of every prompt from softmax(logits / temperature), nothing cut off or renormalised.
+    """Sample G completions of every prompt from softmax(logits / temperature), not cut in any way.
 
-    seeds: one a completion (P * G), or None when temperature is 0 (greedy). banned: (V,) bool, ids never drawn.
-    slots: groups held at a time; when all rows of a group are done, its slot goes to the next prompt.
-    The model must be in eval mode. A completion ends with end_id or at max_new_tokens.
+    seeds: one for each of the P * G completions; None for greedy decoding, temperature 0. banned:
+    (V,) bool, ids never drawn. slots: groups held at a time; when all rows of a group are done, its
+    slot goes to the next prompt. A completion ends with end_id or at max_new_tokens. The model must
+    be in eval mode. Raises ValueError if seeds and temperature do not fit.
     """
-    if temperature and (seeds is None or len(seeds) != len(prompts) * group_size):
-        raise ValueError(f"sampling {len(prompts)} x {group_size} completions needs as many seeds")
+    count = len(prompts) * group_size
+    if (temperature == 0) != (seeds is None) or (seeds is not None and len(seeds) != count):
+        raise ValueError(f"sampling {count} completions needs as many seeds, greedy decoding none")
+    draw = partial(draw_tokens, temperature=temperature, banned=banned)
     slots = min(slots, len(prompts))
-    state = _Sampling(
-        model, prompts, group_size, max_new_tokens, end_id, temperature, banned, seeds, slots
-    )
+    state = _Sampling(model, prompts, group_size, max_new_tokens, end_id, slots, draw, seeds)
     waiting = deque(range(len(prompts)))
-    while waiting or any(owner is not None for owner in state.owner):
-        free = [slot for slot, owner in enumerate(state.owner) if owner is None]
-        busy = len(state.owner) - len(free)
+    while waiting or state.slots(busy=True):
+        free, busy = state.slots(busy=False), state.slots(busy=True)
         if waiting and len(free) * 4 >= len(state.owner):  # prefill several prompts at a time
             taken = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
             state.admit(free[: len(taken)], taken)
-        elif not waiting and busy * 2 <= len(state.owner):
-            kept = [slot for slot, owner in enumerate(state.owner) if owner is not None]
-            state.owner = [state.owner[slot] for slot in kept]
-            state.cache.keep(kept)
-            state.step()
-        else:
-            state.step()
+            continue
+        if not waiting and len(busy) * 2 <= len(state.owner):  # rows that are done leave the batch
+            state.owner = [state.owner[slot] for slot in busy]
+            state.cache.keep(busy)
+        state.step()
     return Rollout(
         completion_ids=[torch.tensor(ids) for ids in state.ids],
         logprobs=[torch.tensor(logprobs) for logprobs in state.logprobs],
-        finished=torch.tensor(state.finished),
+        finished=torch.tensor([state.finished(row) for row in range(len(state.ids))]),
     )

@@ -1,4 +1,4 @@
-"""HOI-R1: supervised fine-tuning, then GRPO with HOI rewards, then prediction (Secs. 3.2, 3.3, 4.2).
+"""HOI-R1: supervised fine-tuning, GRPO with HOI rewards, prediction (Secs. 3.2, 3.3, 4.2).
 
     torchrun --nproc_per_node 8 hoi_r1.py sft --model Qwen/Qwen2.5-VL-3B-Instruct \\
         --data hico_20160224_det --traces traces.jsonl --out runs/sft
@@ -7,9 +7,9 @@
     python evaluate.py runs/test/predictions.jsonl --data hico_20160224_det
     python hoi_r1.py demo            # all of it on a drawn data set, on a laptop
 
-Plain `python` runs one process. Three policies: pi_theta in fp32, sharded over the ranks by FSDP2 and
-computing in bf16 on a GPU; pi_old, a replica on every rank in the dtype of computation, which samples
-and is refreshed after each optimizer step; pi_ref, frozen, only where kl_coef > 0.
+Plain `python` runs one process. Three policies: pi_theta in fp32, sharded over the ranks by FSDP2
+and computing in bf16 on a GPU; pi_old, a replica on every rank in the dtype of computation, which
+samples and is refreshed after each batch; pi_ref, frozen, only where --kl-coef is above 0.
 
 Data order and sampling seeds are pure functions of (seed, step, place in the batch), and losses are
 divided by counts over all ranks and micro-batches: world size and `--resume` do not change the run.
@@ -51,7 +51,7 @@ class RunConfig:
     seed: int = option(0, "of data order and sampling")
     thinking: bool = option(True, "prompt with the Thinking Process (Table 2)")
     task_description: bool = option(True, "prompt with the valid classes (Table 2)")
-    workers: int = option(2, "processes a rank that read and resize images; 0: none beside the rank's")
+    workers: int = option(2, "processes of a rank that read and resize images; 0: the rank itself")
     dry_run: bool = option(False, "print the first sample as the model would see it, and stop")
 
 
@@ -65,8 +65,8 @@ class TrainConfig(RunConfig):
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
     epochs: int = option(1, "passes over the training images")
-    tokens_per_microbatch: int = option(16384, "tokens of one forward and backward; less takes less memory")
-    gradient_checkpointing: bool = option(True, "recompute activations in backward: less memory, slower")
+    tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory")
+    gradient_checkpointing: bool = option(True, "slower, takes far less memory")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model")
     resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_every: int = option(0, "steps between evaluations on held-out images; 0: none")
@@ -90,18 +90,18 @@ class SFTConfig(TrainConfig):
 class GRPOConfig(TrainConfig):
     """Reinforcement learning (Sec. 3.3)."""
 
-    batch_size: int = option(16, "images of one batch, over all ranks; each has group-size completions")
+    batch_size: int = option(16, "images of one batch, over all ranks, each with G completions")
     max_steps: int = option(40, "batches; 0: as many as the epochs have")
     group_size: int = option(4, "completions of an image, G")
     updates_per_batch: int = option(1, "optimizer steps on the same completions")
-    kl_coef: float = option(0.04, "weight of the KL divergence from the first policy, beta; 0: no pi_ref")
+    kl_coef: float = option(0.04, "weight of the KL divergence from pi_ref, beta; 0: no pi_ref")
     clip_eps: float = option(0.2, "clip range of the ratio, epsilon")
-    ratio: typing.Literal["token", "sequence"] = option("token", "Eqs. 3-4 per token, or on whole outputs")
+    ratio: typing.Literal["token", "sequence"] = option("token", "Eqs. 3-4 on tokens or outputs")
     temperature: float = option(1.0, "of sampling and of the policies' log-probs")
     max_new_tokens: int = option(1024, "longest completion")
     slots: int = option(64, "groups that are sampled at a time on a rank")
-    duplicate_rule: typing.Literal["printed", "pair"] = option("printed", "what Eq. 7 calls a duplicate")
-    without: tuple[typing.Literal["label", "iou"], ...] = option((), "rewards to leave out (Table 3)")
+    duplicate_rule: typing.Literal["printed", "pair"] = option("printed", "duplicates in Eq. 7")
+    without: tuple[typing.Literal["label", "iou"], ...] = option((), "rewards left out (Table 3)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,10 @@ class DemoConfig:
 
     out: str = option("runs/demo", "folder for all that the demo writes")
     seed: int = option(0, "of the drawings, the first weights, data order and sampling")
+    train_images: int = option(4000, "drawn training images")
+    test_images: int = option(500, "drawn held-out images")
+    sft_steps: int = option(650, "steps of SFT")
+    grpo_steps: int = option(150, "steps of GRPO")
 
 
 STAGES = {"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig}
@@ -167,7 +171,7 @@ def parse_config(argv: list[str] | None = None):
 
 
 if __name__ == "__main__":
-    CONFIG = parse_config()  # --help and typos are answered before the seconds that torch takes to load
+    CONFIG = parse_config()  # answers --help and typos before the seconds that torch takes to load
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
@@ -190,8 +194,11 @@ from transformers import (  # noqa: E402
     AutoTokenizer,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.utils import logging  # noqa: E402
 
 import grpo  # noqa: E402
+
+logging.disable_progress_bar()  # of the library's loading and saving
 
 END_OF_TURN = "<|im_end|>"
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite loss or gradient before a run stops
@@ -268,7 +275,7 @@ class Examples(torch.utils.data.Dataset):
     answer alone.
     """
 
-    def __init__(self, config: RunConfig, samples: list[hicodet.Sample], thinks: dict | None = None):
+    def __init__(self, config: RunConfig, samples: list, thinks: dict | None = None):
         self.samples, self.thinks, self.thinking = samples, thinks, config.thinking
         self.tokenizer = AutoTokenizer.from_pretrained(config.model)
         self.processor = AutoImageProcessor.from_pretrained(config.model, backend="pil")
@@ -341,7 +348,7 @@ def in_model_frame(hoi: hicodet.HOI, sample: hicodet.Sample, model_size) -> hico
 
 
 def read_image(sample: hicodet.Sample) -> Image.Image:
-    """The sample's image as RGB. Raises ValueError naming the file if it is cut or of another size."""
+    """The image as RGB. Raises ValueError naming the file if it is cut or of another size."""
     try:
         with Image.open(sample.path) as file:
             image = file.convert("RGB")
@@ -433,7 +440,7 @@ class Stepper:
         )
 
     def step(self, lr: float) -> float:
-        """Apply the accumulated gradient at this learning rate. Returns its norm before clipping."""
+        """Apply the accumulated gradient at this rate. Returns its norm before clipping."""
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         norm = float(norm.full_tensor())
         if math.isfinite(norm):  # a norm over all ranks, so all of them decide alike
@@ -488,8 +495,9 @@ def micro_batches(
 def sft_loss(logprobs: Tensor, weights: Tensor, num_tokens: float) -> Tensor:
     """Negative log-likelihood of trace and answer (Eq. 1), per supervised token of the batch.
 
-    logprobs: (B, C), zeros behind each target's end. weights: (B,), 0 for a row that must not count.
-    num_tokens: supervised tokens of the global batch, so that a sum over parts and ranks is the loss.
+    logprobs: (B, C), zeros behind each target's end. weights: (B,), 0 for a row not to count.
+    num_tokens: supervised tokens of the global batch, so that a sum over parts and ranks is the
+    loss. No token of the prompt or the image is among the log-probs.
     """
     return -(logprobs.sum(1) * weights).sum() / num_tokens
 
@@ -867,10 +875,10 @@ def predict_rows(model, examples, indices: list[int], config, ranks: Ranks) -> l
             banned=banned,
             slots=config.slots,
         )
-        done = zip(chunk, batch, rollout.completion_ids, rollout.logprobs, rollout.finished.tolist())
-        for index, example, ids, logprobs, finished in done:
-            likely = logprobs if config.scores == "likelihood" else None
-            row = prediction(examples, example, ids, likely)
+        for i, (index, example) in enumerate(zip(chunk, batch)):
+            ids, finished = rollout.completion_ids[i], bool(rollout.finished[i])
+            likelihood = rollout.logprobs[i] if config.scores == "likelihood" else None
+            row = prediction(examples, example, ids, likelihood)
             rows.append({"index": index, "length": len(ids), "finished": finished, **row})
         bar.update(len(chunk))
     return rows
@@ -974,8 +982,10 @@ def predict(config: PredictConfig) -> None:
 # The demo
 
 HERE = Path(__file__).resolve().parent
-DEMO_SFT = "--max-steps 900 --batch-size 16 --learning-rate 1e-3 --warmup-steps 50 --adam-beta2 0.98"
-DEMO_GRPO = "--max-steps 150 --batch-size 16 --group-size 8 --learning-rate 5e-5 --max-new-tokens 64"
+DEMO = {  # a million weights at random need another recipe than 3 billion that know images
+    "sft": "--batch-size 16 --learning-rate 1.5e-3 --warmup-steps 50 --adam-beta2 0.98",
+    "grpo": "--batch-size 16 --group-size 8 --learning-rate 5e-5 --max-new-tokens 64",
+}
 
 
 def demo(config: DemoConfig) -> None:
@@ -983,27 +993,26 @@ def demo(config: DemoConfig) -> None:
     out, started = Path(config.out).resolve(), time.perf_counter()
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or choose another --out")
-    seed, common = f"--seed {config.seed}", f"--data {out}/data --no-task-description --workers 1"
-    traces = f"{out}/traces.jsonl"
-    command(f"-m tests.toy {out} {seed}")
-    command(f"teacher.py --backend template --data {out}/data --out {traces}")
-    models = {"before": "model", "sft": "sft/model", "grpo": "grpo/model"}
-    train_with = {
-        "sft": f"{common} {seed} {DEMO_SFT} --traces {traces} --no-gradient-checkpointing",
-        "grpo": f"{common} {seed} {DEMO_GRPO} --no-gradient-checkpointing",
+    drawn = f"--train {config.train_images} --test {config.test_images} --seed {config.seed}"
+    command(f"-m tests.toy {out} {drawn}")
+    command(f"teacher.py --backend template --data {out}/data --out {out}/traces.jsonl")
+    common = f"--data {out}/data --no-task-description --workers 1 --seed {config.seed}"
+    steps = {
+        "sft": f"--traces {out}/traces.jsonl --max-steps {config.sft_steps}",
+        "grpo": f"--max-steps {config.grpo_steps}",
     }
-    source = "model"
-    for name, model in models.items():
-        if name in train_with:
-            command(f"hoi_r1.py {name} --model {out}/{source} --out {out}/{name} {train_with[name]}")
-        source, test = model, f"{out}/test_{name}"
-        command(f"hoi_r1.py predict --model {out}/{model} {common} --out {test} --max-new-tokens 64")
-        command(
-            f"evaluate.py {test}/predictions.jsonl --data {out}/data --classes present "
-            f"--json {test}/map.json"
-        )
-    print_demo_table(out, models)
-    draw_demo(out, ("sft", "grpo"), count=6)
+    model = out / "model"
+    for name in ("untrained", "sft", "grpo"):
+        if name in steps:
+            flags = f"{common} {DEMO[name]} {steps[name]} --no-gradient-checkpointing"
+            command(f"hoi_r1.py {name} --model {model} --out {out}/{name} {flags}")
+            model = out / name / "model"
+        test = out / f"test_{name}"
+        command(f"hoi_r1.py predict --model {model} {common} --out {test} --max-new-tokens 64")
+        scored = f"{test}/predictions.jsonl --data {out}/data --classes present"
+        command(f"evaluate.py {scored} --json {test}/map.json")
+    print_demo_table(out, ("untrained", *steps))
+    draw_demo(out, steps, count=6)
     print(f"\npictures: {out / 'pictures'}\n{(time.perf_counter() - started) / 60:.1f} minutes")
 
 
@@ -1015,8 +1024,8 @@ def command(line: str) -> None:
 
 def print_demo_table(out: Path, names) -> None:
     """mAP in percent and the mean greedy reward on the held-out images."""
-    print("\n                     Default            Known Object       reward")
-    print("           Full   Rare  Non-R     Full   Rare  Non-R")
+    print("\n                 Default             Known Object       mean")
+    print("            Full   Rare  Non-R     Full   Rare  Non-R   reward")
     for name in names:
         result = json.loads((out / f"test_{name}" / "map.json").read_text())
         reward = json.loads((out / f"test_{name}" / "summary.json").read_text())["reward"]
@@ -1025,13 +1034,13 @@ def print_demo_table(out: Path, names) -> None:
             for setting in ("default", "known_object")
             for part in ("full", "rare", "non_rare")
         ]
-        print(f"{name:8s} {' '.join(cells[:3])}   {' '.join(cells[3:])}   {reward['total']:6.3f}")
+        print(f"{name:9s} {' '.join(cells[:3])}   {' '.join(cells[3:])}   {reward['total']:6.3f}")
 
 
 def draw_demo(out: Path, names, count: int) -> None:
     """Pictures of the first held-out images: the ground truth, then each model's prediction."""
     (out / "pictures").mkdir()
-    files = [(out / f"test_{name}" / "predictions.jsonl").read_text().splitlines() for name in names]
+    files = [open(out / f"test_{name}" / "predictions.jsonl") for name in names]
     for sample, *lines in zip(hicodet.load_split(out / "data", "test")[:count], *files):
         image, panels = read_image(sample), {"ground truth": sample.hois}
         for name, line in zip(names, lines):
@@ -1040,9 +1049,11 @@ def draw_demo(out: Path, names, count: int) -> None:
                 for i in json.loads(line)["instances"]
             ]
         drawn = [hicodet.draw_hois(image, hois, caption=name) for name, hois in panels.items()]
-        sheet = Image.new("RGB", (sum(p.width for p in drawn), max(p.height for p in drawn)), "white")
-        for i, panel in enumerate(drawn):
-            sheet.paste(panel, (sum(p.width for p in drawn[:i]), 0))
+        width = max(panel.width for panel in drawn)
+        size = (width * len(drawn), max(panel.height for panel in drawn))
+        sheet = Image.new("RGB", size, "white")
+        for column, panel in enumerate(drawn):
+            sheet.paste(panel, (column * width, 0))
         sheet.save(out / "pictures" / f"{Path(sample.file_name).stem}.png")
 
 

@@ -85,7 +85,7 @@ def plain_logprobs(reference, prompt, completion, temperature=1.0, banned=None):
 
 
 def test_eq5_group_advantages():
-    # mean 2, squared deviations 1 + 0 + 1, sample variance 2 / 2 = 1; a population std would be 0.8165
+    # mean 2, squared deviations 1 + 0 + 1, sample variance 2 / 2 = 1 (population: 2 / 3)
     advantages = grpo.group_advantages(torch.tensor([[1.0, 2.0, 3.0]]), eps=0.0)
     assert advantages.tolist() == [[-1.0, 0.0, 1.0]]
     # two rewards 0 and 1: std 0.70711, so -+ 0.5 / 0.70721
@@ -170,7 +170,8 @@ def test_objective_gradient_by_hand_on_two_tokens():
     )
     (gradient,) = torch.autograd.grad(terms["objective"].sum(), z)
     # ratio 1, d ratio / dz = 1 - p = 0.5, times A = 2: 1.0
-    # KL = r - ln r - 1 with r = 0.8 / p: dKL / dlogp = 1 - r = -0.6; times 0.5: -0.3; -0.5 * -0.3 = 0.15
+    # KL = r - ln r - 1 with r = 0.8 / p = 1.6: dKL / dlogp = 1 - r = -0.6, dKL / dz = -0.3;
+    # times -kl_coef: 0.15
     assert gradient.item() == pytest.approx(1.15, abs=1e-6)
 
 
@@ -232,7 +233,7 @@ def test_gradient_checkpointing_changes_nothing(model, prompts, completions):
     batch = grpo.pack(model, prompts, completions)
     gradients = []
     checkpointed = copy.deepcopy(model).train()
-    checkpointed.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
     for each in (copy.deepcopy(model), checkpointed):
         grpo.token_logprobs(each, batch).sum().backward()
         gradients.append([p.grad for p in each.parameters()])
@@ -282,7 +283,7 @@ def test_greedy_ids_equal_generate(model, reference, prompts, slots):
     rollout = grpo.sample(
         model, prompts, group_size=1, max_new_tokens=12, end_id=end_id, temperature=0, slots=slots
     )
-    for prompt, ids, finished in zip(prompts, rollout.completion_ids, rollout.finished, strict=True):
+    for prompt, ids, finished in zip(prompts, rollout.completion_ids, rollout.finished):
         expected = generate(reference, prompt, 12, end_id)
         assert ids.tolist() == expected.tolist()
         assert bool(finished) == (expected[-1] == end_id)
@@ -301,7 +302,7 @@ def test_sampled_logprobs_equal_a_fresh_forward(model, reference, prompts, tempe
         end_id=7,
         temperature=temperature,
         banned=banned,
-        seeds=list(range(9)),
+        seeds=list(range(9)) if temperature else None,
         slots=2,
     )
     for row, (ids, logprobs) in enumerate(zip(rollout.completion_ids, rollout.logprobs)):
@@ -332,7 +333,9 @@ def test_first_token_follows_the_exact_softmax():
     banned = torch.tensor([False, False, False, False, False, True])
     draws = 20_000
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(3))
-    ids, logprobs = grpo.draw_tokens(logits.expand(draws, -1), 2.0, uniforms, banned)
+    ids, logprobs = grpo.draw_tokens(
+        logits.expand(draws, -1), temperature=2.0, uniforms=uniforms, banned=banned
+    )
     expected = torch.softmax(logits[:5] / 2.0, 0)
     observed = torch.bincount(ids, minlength=6)[:5] / draws
     # five standard errors of a share
@@ -344,5 +347,7 @@ def test_first_token_follows_the_exact_softmax():
 def test_draw_tokens_never_draws_what_is_banned_at_the_ends():
     banned = torch.tensor([True, False, True])
     uniforms = torch.tensor([0.0, 1 - 2**-24])
-    ids, _ = grpo.draw_tokens(torch.zeros(2, 3), 1.0, uniforms, banned)
+    ids, _ = grpo.draw_tokens(
+        torch.zeros(2, 3), temperature=1.0, uniforms=uniforms, banned=banned
+    )
     assert ids.tolist() == [1, 1]

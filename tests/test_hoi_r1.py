@@ -1,0 +1,456 @@
+"""hoi_r1.py: supervision, batches, steps, checkpoints and whole runs on the toy, in one process."""
+
+import dataclasses
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLConfig
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import grpo
+import hicodet
+import hoi_r1
+import teacher
+from tests import toy
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The toy data, a tiny model and traces, as the demo has them but smaller."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.main([str(folder), "--train", "24", "--test", "6"])
+    toy.tiny_model(3).save_pretrained(folder / "model")
+    with (folder / "traces.jsonl").open("w") as file:
+        for sample in hicodet.load_split(folder / "data", "train")[:20]:
+            think = teacher.template_trace(sample.hois)
+            file.write(json.dumps({"file_name": sample.file_name, "think": think}) + "\n")
+    return folder
+
+
+def config_of(stage, folder, out, **changes):
+    """A small config of a stage."""
+    values = {
+        "model": str(folder / "model"),
+        "data": str(folder / "data"),
+        "out": str(out),
+        "task_description": False,
+        "workers": 0,
+    }
+    if stage == "sft":
+        values |= {"traces": str(folder / "traces.jsonl"), "batch_size": 4, "learning_rate": 1e-3}
+    if stage == "grpo":
+        values |= {"batch_size": 3, "learning_rate": 1e-3, "max_new_tokens": 12, "max_steps": 3}
+    return hoi_r1.STAGES[stage](**values | changes)
+
+
+def weights(out):
+    return load_file(Path(out) / "model" / "model.safetensors")
+
+
+def metrics(out):
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def ranks():
+    ranks = hoi_r1.start_ranks()
+    yield ranks
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def any_reward(monkeypatch):
+    """A reward that random text earns too: an untrained model's answers are all worth 0."""
+
+    def score(trainer, hois, ids):
+        value = float((ids % 7).float().mean())
+        return {"format": value, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": value}
+
+    monkeypatch.setattr(hoi_r1.GRPOTrainer, "score", score)
+
+
+# What is supervised
+
+
+@pytest.fixture(scope="module")
+def real_model(tmp_path_factory):
+    """A model folder with the real tokenizer and image processor, and no weights."""
+    source = SHARED / "qwen2.5-vl"
+    if not source.is_dir():
+        pytest.skip("the tokenizer files of Qwen2.5-VL are not in ../shared/qwen2.5-vl")
+    folder = tmp_path_factory.mktemp("qwen")
+    for path in source.iterdir():
+        shutil.copy(path, folder)
+    if not hasattr(AutoTokenizer.from_pretrained(folder), "chat_template"):
+        shutil.copy(source / "chat_template.json", folder)
+    Qwen2_5_VLConfig().save_pretrained(folder)
+    return folder
+
+
+def test_supervised_tokens_with_the_real_tokenizer(folder, real_model):
+    config = config_of("sft", folder, "unused", model=str(real_model), task_description=True)
+    sample = hicodet.load_split(folder / "data", "train")[0]
+    think = "There is 1 person."
+    example = hoi_r1.Examples(config, [sample], {sample.file_name: think})[0]
+    tokenizer = AutoTokenizer.from_pretrained(real_model)
+    pieces = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
+    # fmt: off
+    assert pieces[:19] == [
+        "<th", "ink", ">", " There", " is", " ", "1", " person", ".", " </", "think", ">",
+        " <", "answer", ">", " [{\"", "human", "\":", " [",
+    ]
+    # fmt: on
+    assert pieces[-6:] == ['"}', "]", " </", "answer", ">", "<|im_end|>"]
+    assert "".join(pieces) == hicodet.format_completion(example.hois, think) + "<|im_end|>"
+    assert example.target_ids.tolist().count(151645) == 1  # one end of the turn, the last token
+    text = tokenizer.decode(example.prompt.prompt_ids)
+    assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+    assert text.endswith("</answer><|im_end|>\n<|im_start|>assistant\n")
+    # image first: 112 x 112 toy pixels become the processor's smallest size, patches / 4 tokens
+    patches = int(example.prompt.image_grid_thw.prod())
+    assert text.count("<|image_pad|>") == patches // 4
+    assert "<|vision_start|>" + "<|image_pad|>" * (patches // 4) + "<|vision_end|>You are" in text
+    text_tokens = len(example.prompt.prompt_ids) - patches // 4
+    assert 1900 < text_tokens < 2050
+
+
+def test_only_the_target_is_in_the_loss(folder):
+    """The packed loss equals cross-entropy with labels on the target's tokens alone (Eq. 1)."""
+    config = config_of("sft", folder, "unused")
+    samples = hicodet.load_split(folder / "data", "train")[:3]
+    thinks = {s.file_name: teacher.template_trace(s.hois) for s in samples}
+    examples = hoi_r1.Examples(config, samples, thinks)
+    model = hoi_r1.load_model(config.model, torch.device("cpu"))
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
+    total, count = 0.0, 0
+    for example in (examples[i] for i in range(3)):
+        ids = torch.cat([example.prompt.prompt_ids, example.target_ids])[None]
+        labels = ids.clone()
+        labels[0, : len(example.prompt.prompt_ids)] = -100
+        logits = plain(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=example.prompt.pixel_values,
+            image_grid_thw=example.prompt.image_grid_thw,
+            mm_token_type_ids=(ids == plain.config.image_token_id).int(),
+        ).logits
+        total += F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
+        count += len(example.target_ids)
+    batch = [examples[i] for i in range(3)]
+    packed = grpo.pack(model, [e.prompt for e in batch], [[e.target_ids] for e in batch])
+    logprobs = grpo.token_logprobs(model, packed)
+    loss = hoi_r1.sft_loss(logprobs, torch.ones(3), count)
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+    assert packed.completion_mask.sum() == count
+
+
+def test_eq1_sft_loss():
+    # -(ln 0.5 + ln 0.25 + ln 0.5) / 3 = 4 ln 2 / 3; the row of weight 0 does not count
+    logprobs = torch.tensor([[0.5, 0.25], [0.5, 1.0], [0.1, 0.1]]).log()
+    loss = hoi_r1.sft_loss(logprobs, torch.tensor([1.0, 1.0, 0.0]), 3)
+    assert loss.item() == pytest.approx(4 * math.log(2) / 3)
+
+
+def test_images_without_a_trace(folder, ranks):
+    assert len(hoi_r1.training_examples(config_of("sft", folder, "x"), ranks)) == 20
+    examples = hoi_r1.training_examples(config_of("sft", folder, "x", untraced="answer"), ranks)
+    assert len(examples) == 24
+    traced, untraced = examples[0], examples[23]
+    assert examples.decode(traced.target_ids).startswith("<think>")
+    assert examples.decode(untraced.target_ids).startswith("<answer>")
+    assert "Thinking Process" in examples.decode(traced.prompt.prompt_ids)
+    assert "Thinking Process" not in examples.decode(untraced.prompt.prompt_ids)
+    with pytest.raises(ValueError, match="--traces"):
+        hoi_r1.training_examples(config_of("sft", folder, "x", traces=""), ranks)
+
+
+def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_path):
+    """With a processor that doubles the image, every coordinate of the target doubles."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "model", backend="pil")
+    path = tmp_path / "model" / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) | {"min_pixels": 224 * 224, "max_pixels": 224 * 224}
+    settings.pop("size", None)
+    path.write_text(json.dumps(settings))
+    sample = hicodet.load_split(folder / "data", "train")[0]
+    assert (sample.width, sample.height) == (112, 112) and processor.patch_size == 14
+    config = config_of("sft", folder, "x", model=str(tmp_path / "model"))
+    examples = hoi_r1.Examples(config, [sample], {sample.file_name: "x"})
+    assert examples[0].model_size == (224, 224)
+    written = hicodet.parse_completion(examples.decode(examples[0].target_ids)).instances
+    for instance, hoi in zip(written, sample.hois, strict=True):
+        assert instance.human == tuple(round(2 * side) for side in hoi.human)
+        assert instance.object == tuple(round(2 * side) for side in hoi.object)
+
+
+def test_banned_ids(folder):
+    examples = hoi_r1.Examples(config_of("predict", folder, "x"), [])
+    vocabulary = len(examples.tokenizer) + 9
+    banned = examples.banned(vocabulary)
+    for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|im_start|>"):
+        assert banned[examples.tokenizer.convert_tokens_to_ids(token)]
+    assert not banned[examples.end_id] and banned[-9:].all()
+    assert not banned[examples.tokenizer("people ride")["input_ids"]].any()
+
+
+def test_unreadable_images_are_named(folder, tmp_path):
+    sample = hicodet.load_split(folder / "data", "train")[0]
+    cut = tmp_path / sample.file_name
+    cut.write_bytes(sample.path.read_bytes()[:-200])
+    with pytest.raises(ValueError, match=f"{sample.file_name}: not a readable image"):
+        hoi_r1.read_image(dataclasses.replace(sample, path=cut))
+    with pytest.raises(ValueError, match="annotated as 99 x 112"):
+        hoi_r1.read_image(dataclasses.replace(sample, width=99))
+
+
+# Batches, rates and steps
+
+
+def test_batch_order_is_pure_and_takes_each_sample_once_an_epoch():
+    order = hoi_r1.batch_order(10, 4, 7, seed=5)
+    assert [len(batch) for batch in order] == [4, 4, 2, 4, 4, 2, 4]
+    assert sorted(sum(order[:3], [])) == sorted(sum(order[3:6], [])) == list(range(10))
+    assert order[:3] != order[3:6]
+    assert order[:5] == hoi_r1.batch_order(10, 4, 5, seed=5)
+    assert order != hoi_r1.batch_order(10, 4, 7, seed=6)
+
+
+def test_sample_seeds_belong_to_places_not_to_ranks():
+    whole = hoi_r1.sample_seeds(0, 3, [0, 1, 2], 2)
+    assert hoi_r1.sample_seeds(0, 3, [2], 2) == whole[4:]
+    assert len(set(whole + hoi_r1.sample_seeds(0, 4, [0, 1, 2], 2))) == 12
+
+
+def test_learning_rates():
+    config = hoi_r1.SFTConfig(model="", data="", out="", learning_rate=1.0)
+    rates = [hoi_r1.learning_rate(step, 4, config, "cosine") for step in range(4)]
+    # (1 + cos(pi k / 4)) / 2
+    assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
+    rates = [hoi_r1.learning_rate(step, 4, config, "linear") for step in range(4)]
+    assert rates == [1.0, 0.75, 0.5, 0.25]
+    warm = dataclasses.replace(config, warmup_steps=2)
+    rates = [hoi_r1.learning_rate(step, 4, warm, "linear") for step in range(4)]
+    assert rates == [0.5, 1.0, 1.0, 0.5]
+
+
+def test_micro_batches(ranks):
+    parts = hoi_r1.micro_batches([3, 9, 4, 20, 1], [1.0, 1.0, 0.0, 1.0, 1.0], 10, ranks)
+    assert parts == [([3], [1.0]), ([1], [1.0]), ([2, 0, 4], [0.0, 1.0, 1.0])]
+    lengths = np.random.default_rng().integers(1, 40, 30).tolist()
+    parts = hoi_r1.micro_batches(lengths, [1.0] * 30, 50, ranks)
+    assert sorted(i for part, _ in parts for i in part) == list(range(30))
+    assert all(sum(lengths[i] for i in part) <= 50 for part, _ in parts)
+
+
+def test_a_rank_without_a_part_weighs_nothing():
+    share = hoi_r1.Ranks(2, 4, torch.device("cpu")).share
+    assert share([7, 8, 9, 10, 11, 12, 13]) == ([9, 13], [1.0, 1.0])
+    assert share([7, 8]) == ([7], [0.0])
+
+
+def test_policy_is_fp32_and_moves_at_the_papers_rate(folder, ranks, tmp_path):
+    """bf16 weights would not move: half an ulp at 0.02 is 6e-5, a step of AdamW is 1e-6."""
+    stored = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
+    stored.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
+    config = config_of("sft", folder, "x", model=str(tmp_path / "bf16"), learning_rate=1e-6)
+    policy = hoi_r1.load_policy(config, ranks.device)
+    before = [p.full_tensor().clone() for p in policy.parameters()]
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
+    stepper = hoi_r1.Stepper(policy, config)
+    for parameter in policy.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    stepper.step(1e-6)
+    for old, new in zip(before, policy.parameters(), strict=True):
+        assert ((old - new.full_tensor()) > 0).float().mean() > 0.9
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
+    policy = hoi_r1.load_policy(config_of("sft", folder, "x"), ranks.device)
+    stepper = hoi_r1.Stepper(policy, config_of("sft", folder, "x"))
+    before = [p.full_tensor().clone() for p in policy.parameters()]
+
+    def step(value):
+        for parameter in policy.parameters():
+            parameter.grad = torch.full_like(parameter, 0.01)
+        next(policy.parameters()).grad.mul_(value)
+        return stepper.step(1e-3)
+
+    assert math.isnan(step(math.nan)) and stepper.skipped == 1
+    assert not stepper.optimizer.state
+    for old, new in zip(before, policy.parameters(), strict=True):
+        assert torch.equal(old, new.full_tensor())
+    assert math.isfinite(step(1.0)) and stepper.skipped == 1
+    with pytest.raises(RuntimeError, match="10 steps in a row"):
+        for _ in range(10):
+            step(math.inf)
+
+
+def test_instance_scores(folder):
+    """The probability of the tokens that overlap an instance's characters, and of no others."""
+    examples = hoi_r1.Examples(config_of("predict", folder, "x"), [])
+    text = '<think> é </think><answer> [{"human": [1, 2, 3, 4]}, {"human": [5, 6, 7, 8]}] </answer>'
+    ids = examples.tokenizer(text + "<|im_end|>", return_tensors="pt")["input_ids"][0]
+    completion = hicodet.parse_completion(text)
+    logprobs = -torch.rand(len(ids))
+    expected = []
+    for instance in completion.instances:
+        start, stop, place, total = *instance.span, 0, 0.0
+        encoded = text.encode()
+        start, stop = (len(text[:p].encode()) for p in (start, stop))
+        for i, token in enumerate(ids.tolist()[:-1]):
+            size = len(examples.tokenizer.convert_ids_to_tokens(token))
+            if place < stop and place + size > start:
+                total += logprobs[i].item()
+            place += size
+        assert place == len(encoded)
+        expected.append(math.exp(total))
+    found = hoi_r1.instance_scores(examples.tokenizer, text, completion, ids, logprobs)
+    assert found == pytest.approx(expected) and len(found) == 2
+
+
+# Whole runs
+
+
+def test_sft_resumes_bit_for_bit(folder, tmp_path, monkeypatch):
+    """4 steps at once equal 3 steps, a crash after the checkpoint of step 2, and the rest."""
+    options = {"max_steps": 4, "save_every": 2}
+    hoi_r1.main(config_of("sft", folder, tmp_path / "whole", **options))
+    log = hoi_r1.Run.log
+
+    def crash(run, step, values):
+        log(run, step, values)
+        if step == 3:
+            run.metrics.open("a").write('{"step": 4, "lo')
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hoi_r1.Run, "log", crash)
+    with pytest.raises(KeyboardInterrupt):
+        hoi_r1.main(config_of("sft", folder, tmp_path / "cut", **options))
+    monkeypatch.undo()
+    hoi_r1.main(config_of("sft", folder, tmp_path / "cut", resume=True, **options))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
+    options = {"save_every": 1, "updates_per_batch": 2}
+    hoi_r1.main(config_of("grpo", folder, tmp_path / "whole", **options))
+    save, monkeypatch = hoi_r1.Run.save, pytest.MonkeyPatch()
+
+    def crash_in_mid_save(run, policy, optimizer, done):
+        if done == 2:
+            aside = run.folder / "checkpoint-000002.tmp"
+            aside.mkdir()
+            (aside / "half").write_text("a file")
+            raise KeyboardInterrupt
+        save(run, policy, optimizer, done)
+
+    monkeypatch.setattr(hoi_r1.Run, "save", crash_in_mid_save)
+    with pytest.raises(KeyboardInterrupt):
+        hoi_r1.main(config_of("grpo", folder, tmp_path / "cut", **options))
+    monkeypatch.undo()
+    hoi_r1.main(config_of("grpo", folder, tmp_path / "cut", resume=True, **options))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    first = weights(folder)
+    assert any(not torch.equal(whole[name], first[name]) for name in whole)
+
+
+def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
+    """And pi_old's log-probs are those of pi_theta, at a temperature that is not 1."""
+    hoi_r1.main(config_of("grpo", folder, tmp_path / "run", temperature=0.7, eval_every=3))
+    rows = metrics(tmp_path / "run")
+    names = {
+        *("loss", "learning_rate", "grad_norm", "kl", "clip_fraction", "zero_variance_groups"),
+        *("reward_format", "reward_object_std", "reward_verb", "reward_iou", "reward_total"),
+        *("completion_length", "truncated", "logprob_gap", "seconds_sample", "seconds_update"),
+        *("sample_tokens_per_second", "update_tokens_per_second", "seconds_waiting"),
+        "skipped_steps",
+    }
+    assert all(names <= row.keys() for row in rows)
+    assert max(row["logprob_gap"] for row in rows) < 1e-4
+    assert all(row["clip_fraction"] == 0 for row in rows)  # one update a batch: every ratio is 1
+    assert all(row["reward_total_std"] > 0 for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-6
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert "eval_map" in rows[2] and "eval_map" not in rows[1]
+
+
+def test_micro_batches_do_not_change_the_step(folder, tmp_path):
+    for name, budget in (("one", 10_000), ("many", 1)):
+        options = {"max_steps": 1, "tokens_per_microbatch": budget}
+        hoi_r1.main(config_of("sft", folder, tmp_path / name, **options))
+    one, many = metrics(tmp_path / "one")[0], metrics(tmp_path / "many")[0]
+    assert one["loss"] == pytest.approx(many["loss"], rel=1e-6)
+    assert one["grad_norm"] == pytest.approx(many["grad_norm"], rel=1e-5)
+
+
+def test_no_thinking_needs_no_trace(folder, tmp_path):
+    hoi_r1.main(
+        config_of("sft", folder, tmp_path / "run", thinking=False, traces="", max_steps=1)
+    )
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
+    hoi_r1.main(config_of("sft", folder, tmp_path / "run", max_steps=1))
+    path = tmp_path / "run" / "model"
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert AutoTokenizer.from_pretrained(path).chat_template
+    assert AutoImageProcessor.from_pretrained(path, backend="pil").patch_size == 14
+    assert not list(path.glob("*.bin")) and not (tmp_path / "run" / "model.tmp").exists()
+
+
+def test_weights_in_pickles_are_refused(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        hoi_r1.load_model(str(tmp_path / "model"), torch.device("cpu"))
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    hoi_r1.load_model(str(tmp_path / "model"), torch.device("cpu"))
+
+
+def test_a_folder_is_not_given_to_two_runs(folder, tmp_path):
+    config = config_of("sft", folder, tmp_path / "run", max_steps=1)
+    hoi_r1.main(config)
+    with pytest.raises(SystemExit, match="holds a run"):
+        hoi_r1.main(config)
+    with pytest.raises(SystemExit, match="learning_rate = 0.001, not 0.5"):
+        hoi_r1.main(dataclasses.replace(config, resume=True, learning_rate=0.5))
+
+
+def test_missing_images_stop_a_run_before_the_model_is_read(folder, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    name = hicodet.load_split(folder / "data", "train")[3].file_name
+    (tmp_path / "data" / "images" / "train2015" / name).unlink()
+    config = config_of("grpo", folder, tmp_path / "run", data=str(tmp_path / "data"))
+    with pytest.raises(SystemExit, match=name):
+        hoi_r1.main(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_shows_prompt_and_target_and_writes_nothing(folder, tmp_path, capsys):
+    for stage in ("sft", "grpo", "predict"):
+        hoi_r1.main(config_of(stage, folder, tmp_path / "run", dry_run=True))
+        shown = capsys.readouterr().out
+        assert "Thinking Process" in shown and "<|image_pad|> x 16" in shown
+        if stage == "sft":
+            assert "supervised: these" in shown and "<|im_end|>" in shown.splitlines()[-1]
+        else:
+            assert '"total": 3.8' in shown
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,249 @@
+"""A toy HICO-DET and a tiny, randomly initialised Qwen2.5-VL, both in the official formats.
+
+    python -m tests.toy DIR [--train 4000] [--test 500] [--seed 0]
+
+writes `DIR/data` (anno_bbox.mat, anno.mat, images/train2015, images/test2015, the layout of
+hico_20160224_det) and `DIR/model` (a `save_pretrained` folder), so that the toy runs through the
+same commands as HICO-DET and the 3B model. The scenes are those of `tests/scenes.py`.
+
+A pair with two verbs is annotated once per HOI class with slightly different boxes, as in HICO-DET,
+and one image in forty lists an interaction that is not visible. The .mat files are 1-based.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.io import savemat
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
+                          Qwen2_5_VLForConditionalGeneration)
+
+from hicodet import HOI, PAIRS, Box, format_completion, prompt_text
+from teacher import gerund, join_words, template_trace
+from tests.scenes import GRID, KINDS, RARE, SIDE, Kind, Scene, draw_scene, make_scenes
+
+INVISIBLE_SHARE = 40  # one image in so many lists an interaction without boxes
+# The special tokens of Qwen2.5-VL that a prompt with an image uses; they follow all the others.
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
+                  "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
+CHAT_TEMPLATE = (  # Qwen's, without its video and picture numbering branches
+    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
+    "<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+IMAGE_PROCESSOR = {  # preprocessor_config.json as Qwen2.5-VL has it, but for max_pixels
+    "min_pixels": 28 * 28, "max_pixels": SIDE * SIDE, "patch_size": 14, "temporal_patch_size": 2,
+    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+    "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
+# The demo's model, about a million parameters, and one for unit tests, which has what the real
+# model has and the demo does without: grouped queries, a windowed vision block, a large rope theta.
+# A small theta and large initial weights are what lets a model this small learn boxes in minutes.
+TOY_SIZES = {
+    "text": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
+             "num_key_value_heads": 4, "intermediate_size": 256,
+             "rope_parameters": {"rope_theta": 10.0, "mrope_section": [4, 6, 6]}},
+    "vision": {"hidden_size": 96, "depth": 2, "num_heads": 4, "intermediate_size": 192,
+               "window_size": 112, "fullatt_block_indexes": [0, 1]}}
+TINY_SIZES = {
+    "text": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "intermediate_size": 96,
+             "rope_parameters": {"rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+    "vision": {"hidden_size": 32, "depth": 2, "num_heads": 2, "intermediate_size": 48,
+               "window_size": 56, "fullatt_block_indexes": [1]}}
+INITIALIZER_RANGE = 0.08
+
+
+def cells(values: list) -> np.ndarray:
+    """(N, 1) object array, which savemat writes as a cell array."""
+    array = np.empty((len(values), 1), dtype=object)
+    array[:, 0] = values
+    return array
+
+
+def struct(rows: list[dict]) -> np.ndarray:
+    """(1, N) structured array, which savemat writes as a struct array."""
+    array = np.empty((1, len(rows)), dtype=[(name, object) for name in rows[0]])
+    for i, row in enumerate(rows):
+        array[0, i] = tuple(row.values())
+    return array
+
+
+def box_struct(box: Box) -> np.ndarray:
+    """A box as the official files hold it: 1-based, x before y, small unsigned integers."""
+    x1, y1, x2, y2 = (np.uint8(value + 1) for value in box)
+    return struct([{"x1": x1, "x2": x2, "y1": y1, "y2": y2}])
+
+
+def jittered(box: Box, rng: np.random.Generator) -> Box:
+    """The box moved by at most a pixel a side: every HOI class is annotated anew."""
+    return tuple(int(v) for v in np.clip(np.add(box, rng.integers(-1, 2, 4)), 0, SIDE - 1))
+
+
+def class_number(verb: str, kind: Kind) -> np.uint16:
+    """Place of the verb with this kind's object among the 600 pairs, counted from 1."""
+    return np.uint16(PAIRS.index((verb, kind.object_class)) + 1)
+
+
+def annotate(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The `hoi` struct of one image, one entry for each of its HOI classes."""
+    rows = []
+    for verb in scene.kind.verbs:
+        human, box = scene.human, scene.object
+        if rows:
+            human, box = jittered(human, rng), jittered(box, rng)
+        rows.append({"id": class_number(verb, scene.kind),
+                     "bboxhuman": box_struct(human), "bboxobject": box_struct(box),
+                     "connection": np.array([[1, 1]], np.uint8), "invis": np.uint8(0)})
+    if rng.integers(INVISIBLE_SHARE) == 0:
+        nothing = np.empty((0, 0))
+        rows.append({"id": class_number("repair", KINDS[0]), "bboxhuman": nothing,
+                     "bboxobject": nothing, "connection": nothing, "invis": np.uint8(1)})
+    return struct(rows)
+
+
+def write_split(root: Path, split: str, count: int, seed: int) -> tuple[list[str], np.ndarray]:
+    """Draw one half's images; returns the file names and the `bbox_train` or `bbox_test` struct."""
+    folder = root / "images" / f"{split}2015"
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, 2 + (split == "test")])
+    size = struct([{"width": np.uint16(SIDE), "height": np.uint16(SIDE), "depth": np.uint8(3)}])
+    names, rows = [], []
+    for number, scene in enumerate(make_scenes(split, count, seed), start=1):
+        names.append(f"HICO_{split}2015_{number:08d}.jpg")
+        draw_scene(scene, rng).save(folder / names[-1], quality=95, subsampling=0)
+        rows.append({"filename": names[-1], "size": size, "hoi": annotate(scene, rng)})
+    return names, struct(rows)
+
+
+def image_labels(bbox: np.ndarray) -> np.ndarray:
+    """(600, images) int8 of `anno.mat`: 1 where an image shows an HOI class, visible or not."""
+    labels = np.full((len(PAIRS), bbox.shape[1]), -1, np.int8)
+    for image, hois in enumerate(bbox["hoi"][0]):
+        labels[[hoi["id"] - 1 for hoi in hois[0]], image] = 1
+    return labels
+
+
+def write_data(root: Path, train: int, test: int, seed: int) -> None:
+    """Write a folder that looks like hico_20160224_det, with `train` and `test` images."""
+    train_names, bbox_train = write_split(root, "train", train, seed)
+    test_names, bbox_test = write_split(root, "test", test, seed)
+    empty = np.empty((0, 0))
+    actions = struct([{"nname": name.replace(" ", "_"), "vname": verb.replace(" ", "_"),
+                       "vname_ing": verb.replace(" ", "_"), "syn": empty, "def": "",
+                       "synset": "", "ex": ""} for verb, name in PAIRS]).T
+    savemat(root / "anno_bbox.mat", {"bbox_train": bbox_train, "bbox_test": bbox_test,
+                                     "list_action": actions}, do_compression=True)
+    savemat(root / "anno.mat", {"list_train": cells(train_names), "list_test": cells(test_names),
+                                "anno_train": image_labels(bbox_train),
+                                "anno_test": image_labels(bbox_test), "list_action": actions},
+            do_compression=True)
+
+
+def label_phrases() -> list[str]:
+    """What varies in the toy's completions beside numbers, longest first ("holding", "hold")."""
+    phrases = set()
+    for kind in KINDS + RARE:
+        phrases |= {kind.object_class, ", ".join(kind.verbs),
+                    join_words([gerund(verb) for verb in kind.verbs])}
+    return sorted(phrases, key=lambda phrase: (-len(phrase), phrase))
+
+
+def toy_texts() -> list[str]:
+    """The texts that the tokenizer is made from: the prompt's and one completion of every kind."""
+    texts = [prompt_text(thinking=thinking, task_description=False)
+             for thinking in (True, False)]
+    texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    numbers = range(0, SIDE, GRID)
+    for kind in KINDS + RARE:
+        hois = [HOI((x, x, x, x), (x, x, x, x), kind.object_class, kind.verbs) for x in numbers]
+        texts += [format_completion(hois[:1], think=template_trace(hois[:1])),
+                  format_completion(hois, think=None)]
+    return texts
+
+
+def toy_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE in which a number, a label or a constant line of the toy is one token.
+
+    Text is first cut after every line break and around numbers and labels; the trainer then
+    merges each piece of `toy_texts` completely. Any other text falls back to smaller tokens.
+    """
+    pattern = "|".join([r"(?:, )?(?<!\p{L})\p{N}+", *map(re.escape, label_phrases())])
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split("\n", "merged_with_previous"),
+        pre_tokenizers.Split(Regex(pattern), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=2, show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(toy_texts() * 2, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+
+
+def model_config(tokenizer: PreTrainedTokenizerFast, sizes: dict) -> Qwen2_5_VLConfig:
+    """A Qwen2.5-VL configuration for this tokenizer; its vocabulary is padded as Qwen's is."""
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    rope = {"rope_type": "default", **sizes["text"]["rope_parameters"]}
+    text = {**sizes["text"], "rope_parameters": rope, "max_position_embeddings": 4096,
+            "vocab_size": (len(tokenizer) // 64 + 1) * 64, "initializer_range": INITIALIZER_RANGE,
+            "bos_token_id": ids["<|endoftext|>"], "eos_token_id": ids["<|im_end|>"],
+            "pad_token_id": ids["<|endoftext|>"]}
+    vision = {**sizes["vision"], "patch_size": 14, "initializer_range": INITIALIZER_RANGE,
+              "out_hidden_size": text["hidden_size"]}
+    return Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True,
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"])
+
+
+def random_model(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+    """A randomly initialised fp32 model in eval mode; the caller's random state is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    text = config.text_config
+    model.generation_config.eos_token_id = [text.eos_token_id, text.pad_token_id]
+    model.generation_config.pad_token_id = text.pad_token_id
+    return model
+
+
+def tiny_model(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
+               ) -> Qwen2_5_VLForConditionalGeneration:
+    """A model for unit tests with the token ids of `tokenizer` (None: those of the toy's)."""
+    return random_model(model_config(tokenizer or toy_tokenizer(), TINY_SIZES), seed)
+
+
+def write_model(folder: Path, seed: int) -> None:
+    """Write weights, configuration, tokenizer and image processor as `save_pretrained` does."""
+    tokenizer = toy_tokenizer()
+    random_model(model_config(tokenizer, TOY_SIZES), seed).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2))
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Write a toy HICO-DET and a tiny Qwen2.5-VL.")
+    parser.add_argument("dir", type=Path, help="folder to write data/ and model/ into")
+    parser.add_argument("--train", type=int, default=4000, help="training images")
+    parser.add_argument("--test", type=int, default=500, help="test images")
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, colours and weights")
+    args = parser.parse_args(argv)
+    write_data(args.dir / "data", args.train, args.test, args.seed)
+    write_model(args.dir / "model", args.seed)
+
+
+if __name__ == "__main__":
+    main()
