@@ -21,7 +21,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import sys
 import time
 import types
@@ -979,82 +978,11 @@ def predict(config: PredictConfig) -> None:
     ranks.print(json.dumps(summary, indent=2))
 
 
-# The demo
-
-HERE = Path(__file__).resolve().parent
-DEMO = {  # a million weights at random need another recipe than 3 billion that know images
-    "sft": "--batch-size 16 --learning-rate 1.5e-3 --warmup-steps 50 --adam-beta2 0.98",
-    "grpo": "--batch-size 16 --group-size 8 --learning-rate 5e-5 --max-new-tokens 64",
-}
-
-
 def demo(config: DemoConfig) -> None:
-    """Write the toy data and model, train, predict, evaluate, and show what was learned."""
-    out, started = Path(config.out).resolve(), time.perf_counter()
-    if out.exists():
-        raise ValueError(f"{out} exists: remove it, or choose another --out")
-    drawn = f"--train {config.train_images} --test {config.test_images} --seed {config.seed}"
-    command(f"-m tests.toy {out} {drawn}")
-    command(f"teacher.py --backend template --data {out}/data --out {out}/traces.jsonl")
-    common = f"--data {out}/data --no-task-description --workers 1 --seed {config.seed}"
-    steps = {
-        "sft": f"--traces {out}/traces.jsonl --max-steps {config.sft_steps}",
-        "grpo": f"--max-steps {config.grpo_steps}",
-    }
-    model = out / "model"
-    for name in ("untrained", "sft", "grpo"):
-        if name in steps:
-            flags = f"{common} {DEMO[name]} {steps[name]} --no-gradient-checkpointing"
-            command(f"hoi_r1.py {name} --model {model} --out {out}/{name} {flags}")
-            model = out / name / "model"
-        test = out / f"test_{name}"
-        command(f"hoi_r1.py predict --model {model} {common} --out {test} --max-new-tokens 64")
-        scored = f"{test}/predictions.jsonl --data {out}/data --classes present"
-        command(f"evaluate.py {scored} --json {test}/map.json")
-    print_demo_table(out, ("untrained", *steps))
-    draw_demo(out, steps, count=6)
-    print(f"\npictures: {out / 'pictures'}\n{(time.perf_counter() - started) / 60:.1f} minutes")
+    """SFT, GRPO, predictions and mAP on the toy, all as commands of their own."""
+    from tests.demo import run_demo  # only here: the demo is made of the tests' toy
 
-
-def command(line: str) -> None:
-    """Show and run one of the project's programs, as a user would type it."""
-    print(f"\n$ python {line}", flush=True)
-    subprocess.run([sys.executable, *line.split()], cwd=HERE, check=True)
-
-
-def print_demo_table(out: Path, names) -> None:
-    """mAP in percent and the mean greedy reward on the held-out images."""
-    print("\n                 Default             Known Object       mean")
-    print("            Full   Rare  Non-R     Full   Rare  Non-R   reward")
-    for name in names:
-        result = json.loads((out / f"test_{name}" / "map.json").read_text())
-        reward = json.loads((out / f"test_{name}" / "summary.json").read_text())["reward"]
-        cells = [
-            "     -" if result[setting][part] is None else f"{100 * result[setting][part]:6.2f}"
-            for setting in ("default", "known_object")
-            for part in ("full", "rare", "non_rare")
-        ]
-        print(f"{name:9s} {' '.join(cells[:3])}   {' '.join(cells[3:])}   {reward['total']:6.3f}")
-
-
-def draw_demo(out: Path, names, count: int) -> None:
-    """Pictures of the first held-out images: the ground truth, then each model's prediction."""
-    (out / "pictures").mkdir()
-    files = [open(out / f"test_{name}" / "predictions.jsonl") for name in names]
-    for sample, *lines in zip(hicodet.load_split(out / "data", "test")[:count], *files):
-        image, panels = read_image(sample), {"ground truth": sample.hois}
-        for name, line in zip(names, lines):
-            panels[name] = [
-                hicodet.HOI(i["human"], i["object"], i["object_class"], tuple(i["verbs"]))
-                for i in json.loads(line)["instances"]
-            ]
-        drawn = [hicodet.draw_hois(image, hois, caption=name) for name, hois in panels.items()]
-        width = max(panel.width for panel in drawn)
-        size = (width * len(drawn), max(panel.height for panel in drawn))
-        sheet = Image.new("RGB", size, "white")
-        for column, panel in enumerate(drawn):
-            sheet.paste(panel, (column * width, 0))
-        sheet.save(out / "pictures" / f"{Path(sample.file_name).stem}.png")
+    run_demo(**dataclasses.asdict(config))
 
 
 def main(config) -> None:
@@ -1062,7 +990,7 @@ def main(config) -> None:
     stages = {SFTConfig: train, GRPOConfig: train, PredictConfig: predict, DemoConfig: demo}
     try:
         stages[type(config)](config)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     finally:
         if dist.is_initialized():

@@ -190,6 +190,13 @@ def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_pa
     for instance, hoi in zip(written, sample.hois, strict=True):
         assert instance.human == tuple(round(2 * side) for side in hoi.human)
         assert instance.object == tuple(round(2 * side) for side in hoi.object)
+    # and back: the same text as a prediction has the boxes of the annotation, and a full reward
+    row = hoi_r1.prediction(examples, examples[0], examples[0].target_ids, None)
+    for instance, hoi in zip(row["line"]["instances"], sample.hois, strict=True):
+        assert instance["human"] == pytest.approx(hoi.human, abs=0.5)
+        assert instance["object"] == pytest.approx(hoi.object, abs=0.5)
+        assert (instance["object_class"], tuple(instance["verbs"])) == (hoi.object_class, hoi.verbs)
+    assert row["reward"]["total"] == pytest.approx(3.8, abs=0.02)
 
 
 def test_banned_ids(folder):

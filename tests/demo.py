@@ -1,0 +1,103 @@
+"""The demo: draw the toy, then SFT, GRPO, prediction and mAP, by the commands a user would type.
+
+    python hoi_r1.py demo
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from PIL import Image
+
+import hicodet
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPE = {  # a million random weights want another recipe than 3 billion that know images
+    "sft": "--batch-size 16 --learning-rate 1.5e-3 --warmup-steps 50 --adam-beta2 0.98",
+    "grpo": "--batch-size 16 --group-size 8 --learning-rate 5e-5 --kl-coef 0.01 "
+    "--max-new-tokens 64",
+}
+
+
+def run_demo(
+    *, out: str, seed: int, train_images: int, test_images: int, sft_steps: int, grpo_steps: int
+) -> None:
+    """Train, predict, evaluate, and show what was learned. Raises ValueError if `out` exists."""
+    out, started = Path(out).resolve(), time.perf_counter()
+    if out.exists():
+        raise ValueError(f"{out} exists: remove it, or choose another --out")
+    command(f"-m tests.toy {out} --train {train_images} --test {test_images} --seed {seed}")
+    command(f"teacher.py --backend template --data {out}/data --out {out}/traces.jsonl")
+    common = f"--data {out}/data --no-task-description --workers 1 --seed {seed}"
+    stages = {
+        "sft": f"--traces {out}/traces.jsonl --max-steps {sft_steps}",
+        "grpo": f"--max-steps {grpo_steps}",
+    }
+    model = out / "model"
+    for name in ("untrained", *stages):
+        if name in stages:
+            flags = f"{common} {RECIPE[name]} {stages[name]} --no-gradient-checkpointing"
+            command(f"hoi_r1.py {name} --model {model} --out {out}/{name} {flags}")
+            model = out / name / "model"
+        test = out / f"test_{name}"
+        command(f"hoi_r1.py predict --model {model} {common} --out {test} --max-new-tokens 64")
+        scored = f"{test}/predictions.jsonl --data {out}/data --classes present"
+        command(f"evaluate.py {scored} --json {test}/map.json")
+    print(table(out, ("untrained", *stages)))
+    draw(out, stages, count=6)
+    print(f"\npictures: {out / 'pictures'}\n{(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+def command(line: str) -> None:
+    """Show and run one of the project's programs."""
+    print(f"\n$ python {line}", flush=True)
+    environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ}  # threads that wait must not spin
+    subprocess.run([sys.executable, *line.split()], cwd=ROOT, env=environment, check=True)
+
+
+def table(out: Path, names) -> str:
+    """mAP in percent and the mean greedy reward on the held-out images, a row a model."""
+    lines = [
+        "\n                 Default             Known Object       mean",
+        "            Full   Rare  Non-R     Full   Rare  Non-R   reward",
+    ]
+    for name in names:
+        result = json.loads((out / f"test_{name}" / "map.json").read_text())
+        reward = json.loads((out / f"test_{name}" / "summary.json").read_text())["reward"]["total"]
+        cells = [
+            "     -" if result[setting][part] is None else f"{100 * result[setting][part]:6.2f}"
+            for setting in ("default", "known_object")
+            for part in ("full", "rare", "non_rare")
+        ]
+        lines.append(f"{name:9s} {' '.join(cells[:3])}   {' '.join(cells[3:])}   {reward:6.3f}")
+    return "\n".join(lines)
+
+
+def draw(out: Path, names, count: int) -> None:
+    """Pictures of the first held-out images: the ground truth, then each model's prediction."""
+    (out / "pictures").mkdir()
+    texts = [(out / f"test_{name}" / "predictions.jsonl").read_text() for name in names]
+    samples = hicodet.load_split(out / "data", "test")[:count]
+    for sample, *lines in zip(samples, *(text.splitlines() for text in texts)):
+        panels = {"ground truth": sample.hois}
+        for name, line in zip(names, lines):
+            panels[name] = [
+                hicodet.HOI(i["human"], i["object"], i["object_class"], tuple(i["verbs"]))
+                for i in json.loads(line)["instances"]
+            ]
+        with Image.open(sample.path) as image:
+            drawn = [hicodet.draw_hois(image, h, caption=name) for name, h in panels.items()]
+        side_by_side(drawn).save(out / "pictures" / f"{Path(sample.file_name).stem}.png")
+
+
+def side_by_side(pictures: list[Image.Image]) -> Image.Image:
+    """One picture of several."""
+    width = max(picture.width for picture in pictures)
+    size = (width * len(pictures), max(picture.height for picture in pictures))
+    sheet = Image.new("RGB", size, "white")
+    for column, picture in enumerate(pictures):
+        sheet.paste(picture, (column * width, 0))
+    return sheet

@@ -1,0 +1,154 @@
+"""The programs as a user runs them: two ranks under torchrun, a kill -9, and the demo, small."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import hicodet
+import hoi_r1
+import teacher
+from tests import toy
+
+ROOT = Path(__file__).resolve().parents[1]
+# one thread each: two ranks on two cores, and the same sums whatever the number of ranks
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+TOY = ["--no-task-description", "--workers", "0"]
+
+
+def run(*arguments, ranks=0):
+    """Run a program of the project to its end. Returns what it printed.
+
+    ranks: processes under torchrun; 0 for plain python.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
+    line = [sys.executable, *torchrun, *map(str, arguments)]
+    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """The threads of the child processes, so that sums are added in the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, one_thread):
+    """Toy data, traces, and a model that has learned to write the tags and little else."""
+    folder = tmp_path_factory.mktemp("toy")
+    toy.main([str(folder), "--train", "60", "--test", "7"])
+    with (folder / "traces.jsonl").open("w") as file:
+        for sample in hicodet.load_split(folder / "data", "train"):
+            think = teacher.template_trace(sample.hois)
+            file.write(json.dumps({"file_name": sample.file_name, "think": think}) + "\n")
+    stage(*sft_flags(folder, folder / "model", "sft"), "--max-steps", 25)
+    return folder
+
+
+def stage(*arguments, ranks=1):
+    """Run a stage of hoi_r1.py: on one rank in this process, on more under torchrun."""
+    if ranks > 1:
+        run("hoi_r1.py", *arguments, ranks=ranks)
+    else:
+        hoi_r1.main(hoi_r1.parse_config([*map(str, arguments)]))
+
+
+def sft_flags(folder, model, out):
+    common = ["--model", model, "--data", folder / "data", "--out", folder / out, *TOY]
+    recipe = ["--batch-size", 7, "--learning-rate", 1e-3, "--traces", folder / "traces.jsonl"]
+    return ["sft", *common, *recipe]
+
+
+def difference(one, other):
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (one, other))
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_two_ranks_equal_one_in_sft(folder):
+    """Five images a step on two ranks: unequal shares, unequal numbers of tokens."""
+    start = folder / "sft" / "model"
+    for ranks in (1, 2):
+        flags = ["--max-steps", 3, "--batch-size", 5, "--learning-rate", 1e-4]
+        stage(*sft_flags(folder, start, f"sft{ranks}"), *flags, ranks=ranks)
+    assert difference(folder / "sft1", folder / "sft2") < 1e-5
+    assert difference(folder / "sft1", folder / "sft") > 1e-4
+
+
+def test_two_ranks_equal_one_in_grpo(folder):
+    """Same samples, same rewards, same weights; then predictions, whose lines are equal too."""
+    common = ["--data", folder / "data", *TOY]
+    for ranks in (1, 2):
+        flags = ["--max-steps", 2, "--batch-size", 3, "--learning-rate", 1e-4]
+        flags += ["--max-new-tokens", 40, "--out", folder / f"grpo{ranks}"]
+        stage("grpo", "--model", folder / "sft" / "model", *common, *flags, ranks=ranks)
+        flags = ["--model", folder / "sft" / "model", "--out", folder / f"test{ranks}"]
+        flags += ["--max-new-tokens", 40, "--scores", "likelihood"]
+        stage("predict", *common, *flags, ranks=ranks)
+    logs = [(folder / f"grpo{n}" / "metrics.jsonl").read_text().splitlines() for n in (1, 2)]
+    for one, two in zip(*(map(json.loads, log) for log in logs), strict=True):
+        assert one["reward_total"] == pytest.approx(two["reward_total"], abs=1e-9)
+        assert one["reward_total_std"] > 0
+        assert max(one["logprob_gap"], two["logprob_gap"]) < 1e-4
+    assert difference(folder / "grpo1", folder / "grpo2") < 1e-5
+    assert difference(folder / "grpo1", folder / "sft") > 1e-5
+    lines = [(folder / f"test{n}" / "predictions.jsonl").read_text().splitlines() for n in (1, 2)]
+    names = [[json.loads(line)["file_name"] for line in each] for each in lines]
+    samples = hicodet.load_split(folder / "data", "test")
+    assert names[0] == names[1] == [sample.file_name for sample in samples]
+    texts = [[json.loads(line)["text"] for line in each] for each in lines]
+    assert texts[0] == texts[1]
+
+
+def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
+    flags = ["--max-steps", 12, "--save-every", 1]
+    start = folder / "model"
+    stage(*sft_flags(folder, start, "whole"), *flags)
+    line = [sys.executable, "hoi_r1.py", *map(str, sft_flags(folder, start, "killed") + flags)]
+    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    metrics = folder / "killed" / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "killed" / "model").exists()
+    stage(*sft_flags(folder, start, "killed"), *flags, "--resume")
+    assert difference(folder / "whole", folder / "killed") == 0
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 13))
+
+
+def test_demo_small(tmp_path):
+    """All of the demo's commands, with a handful of images and steps."""
+    out = tmp_path / "demo"
+    sizes = ["--train-images", 30, "--test-images", 8, "--sft-steps", 2, "--grpo-steps", 1]
+    printed = run("hoi_r1.py", "demo", "--out", out, *sizes)
+    table = printed[printed.index("Known Object       mean") :].splitlines()
+    assert [row.split()[0] for row in table[2:5]] == ["untrained", "sft", "grpo"]
+    assert len(list((out / "pictures").glob("*.png"))) == 6
+    for name in ("untrained", "sft", "grpo"):
+        assert json.loads((out / f"test_{name}" / "map.json").read_text())["num_images"] == 8
+
+
+@pytest.mark.parametrize("program", ["hoi_r1.py", "hoi_r1.py grpo", "evaluate.py", "teacher.py"])
+def test_help_answers_without_torch(program):
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {program.split() + ['--help']}\n"
+        "try:\n    runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "except SystemExit as end:\n    assert not end.code\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    assert "usage:" in run("-c", code)
