@@ -1,0 +1,398 @@
+"""The command teacher.py: faulty servers on loopback, kill -9, flags; a real server (slow)."""
+
+import base64
+import io
+import json
+import os
+import random
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import hicodet
+import teacher
+from tests import toy
+
+ROOT = Path(__file__).resolve().parents[1]
+KEY = "sk-loopback-0123456789"
+THINK = "There is one person. The person is riding and sitting on a bicycle. The verbs are ride."
+FAULTS = ("429", "500", "half a body", "invalid JSON", "closed socket", "stall")
+USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
+COST = (1000 * 0.15 + 100 * 0.60) / 1e6  # of a request with this usage, gpt-4o-mini
+
+
+class Server(ThreadingHTTPServer):
+    """Chat completions on 127.0.0.1; `answer(images)` says what to do with each request.
+
+    It returns a fault's name, a status with a text, or the content of a completion.
+    """
+
+    request_queue_size, daemon_threads = 128, True
+
+    def __init__(self, answer=lambda: f"<think>{THINK}</think>", delay=0.0):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answer, self.delay, self.lock = answer, delay, threading.Lock()
+        self.in_flight = self.most_in_flight = 0
+        self.bodies, self.keys, self.outcomes = [], set(), Counter()
+        self.asked = threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}/v1"
+
+    def handle_error(self, request, client_address):
+        pass  # clients that hang up are part of the tests
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert self.path == "/v1/chat/completions"
+        with server.lock:
+            server.in_flight += 1
+            server.most_in_flight = max(server.most_in_flight, server.in_flight)
+            server.bodies.append(body)
+            server.keys.add(self.headers["Authorization"])
+            answer = server.answer()
+        server.asked.set()
+        time.sleep(server.delay)
+        with server.lock:  # before the reply: the next request may come before this line otherwise
+            server.in_flight -= 1
+            fault = answer if answer in FAULTS else ("ok" if isinstance(answer, str) else "status")
+            server.outcomes[fault] += 1
+        self.respond(answer)
+
+    def respond(self, answer):
+        if answer == "closed socket":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif answer == "stall":
+            select.select([self.connection], [], [], 60)  # until the client hangs up
+        elif answer == "429":
+            self.send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.01"})
+        elif answer == "500":
+            self.send(500, {"error": {"message": "oops"}})
+        elif isinstance(answer, tuple):
+            self.send(*answer)
+        elif answer == "invalid JSON":
+            self.send(200, None)
+        else:
+            message = {"role": "assistant", "content": answer}
+            self.send(200, {"choices": [{"message": message, "finish_reason": "stop"}],
+                            "usage": USAGE}, cut=answer == "half a body")
+
+    def send(self, status, value, headers=(), cut=False):
+        text = b'{"choices": [{"mess' if value is None else json.dumps(value).encode()
+        self.send_response(status)
+        for name, content in dict(headers).items():
+            self.send_header(name, content)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text[: len(text) // 2] if cut else text)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A toy HICO-DET of 300 training images that all differ."""
+    root = tmp_path_factory.mktemp("teacher")
+    toy.write_data(root, 300, 1, seed=random.randrange(1000))
+    return root
+
+
+def command(data, out, server, *more):
+    return [str(part) for part in (
+        "--data", data, "--out", out, "--base-url", server.url, "--backoff", 0.002, *more)]
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def run_main(*arguments):
+    """Runs the command in this process; returns its exit status, or its last words."""
+    with pytest.raises(SystemExit) as ended:
+        teacher.main([str(argument) for argument in arguments])
+    return ended.value.code
+
+
+def call(*arguments):
+    return run_main(*command(*arguments))
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def check_complete(out, data):
+    names = [trace["file_name"] for trace in lines(out)]
+    assert len(names) == len(set(names)) == 300
+    assert set(names) == {path.name for path in (data / "images/train2015").iterdir()}
+    assert all(trace["think"] == THINK for trace in lines(out))
+
+
+def test_faults_in_random_order_lose_nothing_and_repeat_nothing(data, tmp_path):
+    out = tmp_path / "traces.jsonl"
+    answers = [f"<think>{THINK}</think>"] * 9 + list(FAULTS)  # 40 % faults
+    server = Server(lambda: random.choice(answers))
+    status = call(data, out, server, "--concurrency", 24, "--timeout", 0.5,
+                  "--retries", 25)
+    assert status == 0
+    check_complete(out, data)
+    assert all(server.outcomes[fault] for fault in FAULTS), server.outcomes
+    assert server.most_in_flight <= 24
+    assert server.keys == {f"Bearer {KEY}"}
+    assert all(trace["teacher"] == "gpt-4o-mini" and trace["attempts"] == 1
+               and trace["usage"] == USAGE | {"cost": pytest.approx(COST)} for trace in lines(out))
+
+
+@pytest.mark.parametrize("fault, billed, wait", [
+    ("429", False, 0.01), ("500", False, 0), ("half a body", True, 0), ("invalid JSON", True, 0),
+    ("closed socket", True, 0), ("stall", True, 0)])
+def test_each_fault_is_worth_another_try(fault, billed, wait):
+    one = teacher.Teacher("m", Server(lambda: fault).url, KEY, "p", 9, 9, timeout=0.3, retries=0,
+                          backoff=1)
+    with pytest.raises(teacher.Transient) as failed:
+        teacher.post(one, {})
+    assert (failed.value.billed, failed.value.retry_after) == (billed, wait)
+
+
+def test_concurrency_is_used_and_not_passed(data, tmp_path):
+    server = Server(delay=0.05)
+    call(data, tmp_path / "traces.jsonl", server, "--concurrency", 7, "--limit", 60)
+    assert server.most_in_flight == 7
+
+
+def test_killed_at_ten_random_moments_the_runs_add_up(data, tmp_path):
+    out, server = tmp_path / "traces.jsonl", Server(delay=0.04)
+    arguments = [sys.executable, str(ROOT / "teacher.py"),
+                 *command(data, out, server, "--concurrency", 4)]
+    environment = os.environ | {"OPENAI_API_KEY": KEY}
+    kept = []
+    for _ in range(10):
+        server.asked.clear()
+        with subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.DEVNULL) as process:
+            assert server.asked.wait(30)
+            time.sleep(random.uniform(0, 0.3))
+            process.send_signal(signal.SIGKILL)
+        kept.append(out.read_bytes().count(b"\n"))
+        if random.random() < 0.5:  # as if the kill had come in the middle of a write
+            with open(out, "ab") as file:
+                file.write(b'{"file_name": "HICO_tra')
+    assert kept == sorted(kept) and kept[-1] < 300
+    before = server.outcomes["ok"]
+    finished = subprocess.run(arguments, env=environment, capture_output=True, text=True,
+                              timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    check_complete(out, data)
+    # Only what was missing is asked for; the last kill may have left up to 4 requests behind.
+    assert 0 <= server.outcomes["ok"] - before - (300 - kept[-1]) <= 4
+    assert KEY not in finished.stdout + finished.stderr + out.read_text()
+
+
+def test_rejected_traces_are_asked_again_then_listed(data, tmp_path, capsys):
+    out, rng = tmp_path / "traces.jsonl", random.Random()
+    bad = [None, f"<think>{THINK}</think> <answer>[]</answer>", "<think>Nice.</think>"]
+    replies = iter([*(rng.choice(bad) for _ in range(2)), f"<think>{THINK}</think>",
+                    rng.choice(bad), rng.choice(bad), f"no tags, your key is {KEY}"])
+    server = Server(lambda: next(replies) or "")
+    assert call(data, out, server, "--limit", 2, "--concurrency", 1) == 1
+    (trace,) = lines(out)
+    assert trace["attempts"] == 3
+    assert trace["usage"] == {"prompt_tokens": 3000, "completion_tokens": 300,
+                              "cost": pytest.approx(3 * COST)}
+    names = {path.name for path in (data / "images/train2015").iterdir()} - {trace["file_name"]}
+    listed = capsys.readouterr().err.splitlines()[-1]
+    assert listed.split(":")[0] in names and "no tags, your key is (key)" in listed
+    server.answer = lambda: f"<think>{THINK}</think>"
+    assert call(data, out, server, "--limit", 2) == 0 and len(lines(out)) == 2
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 301])
+def test_other_statuses_stop_with_the_servers_words_but_not_the_key(
+        status, data, tmp_path, capsys):
+    server = Server(lambda: (status, {"error": {"message": f"wrong key {KEY}"}},
+                             {"Location": "http://127.0.0.1:9/"}))
+    assert call(data, tmp_path / "t.jsonl", server, "--concurrency", 4) == 1
+    printed = "".join(capsys.readouterr())
+    assert str(status) in printed and "wrong key (key)" in printed and KEY not in printed
+    assert 1 <= len(server.bodies) <= 4
+
+
+def test_a_server_that_is_gone_ends_the_run(data, tmp_path, capsys):
+    server = Server()
+    server.shutdown()
+    server.server_close()
+    assert call(data, tmp_path / "t.jsonl", server, "--retries", 2) == 1
+    printed = capsys.readouterr()
+    assert "given up in a row" in printed.out and "Connection refused" in printed.err
+
+
+def test_max_cost_is_not_passed_also_by_a_rerun(data, tmp_path, capsys):
+    out, limit = tmp_path / "traces.jsonl", random.uniform(0.015, 0.04)
+    replies = ["half a body", *[f"<think>{THINK}</think>"] * 9]
+    server = Server(lambda: random.choice(replies), delay=0.01)
+    arguments = (data, out, server, "--max-cost", limit, "--concurrency", 4)
+    assert call(*arguments) == 1 and "--max-cost" in capsys.readouterr().out
+    # A server bills the replies that were lost on the way too.
+    billed = COST * (server.outcomes["ok"] + server.outcomes["half a body"])
+    assert limit / 4 < billed <= limit
+    server.answer = lambda: f"<think>{THINK}</think>"
+    assert call(*arguments) == 1 and "--max-cost" in capsys.readouterr().out
+    assert sum(trace["usage"]["cost"] for trace in lines(out)) <= limit
+
+
+def test_images_are_shrunk_jpegs_and_the_text_is_the_guidance(data, tmp_path):
+    server = Server()
+    call(data, tmp_path / "t.jsonl", server, "--limit", 1, "--max-side", 50)
+    (body,) = server.bodies
+    text, image = body["messages"][0]["content"]
+    prefix, code = image["image_url"]["url"].split(",")
+    picture = Image.open(io.BytesIO(base64.b64decode(code)))
+    assert (prefix, picture.format, picture.size) == ("data:image/jpeg;base64", "JPEG", (50, 50))
+    assert "1. How many people are in the image?" in text["text"] and "<think>" in text["text"]
+    assert body["model"] == "gpt-4o-mini" and body["max_tokens"] == 512
+
+
+def test_a_cut_image_is_listed_and_the_others_go_on(data, tmp_path, capsys):
+    names = sorted(path.name for path in (data / "images/train2015").iterdir())
+    cut = data / "images/train2015" / random.choice(names[:20])
+    whole = cut.read_bytes()
+    cut.write_bytes(whole[: len(whole) // 2])
+    try:
+        out = tmp_path / "traces.jsonl"
+        assert call(data, out, Server(), "--limit", 20) == 1
+    finally:
+        cut.write_bytes(whole)
+    assert len(lines(out)) == 19
+    assert f"{cut} is no readable image" in capsys.readouterr().err
+
+
+def test_template_backend_writes_every_image_and_resumes(data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    assert run_main("--data", data, "--out", out, "--backend", "template", "--limit", 2) == 0
+    first = out.read_text()
+    assert first.count("\n") == 2
+    assert run_main("--data", data, "--out", out, "--backend", "template") == 0
+    assert out.read_text().startswith(first)
+    samples = hicodet.load_split(data, "train")
+    assert teacher.read_traces(out) == {
+        sample.file_name: teacher.template_trace(sample.hois) for sample in samples}
+    assert json.loads(first.splitlines()[0]).keys() == {
+        "file_name", "think", "teacher", "attempts", "usage"}
+
+
+def test_dry_run_shows_a_request_without_its_image_and_the_cost(data, tmp_path, capsys):
+    out = tmp_path / "t.jsonl"
+    assert run_main("--data", data, "--out", out, "--dry-run", "--lists", "--max-cost", 1) == 0
+    printed = capsys.readouterr().out
+    request, estimate = json.loads(printed[: printed.rindex("}") + 1]), printed.splitlines()[-1]
+    text, image = request["messages"][0]["content"]
+    assert hicodet.TASK_DESCRIPTION in text["text"] and len(image["image_url"]["url"]) < 60
+    tokens = 300 * (len(text["text"]) // 3 + 20 + 2833)
+    cost = (tokens * 0.15 + 300 * 150 * 0.60) / 1e6
+    assert f"300 images: about {tokens:,} input" in estimate and estimate.endswith(f"${cost:.2f}")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("flags, key, said", [
+    ([], "", "OPENAI_API_KEY is not set"), ([], "sk with space", "OPENAI_API_KEY holds"),
+    (["--base-url", "http://user:pass@host/v1"], "", "expected http(s)://host[:port]/v1"),
+    (["--base-url", "ftp://host"], "", "ftp://host"),
+    (["--teacher", "local", "--max-cost", "1"], "", "give --input-price"),
+    (["--backend", "batch", "--collect", "nowhere.jsonl"], "", "nowhere.jsonl"),
+])
+def test_wrong_use_is_an_error_with_a_way_out(flags, key, said, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    code = run_main("--data", data, "--out", tmp_path / "t.jsonl", *flags)
+    assert said in code and (not key or key not in code)
+
+
+def test_a_missing_image_and_traces_of_other_data_are_errors(data, tmp_path):
+    out, image = tmp_path / "t.jsonl", next((data / "images/train2015").iterdir())
+    image.rename(image.with_suffix(".away"))
+    try:
+        assert image.name in run_main("--data", data, "--out", out, "--backend", "batch")
+    finally:
+        image.with_suffix(".away").rename(image)
+    out.write_text(json.dumps({"file_name": "other.jpg", "think": THINK}) + "\n")
+    assert "other.jpg" in run_main("--data", data, "--out", out, "--backend", "template")
+
+
+def test_batch_backend_writes_once_and_collects(data, tmp_path):
+    out = tmp_path / "t.jsonl"
+    batch = ["--data", data, "--out", out, "--backend", "batch"]
+    assert run_main(*batch) == 1  # nothing has a trace yet
+    requests = (tmp_path / "t.requests-001.jsonl").read_text().splitlines()
+    body = {"choices": [{"message": {"content": f"<think>{THINK}</think>"}}], "usage": USAGE}
+    results = [json.dumps({"custom_id": json.loads(request)["custom_id"],
+                           "response": {"status_code": 200, "body": body}}) for request in requests]
+    (tmp_path / "r").write_text("\n".join(results))
+    assert "is there already" in run_main(*batch)
+    assert run_main(*batch, "--collect", tmp_path / "r") == 0
+    assert len(teacher.read_traces(out)) == len(requests) == 300
+    assert lines(out)[0]["usage"]["cost"] == pytest.approx(COST / 2)
+
+
+@pytest.mark.slow
+def test_a_real_server_from_pypi(data, tmp_path, capsys):
+    """litellm's proxy with a mocked model, installed into an environment of its own."""
+    bin = tmp_path / "env" / "bin"
+    subprocess.run([sys.executable, "-m", "venv", str(bin.parent)], check=True)
+    installed = subprocess.run([bin / "pip", "install", "-q", "litellm[proxy]"],
+                               capture_output=True, text=True, timeout=900)
+    if installed.returncode:
+        pytest.skip(f"litellm[proxy] cannot be installed: {installed.stderr[-300:]}")
+    mock = {"model": "openai/mock", "api_key": "none", "mock_response": f"<think>{THINK}</think>"}
+    config = {"general_settings": {"master_key": KEY},
+              "model_list": [{"model_name": "mock-teacher", "litellm_params": mock}]}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))  # JSON is YAML
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            [bin / "litellm", "--config", "config.yaml", "--host", "127.0.0.1", "--port",
+             str(port)], cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT,
+            env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"})
+    try:
+        wait_for(port, process, tmp_path / "log")
+        server = SimpleNamespace(url=f"http://127.0.0.1:{port}/v1")
+        model = ["--teacher", "mock-teacher", "--input-price", 1, "--output-price", 1]
+        out = tmp_path / "traces.jsonl"
+        assert call(data, out, server, *model) == 0
+        check_complete(out, data)
+        usage = lines(out)[0]["usage"]
+        assert usage["completion_tokens"] == 20 and usage["cost"] > 0  # litellm mocks usage too
+        out = tmp_path / "other.jsonl"
+        assert call(data, out, server, "--teacher", "no-such-model") == 1
+        assert "no-such-model" in capsys.readouterr().out and out.read_text() == ""
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def wait_for(port, process, log, patience=120):
+    """Waits until something listens on the port."""
+    for _ in range(patience * 10):
+        assert process.poll() is None, log.read_text()[-2000:]
+        try:
+            return socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError:
+            time.sleep(0.1)
+    pytest.fail(f"no server on port {port}: {log.read_text()[-2000:]}")
