@@ -122,10 +122,10 @@ class DemoConfig:
 
     out: str = option("runs/demo", "folder for all that the demo writes")
     seed: int = option(0, "of the drawings, the first weights, data order and sampling")
-    train_images: int = option(4000, "drawn training images")
+    train_images: int = option(10000, "drawn training images")
     test_images: int = option(500, "drawn held-out images")
-    sft_steps: int = option(650, "steps of SFT")
-    grpo_steps: int = option(150, "steps of GRPO")
+    sft_steps: int = option(550, "steps of SFT")
+    grpo_steps: int = option(200, "steps of GRPO")
 
 
 STAGES = {"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig}
@@ -284,13 +284,14 @@ class Examples(torch.utils.data.Dataset):
             thinking: self.question(thinking, config.task_description) for thinking in (True, False)
         }
 
-    def question(self, thinking: bool, task_description: bool) -> str:
-        """Fig. 4 behind the image, in the model's chat template."""
+    def question(self, thinking: bool, task_description: bool) -> Tensor:
+        """Ids of Fig. 4 behind one image placeholder, in the model's chat template."""
         text = hicodet.prompt_text(thinking=thinking, task_description=task_description)
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        return self.tokenizer.apply_chat_template(
+        text = self.tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, tokenize=False
         )
+        return self.tokenizer(text, return_tensors="pt")["input_ids"][0]
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -310,7 +311,7 @@ class Examples(torch.utils.data.Dataset):
         """Image and question, as ids with a placeholder for each image token, and patches."""
         pixels = self.processor(images=read_image(sample), return_tensors="pt")
         grid = pixels["image_grid_thw"]
-        ids = self.tokenizer(self.questions[thinking], return_tensors="pt")["input_ids"][0]
+        ids = self.questions[thinking]
         place = int((ids == self.image_id).nonzero())
         image = torch.full((int(grid.prod()) // self.processor.merge_size**2,), self.image_id)
         ids = torch.cat([ids[:place], image, ids[place + 1 :]])

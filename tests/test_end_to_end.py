@@ -1,7 +1,6 @@
 """The programs as a user runs them: two ranks under torchrun, a kill -9, and the demo, small."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -9,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import hicodet
@@ -18,8 +16,6 @@ import teacher
 from tests import toy
 
 ROOT = Path(__file__).resolve().parents[1]
-# one thread each: two ranks on two cores, and the same sums whatever the number of ranks
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 TOY = ["--no-task-description", "--workers", "0"]
 
 
@@ -30,22 +26,13 @@ def run(*arguments, ranks=0):
     """
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
     line = [sys.executable, *torchrun, *map(str, arguments)]
-    done = subprocess.run(line, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def one_thread():
-    """The threads of the child processes, so that sums are added in the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory, one_thread):
+def folder(tmp_path_factory):
     """Toy data, traces, and a model that has learned to write the tags and little else."""
     folder = tmp_path_factory.mktemp("toy")
     toy.main([str(folder), "--train", "60", "--test", "7"])
@@ -112,13 +99,13 @@ def test_two_ranks_equal_one_in_grpo(folder):
 
 
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
-    flags = ["--max-steps", 12, "--save-every", 1]
+    flags = ["--max-steps", 6, "--save-every", 1]
     start = folder / "model"
     stage(*sft_flags(folder, start, "whole"), *flags)
     line = [sys.executable, "hoi_r1.py", *map(str, sft_flags(folder, start, "killed") + flags)]
-    process = subprocess.Popen(line, cwd=ROOT, env=ENVIRONMENT, stderr=subprocess.PIPE)
+    process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE)
     metrics = folder / "killed" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 4):
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -127,7 +114,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
     stage(*sft_flags(folder, start, "killed"), *flags, "--resume")
     assert difference(folder / "whole", folder / "killed") == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 13))
+    assert steps == list(range(1, 7))
 
 
 def test_demo_small(tmp_path):
