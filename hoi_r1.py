@@ -125,7 +125,7 @@ class DemoConfig:
     train_images: int = option(10000, "drawn training images")
     test_images: int = option(500, "drawn held-out images")
     sft_steps: int = option(550, "steps of SFT")
-    grpo_steps: int = option(200, "steps of GRPO")
+    grpo_steps: int = option(120, "steps of GRPO")
 
 
 STAGES = {"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig}
@@ -427,7 +427,7 @@ def refresh(replica, policy) -> None:
 
 
 class Stepper:
-    """AdamW with clipping, which leaves everything as it was when a gradient is not finite."""
+    """AdamW with clipping, which changes nothing when the loss or the gradient is not finite."""
 
     def __init__(self, policy, config: TrainConfig):
         self.config, self.bad_in_a_row, self.skipped = config, 0, 0
@@ -439,11 +439,15 @@ class Stepper:
             weight_decay=config.weight_decay,
         )
 
-    def step(self, lr: float) -> float:
-        """Apply the accumulated gradient at this rate. Returns its norm before clipping."""
+    def step(self, lr: float, loss: float) -> float:
+        """Apply the accumulated gradient at this rate. Returns its norm before clipping.
+
+        loss: of the global batch, so that all ranks decide alike. Raises RuntimeError after
+        MAX_BAD_STEPS steps in a row that had to be left out.
+        """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         norm = float(norm.full_tensor())
-        if math.isfinite(norm):  # a norm over all ranks, so all of them decide alike
+        if math.isfinite(norm) and math.isfinite(loss):
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
@@ -454,7 +458,7 @@ class Stepper:
         self.optimizer.zero_grad()
         if self.bad_in_a_row == MAX_BAD_STEPS:
             raise RuntimeError(
-                f"{MAX_BAD_STEPS} steps in a row had a gradient that is not finite: lower "
+                f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite: lower "
                 "--learning-rate, and look at the last lines of metrics.jsonl"
             )
         return norm
@@ -515,10 +519,11 @@ def sft_update(policy, stepper: Stepper, batch, weights, lr, config, ranks: Rank
         loss = sft_loss(policy.token_logprobs(packed), kept, num_tokens)
         (loss * ranks.world).backward()  # FSDP takes the mean over ranks, the loss is a sum
         loss_sum += loss.item()
-    norm = stepper.step(lr)
+    loss = ranks.sum(loss_sum)
+    norm = stepper.step(lr, loss)
     seconds = time.perf_counter() - started
     rate = {"seconds_update": seconds, "tokens_per_second": ranks.sum(sum(lengths)) / seconds}
-    return {"loss": ranks.sum(loss_sum), "grad_norm": norm, "supervised": num_tokens} | rate
+    return {"loss": loss, "grad_norm": norm, "supervised_tokens": num_tokens} | rate
 
 
 # GRPO
@@ -621,36 +626,43 @@ class GRPOTrainer:
         return parts
 
     def optimize(self, parts: list[Part], prompts: float, lr: float) -> dict:
-        """`updates_per_batch` optimizer steps on one batch of completions (Eqs. 2-5)."""
+        """`updates_per_batch` optimizer steps on one batch of completions. Returns their means."""
+        count = self.ranks.sum(prompts) * self.config.group_size
+        old_logprobs, logged = None, []  # before the first step pi_old is pi_theta
+        for _ in range(self.config.updates_per_batch):
+            logprobs, values = self.optimizer_step(parts, old_logprobs, count, lr)
+            old_logprobs = old_logprobs or logprobs
+            logged.append(values)
+        gaps = [
+            (logprobs[part.packed.completion_mask] - part.sampled_logprobs).abs().max().item()
+            for part, logprobs in zip(parts, old_logprobs)
+        ]
+        means = {name: float(np.mean([values[name] for values in logged])) for name in logged[0]}
+        return means | {"logprob_gap": max(self.ranks.gather(gaps))}
+
+    def optimizer_step(self, parts, old_logprobs, count: float, lr: float) -> tuple[list, dict]:
+        """One step on the objective (Eqs. 2-5), a mean over the `count` outputs of all ranks.
+
+        old_logprobs: (B, C) of each part, or None where they are pi_theta's own. Returns
+        pi_theta's log-probs of each part, detached, and what is logged.
+        """
         config, ranks = self.config, self.ranks
-        count = ranks.sum(prompts) * config.group_size
-        old_logprobs: list[Tensor] = []
+        options = {name: getattr(config, name) for name in ("clip_eps", "kl_coef", "ratio")}
+        found: list[Tensor] = []
         sums = {"objective": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        gap = 0.0
-        for update in range(config.updates_per_batch):
-            for k, part in enumerate(parts):
-                logprobs = self.policy.token_logprobs(part.packed, **self.distribution)
-                if update == 0:  # before the first step pi_old is pi_theta: no forward of its own
-                    old_logprobs.append(logprobs.detach())
-                    trained = old_logprobs[k][part.packed.completion_mask]
-                    gap = max(gap, (trained - part.sampled_logprobs).abs().max().item())
-                terms = grpo.grpo_objective(
-                    logprobs,
-                    old_logprobs[k],
-                    part.ref_logprobs,
-                    part.advantages,
-                    part.packed.completion_mask,
-                    clip_eps=config.clip_eps,
-                    kl_coef=config.kl_coef,
-                    ratio=config.ratio,
-                )
-                terms = {name: (term * part.weights).sum() / count for name, term in terms.items()}
-                (-terms["objective"] * ranks.world).backward()  # FSDP takes the mean over ranks
-                sums = {name: sums[name] + term.item() for name, term in terms.items()}
-            norm = self.stepper.step(lr)
-        means = {name: ranks.sum(value) / config.updates_per_batch for name, value in sums.items()}
-        gap = max(ranks.gather([gap]))
-        return {"loss": -means.pop("objective"), **means, "grad_norm": norm, "logprob_gap": gap}
+        for k, part in enumerate(parts):
+            logprobs = self.policy.token_logprobs(part.packed, **self.distribution)
+            found.append(logprobs.detach())
+            old, mask = (old_logprobs or found)[k], part.packed.completion_mask
+            terms = grpo.grpo_objective(
+                logprobs, old, part.ref_logprobs, part.advantages, mask, **options
+            )
+            terms = {name: (term * part.weights).sum() / count for name, term in terms.items()}
+            (-terms["objective"] * ranks.world).backward()  # FSDP takes the mean over ranks
+            sums = {name: sums[name] + term.item() for name, term in terms.items()}
+        sums = {name: ranks.sum(value) for name, value in sums.items()}
+        loss = -sums.pop("objective")
+        return found, {"loss": loss, **sums, "grad_norm": self.stepper.step(lr, loss)}
 
 
 def rollout_metrics(rows: list[tuple], seconds: dict[str, float]) -> dict[str, float]:

@@ -17,8 +17,8 @@ import hicodet
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {  # a million random weights want another recipe than 3 billion that know images
     "sft": "--batch-size 16 --learning-rate 1.5e-3 --warmup-steps 50 --adam-beta2 0.98",
-    "grpo": "--batch-size 16 --group-size 8 --learning-rate 7e-5 --kl-coef 0.01 "
-    "--max-new-tokens 64",
+    "grpo": "--batch-size 32 --group-size 8 --learning-rate 1e-4 --warmup-steps 10 "
+    "--kl-coef 0.01 --max-new-tokens 64",
 }
 
 

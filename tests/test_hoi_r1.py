@@ -275,7 +275,7 @@ def test_policy_is_fp32_and_moves_at_the_papers_rate(folder, ranks, tmp_path):
     stepper = hoi_r1.Stepper(policy, config)
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)
-    stepper.step(1e-6)
+    stepper.step(1e-6, 1.0)
     for old, new in zip(before, policy.parameters(), strict=True):
         assert ((old - new.full_tensor()) > 0).float().mean() > 0.9
 
@@ -285,17 +285,19 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
     stepper = hoi_r1.Stepper(policy, config_of("sft", folder, "x"))
     before = [p.full_tensor().clone() for p in policy.parameters()]
 
-    def step(value):
+    def step(value, loss=1.0):
         for parameter in policy.parameters():
             parameter.grad = torch.full_like(parameter, 0.01)
         next(policy.parameters()).grad.mul_(value)
-        return stepper.step(1e-3)
+        return stepper.step(1e-3, loss)
 
     assert math.isnan(step(math.nan)) and stepper.skipped == 1
-    assert not stepper.optimizer.state
+    step(1.0, loss=math.inf)
+    assert stepper.skipped == 2 and not stepper.optimizer.state
     for old, new in zip(before, policy.parameters(), strict=True):
         assert torch.equal(old, new.full_tensor())
-    assert math.isfinite(step(1.0)) and stepper.skipped == 1
+    assert math.isfinite(step(1.0)) and stepper.skipped == 2
+    assert not torch.equal(before[0], next(policy.parameters()).full_tensor())
     with pytest.raises(RuntimeError, match="10 steps in a row"):
         for _ in range(10):
             step(math.inf)
