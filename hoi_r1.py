@@ -954,8 +954,11 @@ class Judge:
         rows = self.ranks.gather(rows)
         lines = [row["line"] for row in rows]
         result = evaluate.evaluate(lines, samples, self.counts, classes="present")
-        reward = mean_rewards(rows).get("total", 0.0)
-        return {"eval_reward": reward, "eval_map": 100 * result["default"]["full"]}
+        return {
+            "eval_reward": mean_rewards(rows).get("total", 0.0),
+            "eval_map": 100 * result["default"]["full"],
+            "eval_length": float(np.mean([row["length"] for row in rows])),
+        }
 
 
 def predict(config: PredictConfig) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import distribute_tensor
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLConfig
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -162,6 +163,11 @@ def test_eq1_sft_loss():
 
 def test_images_without_a_trace(folder, ranks):
     assert len(hoi_r1.training_examples(config_of("sft", folder, "x"), ranks)) == 20
+    bare = dataclasses.replace(hicodet.load_split(folder / "data", "train")[0], hois=())
+    with pytest.MonkeyPatch.context() as patch:  # an image without ground truth trains nothing
+        patch.setattr(hicodet, "load_split", lambda root, split: [bare])
+        with pytest.raises(ValueError, match="no image"):
+            hoi_r1.training_examples(config_of("grpo", folder, "x"), ranks)
     examples = hoi_r1.training_examples(config_of("sft", folder, "x", untraced="answer"), ranks)
     assert len(examples) == 24
     traced, untraced = examples[0], examples[23]
@@ -280,6 +286,28 @@ def test_policy_is_fp32_and_moves_at_the_papers_rate(folder, ranks, tmp_path):
         assert ((old - new.full_tensor()) > 0).float().mean() > 0.9
 
 
+def test_a_step_is_adamw_on_the_clipped_gradient(folder, ranks):
+    """Against a plain model, its gradient scaled by hand, and PyTorch's AdamW."""
+    options = {"adam_beta2": 0.9, "weight_decay": 0.1, "max_grad_norm": 0.5, "learning_rate": 7.0}
+    config = config_of("sft", folder, "x", **options)
+    policy = hoi_r1.load_policy(config, ranks.device)
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
+    stepper = hoi_r1.Stepper(policy, config)
+    reference = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.9), weight_decay=0.1)
+    for lr in (1e-3, 4e-4):  # the rate of the step, not that of the config
+        gradients = [torch.randn_like(p) for p in plain.parameters()]
+        norm = math.sqrt(sum(float((g**2).sum()) for g in gradients))
+        for mine, other, gradient in zip(policy.parameters(), plain.parameters(), gradients):
+            mine.grad = distribute_tensor(gradient, mine.device_mesh, mine.placements)
+            other.grad = gradient * 0.5 / norm
+        reference.param_groups[0]["lr"] = lr
+        reference.step()
+        assert stepper.step(lr, 1.0) == pytest.approx(norm, rel=1e-5)
+    for mine, other in zip(policy.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.full_tensor(), other, atol=1e-6, rtol=1e-5)
+        assert mine.grad is None
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
     policy = hoi_r1.load_policy(config_of("sft", folder, "x"), ranks.device)
     stepper = hoi_r1.Stepper(policy, config_of("sft", folder, "x"))
@@ -292,6 +320,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
         return stepper.step(1e-3, loss)
 
     assert math.isnan(step(math.nan)) and stepper.skipped == 1
+    assert all(parameter.grad is None for parameter in policy.parameters())
     step(1.0, loss=math.inf)
     assert stepper.skipped == 2 and not stepper.optimizer.state
     for old, new in zip(before, policy.parameters(), strict=True):
@@ -304,7 +333,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
 
 
 def test_instance_scores(folder):
-    """The probability of the tokens that overlap an instance's characters, and of no others."""
+    """The probability of the tokens that overlap an instance, and of no others."""
     examples = hoi_r1.Examples(config_of("predict", folder, "x"), [])
     text = '<think> é </think><answer> [{"human": [1, 2, 3, 4]}, {"human": [5, 6, 7, 8]}] </answer>'
     ids = examples.tokenizer(text + "<|im_end|>", return_tensors="pt")["input_ids"][0]
@@ -349,6 +378,8 @@ def test_sft_resumes_bit_for_bit(folder, tmp_path, monkeypatch):
     whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
+    first = weights(folder)
+    assert any(not torch.equal(whole[name], first[name]) for name in whole)
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("whole", "cut")]
     assert losses[0] == losses[1]
 

@@ -1,0 +1,194 @@
+"""hoi_r1.py, the batch of GRPO and of prediction: against plain forwards, and what it hands on."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+import grpo
+import hicodet
+import hoi_r1
+from tests.test_grpo import plain_logprobs
+from tests.test_hoi_r1 import any_reward, config_of, folder, metrics, ranks  # noqa: F401
+
+
+@pytest.fixture
+def make_trainer(folder, ranks):
+    """A trainer on the tiny model, its batch of three images, and the gradients of its steps."""
+
+    def make(**options):
+        config = config_of("grpo", folder, "unused", group_size=2, **options)
+        examples = hoi_r1.training_examples(config, ranks)
+        policy = hoi_r1.load_policy(config, ranks.device)
+        replica = hoi_r1.load_model(config.model, ranks.device)
+        stepper = hoi_r1.Stepper(policy, config)
+        trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, examples, config, ranks)
+        return trainer, [examples[i] for i in range(3)]
+
+    return make
+
+
+def random_rollout(lengths, vocabulary=200):
+    ids = [torch.randint(vocabulary, (n,)) for n in lengths]
+    return grpo.Rollout(ids, [-torch.rand(n) for n in lengths], torch.ones(len(lengths)).bool())
+
+
+@pytest.mark.parametrize("budget", [1, 10_000])
+def test_the_step_has_the_gradient_of_the_equations(folder, make_trainer, budget):
+    """Eqs. 2-4 written out over separate forwards; images of weight 0 and 1, unequal lengths.
+
+    pi_theta, pi_old and pi_ref all differ, so that ratio, clip and KL all matter.
+    """
+    options = {"kl_coef": 0.3, "clip_eps": 0.1, "temperature": 0.8}
+    trainer, batch = make_trainer(tokens_per_microbatch=budget, **options)
+    plain = hoi_r1.load_model(trainer.config.model, torch.device("cpu"))
+    plain.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        for parameter in trainer.reference.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    reference = hoi_r1.load_model(trainer.config.model, torch.device("cpu"))
+    reference.load_state_dict(trainer.reference.state_dict())
+    reference.set_attn_implementation("sdpa")
+
+    weights, advantages = [1.0, 0.0, 1.0], torch.tensor([[1.0, -1.0], [0.5, -2.0], [-0.7, 0.7]])
+    rollout = random_rollout([3, 9, 4, 4, 12, 5])
+    parts = trainer.parts(batch, weights, rollout, advantages)
+    old = [torch.log_softmax(torch.randn(6, 13), 0)[: len(p.weights)] for p in parts]
+    old = [
+        grpo.token_logprobs(trainer.replica, p.packed, **trainer.distribution).detach()
+        + 0.3 * noise[:, : p.packed.completion_mask.shape[1]].clamp(-2, 2)
+        for p, noise in zip(parts, old)
+    ]
+    gradients = []
+    trainer.stepper.step = lambda lr, loss: gradients.extend(
+        p.grad.full_tensor().clone() for p in trainer.policy.parameters()
+    )
+    _, logged = trainer.optimizer_step(parts, old, count=4.0, lr=1.0)
+
+    rows = {}  # old log-probs by their completion, however the parts were made
+    for part, values in zip(parts, old):
+        mask = part.packed.completion_mask
+        cut = part.packed.completion_ids.split(mask.sum(1).tolist())
+        rows |= {tuple(ids.tolist()): v[m] for ids, v, m in zip(cut, values, mask)}
+    objective = 0.0
+    for row, ids in enumerate(rollout.completion_ids):
+        image = row // 2
+        arguments = (batch[image].prompt, ids, 0.8, trainer.distribution["banned"])
+        new = plain_logprobs(plain, *arguments)
+        ref = plain_logprobs(reference, *arguments).detach()
+        a, ratio = advantages.flatten()[row], (new - rows[tuple(ids.tolist())]).exp()
+        surrogate = torch.minimum(ratio * a, ratio.clamp(0.9, 1.1) * a)
+        kl = (ref - new).exp() - (ref - new) - 1
+        objective = objective + weights[image] * (surrogate - 0.3 * kl).mean() / 4
+    (-objective).backward()
+    assert logged["loss"] == pytest.approx(-objective.item(), rel=1e-4, abs=1e-6)
+    for mine, parameter in zip(gradients, plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, parameter.grad, atol=2e-5, rtol=1e-4)
+
+
+def test_several_updates_keep_the_first_policy_as_pi_old(make_trainer):
+    """With pi_old taken anew at each update every ratio would be 1 and nothing clipped."""
+    trainer, batch = make_trainer(updates_per_batch=3, clip_eps=0.01)
+    rollout = random_rollout([5] * 6)
+    parts = trainer.parts(batch, [1.0] * 3, rollout, torch.tensor([[1.0, -1.0]] * 3))
+    logged = trainer.optimize(parts, 3, 1e-2)
+    assert logged["clip_fraction"] > 0.05
+    steps = {int(state["step"]) for state in trainer.stepper.optimizer.state.values()}
+    assert steps == {3}
+
+
+def test_advantages_and_rewards_belong_to_their_completions(make_trainer, monkeypatch):
+    """From sampling to the micro-batches: rewards in the model's frame, advantages in place."""
+    trainer, batch = make_trainer(tokens_per_microbatch=1)
+    rollout = random_rollout([2, 3, 9, 4, 5, 6])
+    seen, given = [], {}
+    monkeypatch.setattr(trainer, "sample", lambda step, batch: rollout)
+
+    def score(hois, ids):
+        seen.append((hois, len(ids)))
+        return {"format": 0.0, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": float(len(ids))}
+
+    def optimize(parts, prompts, lr):
+        for part in parts:
+            lengths = part.packed.completion_mask.sum(1).tolist()
+            given.update(zip(lengths, part.advantages.tolist()))
+        return {}
+
+    monkeypatch.setattr(trainer, "score", score)
+    monkeypatch.setattr(trainer, "optimize", optimize)
+    trainer.update(0, batch, [1.0] * 3, 1e-3)
+    assert seen == [(batch[row // 2].hois, n) for row, n in enumerate([2, 3, 9, 4, 5, 6])]
+    # a group of rewards r and s: -+ |r - s| / 2 over (|r - s| / sqrt 2 + 1e-4)
+    low, high = (side * 0.5 / (0.5**0.5 + 1e-4) for side in (-1, 1))
+    wide = 2.5 / (12.5**0.5 + 1e-4)
+    assert given == pytest.approx({2: low, 3: high, 5: low, 6: high, 9: wide, 4: -wide})
+
+
+def test_rewards_of_table_3_and_the_duplicate_rule_reach_the_score(make_trainer):
+    trainer, batch = make_trainer(without=("label",), duplicate_rule="pair")
+    example = batch[0]
+    bicycle = hicodet.HOI(example.hois[0].human, (0.0, 0.0, 9.0, 9.0), "bicycle", ("hold",))
+    hois = (dataclasses.replace(example.hois[0], object=(90.0, 90.0, 99.0, 99.0)), bicycle)
+    ids = trainer.examples.target_ids(hois, "one person, two objects")
+    reward = trainer.score(hois, ids)
+    assert reward["object"] == reward["verb"] == 0.0
+    assert reward["format"] == pytest.approx(0.8)  # as printed, the second would be a duplicate
+
+
+def test_what_is_banned_is_banned_in_sampling_and_in_the_log_probs(make_trainer, monkeypatch):
+    trainer, batch = make_trainer()
+    calls = []
+    monkeypatch.setattr(grpo, "sample", lambda *args, **kwargs: calls.append(kwargs))
+    trainer.sample(0, batch)
+    image_id, end_id = trainer.examples.image_id, trainer.examples.end_id
+    assert calls[0]["banned"][image_id] and not calls[0]["banned"][end_id]
+    assert calls[0]["banned"] is trainer.distribution["banned"]
+    seeds = hoi_r1.sample_seeds(0, 0, [0, 1, 2], 2)
+    assert calls[0]["seeds"] == seeds and calls[0]["temperature"] == 1.0
+
+
+@pytest.mark.parametrize("scores", ["ones", "likelihood"])
+def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores):
+    """predict_rows on completions that are the ground truth, each token with log-prob -0.01."""
+    config = config_of("predict", folder, "x", scores=scores, slots=1)
+    samples = hicodet.load_split(folder / "data", "test")
+    examples = hoi_r1.Examples(config, samples)
+    answers = iter([examples.target_ids(examples[i].hois, "x") for i in range(len(samples))])
+    calls = []
+
+    def sample(model, prompts, **options):
+        calls.append(options)
+        ids = [next(answers) for _ in prompts]
+        return grpo.Rollout(ids, [torch.full((len(i),), -0.01) for i in ids], torch.ones(len(ids)))
+
+    monkeypatch.setattr(grpo, "sample", sample)
+    model = hoi_r1.load_model(config.model, ranks.device)
+    rows = hoi_r1.predict_rows(model, examples, list(range(len(samples))), config, ranks)
+    assert all(call["banned"][examples.image_id] and call["temperature"] == 0 for call in calls)
+    for index, (row, sample_) in enumerate(zip(rows, samples, strict=True)):
+        assert row["index"] == index and row["line"]["file_name"] == sample_.file_name
+        assert row["finished"] and row["reward"]["total"] == pytest.approx(3.8)
+        for instance, hoi in zip(row["line"]["instances"], sample_.hois, strict=True):
+            assert instance["human"] == pytest.approx(hoi.human, abs=0.5)
+            if scores == "ones":
+                assert instance["scores"] == [1.0] * len(hoi.verbs)
+            else:  # some 15 of the answer's tokens
+                assert math.exp(-0.01 * row["length"]) < instance["scores"][0] < 0.95
+
+
+def test_evaluation_in_training_is_of_the_present_weights(folder, tmp_path):
+    """What --eval-every logs after the last step is what predict says of the exported model."""
+    options = {"max_steps": 3, "eval_every": 3, "eval_max_new_tokens": 30, "learning_rate": 3e-3}
+    hoi_r1.main(config_of("sft", folder, tmp_path / "run", **options))
+    model = str(tmp_path / "run" / "model")
+    for name, path in (("after", model), ("before", str(folder / "model"))):
+        config = config_of("predict", folder, tmp_path / name, max_new_tokens=30, model=path)
+        hoi_r1.main(config)
+    texts = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("after", "before")]
+    assert texts[0] != texts[1]
+    logged = metrics(tmp_path / "run")[-1]
+    summary = json.loads((tmp_path / "after" / "summary.json").read_text())
+    assert logged["eval_reward"] == pytest.approx(summary["reward"]["total"])
+    assert logged["eval_length"] == pytest.approx(summary["completion_length"])
