@@ -189,9 +189,9 @@ from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import (  # noqa: E402
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
 )
 from transformers.utils import logging  # noqa: E402
 
@@ -277,7 +277,8 @@ class Examples(torch.utils.data.Dataset):
     def __init__(self, config: RunConfig, samples: list, thinks: dict | None = None):
         self.samples, self.thinks, self.thinking = samples, thinks, config.thinking
         self.tokenizer = AutoTokenizer.from_pretrained(config.model)
-        self.processor = AutoImageProcessor.from_pretrained(config.model, backend="pil")
+        # by name: AutoImageProcessor may ask for torchvision, and takes its resize where it is
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(config.model)
         self.image_id = AutoConfig.from_pretrained(config.model).image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         self.questions = {
@@ -399,6 +400,12 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None
     return model.to(device).eval()
 
 
+def checkpoint_activations(model) -> None:
+    """Recompute activations in backward; under this name from transformers 5.23 on."""
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
 def load_policy(config: TrainConfig, device: torch.device):
     """pi_theta: fp32 parameters sharded over all ranks, computing in compute_dtype.
 
@@ -406,9 +413,7 @@ def load_policy(config: TrainConfig, device: torch.device):
     """
     policy = load_model(config.model, torch.device("cpu"), torch.float32).train()
     if config.gradient_checkpointing:
-        # the newer name of two; transformers 5.17 has only the older
-        enable = getattr(policy, "activation_checkpointing_enable", None)
-        (enable or policy.gradient_checkpointing_enable)({"use_reentrant": False})
+        checkpoint_activations(policy)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
     for block in [*policy.model.visual.blocks, *policy.model.language_model.layers, policy]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import grpo
+import hoi_r1
 from tests.toy import tiny_model
 
 CLIP = 0.2
@@ -233,7 +234,7 @@ def test_gradient_checkpointing_changes_nothing(model, prompts, completions):
     batch = grpo.pack(model, prompts, completions)
     gradients = []
     checkpointed = copy.deepcopy(model).train()
-    checkpointed.activation_checkpointing_enable({"use_reentrant": False})
+    hoi_r1.checkpoint_activations(checkpointed)
     for each in (copy.deepcopy(model), checkpointed):
         grpo.token_logprobs(each, batch).sum().backward()
         gradients.append([p.grad for p in each.parameters()])
