@@ -37,6 +37,7 @@ from transformers import AttentionInterface
 
 GROUP_ATTENTION = "group_attention"
 HEAD_CHUNK = 1024  # completion tokens whose logits exist at a time: 0.6 GB with V = 151,936
+PREFILL_PROMPTS = 16  # prompts of one prefill, which keeps its activations below the update's
 
 
 # Eqs. 2-5: the objective
@@ -50,6 +51,7 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """
     if rewards.shape[1] < 2:
         raise ValueError(f"group size {rewards.shape[1]}: Eq. 5 needs at least 2 completions")
+    rewards = rewards - rewards[:, :1]  # equal rewards become exact zeros: a mean may round
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + eps)
 
@@ -87,9 +89,10 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_eps: float) -> Ten
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Per-token estimate of D_KL[pi_theta || pi_ref], the second term of Eq. 2 (estimator of [21]).
 
-    Any equal shapes. Never negative, and 0 exactly where the policies agree.
+    Any equal shapes. Never negative, and 0 exactly where the policies agree. The log-ratio is held
+    within +-20, where exp would take over the whole gradient.
     """
-    log_ratio = ref_logprobs - logprobs
+    log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
     return log_ratio.exp() - log_ratio - 1
 
 
@@ -487,6 +490,7 @@ class _Sampling:
         for slot in slots:
             if all(self.done(row) for row in self.rows(slot)):
                 self.owner[slot] = None
+                self.cache.own_lengths[slot] = 0  # a long row that is gone must not cost room
 
     def next_uniforms(self, rows: list[int]) -> Tensor:
         """A row's random numbers come from its own seed, whatever its neighbours and slot."""
@@ -519,9 +523,9 @@ def sample(
     slot goes to the next prompt. A completion ends with end_id or at max_new_tokens. The model must
     be in eval mode. Raises ValueError if seeds and temperature do not fit.
     """
-    count = len(prompts) * group_size
-    if (temperature == 0) != (seeds is None) or (seeds is not None and len(seeds) != count):
-        raise ValueError(f"sampling {count} completions needs as many seeds, greedy decoding none")
+    rows = len(prompts) * group_size
+    if (temperature == 0) != (seeds is None) or (seeds is not None and len(seeds) != rows):
+        raise ValueError(f"sampling {rows} completions needs as many seeds, greedy decoding none")
     draw = partial(draw_tokens, temperature=temperature, banned=banned)
     slots = min(slots, len(prompts))
     state = _Sampling(model, prompts, group_size, max_new_tokens, end_id, slots, draw, seeds)
@@ -529,7 +533,8 @@ def sample(
     while waiting or state.slots(busy=True):
         free, busy = state.slots(busy=False), state.slots(busy=True)
         if waiting and len(free) * 4 >= len(state.owner):  # prefill several prompts at a time
-            taken = [waiting.popleft() for _ in range(min(len(free), len(waiting)))]
+            count = min(len(free), len(waiting), PREFILL_PROMPTS)
+            taken = [waiting.popleft() for _ in range(count)]
             state.admit(free[: len(taken)], taken)
             continue
         if not waiting and len(busy) * 2 <= len(state.owner):  # rows that are done leave the batch

@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 import time
+import traceback
 import types
 import typing
 from collections.abc import Iterator
@@ -35,9 +36,9 @@ import rewards
 import teacher
 
 
-def option(default, text: str):
-    """A dataclass field that `add_options` turns into a command line flag with this help."""
-    return field(default=default, metadata={"help": text})
+def option(default, text: str, least: float | None = None):
+    """A dataclass field that `add_options` turns into a flag with this help and lower bound."""
+    return field(default=default, metadata={"help": text, "least": least})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,30 +48,36 @@ class RunConfig:
     model: str = field(metadata={"help": "folder or hub name of a Qwen2.5-VL model (safetensors)"})
     data: str = field(metadata={"help": "folder of hico_20160224_det: anno_bbox.mat, images/"})
     out: str = field(metadata={"help": "folder for all that the run writes"})
-    seed: int = option(0, "of data order and sampling")
+    seed: int = option(0, "of data order and sampling", least=0)
     thinking: bool = option(True, "prompt with the Thinking Process (Table 2)")
     task_description: bool = option(True, "prompt with the valid classes (Table 2)")
-    workers: int = option(2, "processes of a rank that read and resize images; 0: the rank itself")
+    workers: int = option(2, "processes of a rank that read images; 0: the rank itself", least=0)
     dry_run: bool = option(False, "print the first sample as the model would see it, and stop")
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            least, value = f.metadata.get("least"), getattr(self, f.name)
+            if least is not None and not value >= least:
+                raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
     """What both trainings are told; defaults are Sec. 4.2, or the README's table of readings."""
 
-    learning_rate: float = option(1e-6, "of AdamW, at its highest")
-    warmup_steps: int = option(0, "steps over which the learning rate rises")
+    learning_rate: float = option(1e-6, "of AdamW, at its highest", least=0)
+    warmup_steps: int = option(0, "steps over which the learning rate rises", least=0)
     adam_beta2: float = option(0.999, "decay of AdamW's second moment")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
-    epochs: int = option(1, "passes over the training images")
-    tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory")
+    epochs: int = option(1, "passes over the training images, where --max-steps is 0", least=1)
+    tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory", 1)
     gradient_checkpointing: bool = option(True, "slower, takes far less memory")
-    save_every: int = option(100, "steps between checkpoints; 0: only the final model")
+    save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
     resume: bool = option(False, "go on from the last checkpoint in --out")
-    eval_every: int = option(0, "steps between evaluations on held-out images; 0: none")
-    eval_images: int = option(200, "test images, from the first, that an evaluation takes")
-    eval_max_new_tokens: int = option(2048, "longest completion in an evaluation")
+    eval_every: int = option(0, "steps between evaluations on held-out images; 0: none", least=0)
+    eval_images: int = option(200, "test images, from the first, that an evaluation takes", least=1)
+    eval_max_new_tokens: int = option(2048, "longest completion in an evaluation", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +88,25 @@ class SFTConfig(TrainConfig):
     untraced: typing.Literal["skip", "answer"] = option(
         "skip", "images without a trace: leave out, or train on the answer alone"
     )
-    batch_size: int = option(8, "images of one optimizer step, over all ranks")
-    max_steps: int = option(0, "optimizer steps; 0: as many as the epochs have")
+    batch_size: int = option(8, "images of one optimizer step, over all ranks", least=1)
+    max_steps: int = option(0, "optimizer steps; 0: as many as the epochs have", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(TrainConfig):
     """Reinforcement learning (Sec. 3.3)."""
 
-    batch_size: int = option(16, "images of one batch, over all ranks, each with G completions")
-    max_steps: int = option(40, "batches; 0: as many as the epochs have")
-    group_size: int = option(4, "completions of an image, G")
-    updates_per_batch: int = option(1, "optimizer steps on the same completions")
-    kl_coef: float = option(0.04, "weight of the KL divergence from pi_ref, beta; 0: no pi_ref")
-    clip_eps: float = option(0.2, "clip range of the ratio, epsilon")
+    batch_size: int = option(16, "images of a batch, over all ranks, each with G completions", 1)
+    max_steps: int = option(40, "batches; 0: as many as the epochs have", least=0)
+    save_every: int = option(10, "steps between checkpoints; 0: only the final model", least=0)
+    group_size: int = option(4, "completions of an image, G", least=2)
+    updates_per_batch: int = option(1, "optimizer steps on the same completions", least=1)
+    kl_coef: float = option(0.04, "weight of the KL divergence from pi_ref, beta; 0: none", least=0)
+    clip_eps: float = option(0.2, "clip range of the ratio, epsilon", least=0)
     ratio: typing.Literal["token", "sequence"] = option("token", "Eqs. 3-4 on tokens or outputs")
-    temperature: float = option(1.0, "of sampling and of the policies' log-probs")
-    max_new_tokens: int = option(1024, "longest completion")
-    slots: int = option(64, "groups that are sampled at a time on a rank")
+    temperature: float = option(1.0, "of sampling and of the policies' log-probs", least=0.01)
+    max_new_tokens: int = option(1024, "longest completion", least=1)
+    slots: int = option(64, "groups that are sampled at a time on a rank", least=1)
     duplicate_rule: typing.Literal["printed", "pair"] = option("printed", "duplicates in Eq. 7")
     without: tuple[typing.Literal["label", "iou"], ...] = option((), "rewards left out (Table 3)")
 
@@ -108,9 +116,9 @@ class PredictConfig(RunConfig):
     """Greedy prediction for a split."""
 
     split: typing.Literal["train", "test"] = option("test", "images to predict")
-    limit: int = option(0, "only the first so many images; 0: all")
-    max_new_tokens: int = option(2048, "longest completion")
-    slots: int = option(64, "images that are decoded at a time on a rank")
+    limit: int = option(0, "only the first so many images; 0: all", least=0)
+    max_new_tokens: int = option(2048, "longest completion", least=1)
+    slots: int = option(64, "images that are decoded at a time on a rank", least=1)
     scores: typing.Literal["ones", "likelihood"] = option(
         "ones", "of an instance: 1.0, or the probability the model gave to its tokens"
     )
@@ -118,7 +126,7 @@ class PredictConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """SFT, GRPO, predictions and mAP on a drawn data set with a tiny model, on a CPU."""
+    """SFT, GRPO, predictions and mAP on a drawn data set with a tiny model."""
 
     out: str = option("runs/demo", "folder for all that the demo writes")
     seed: int = option(0, "of the drawings, the first weights, data order and sampling")
@@ -166,7 +174,10 @@ def parse_config(argv: list[str] | None = None):
     values = vars(parser.parse_args(argv))
     config_class = STAGES[values.pop("stage")]
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return config_class(**values)
+    try:
+        return config_class(**values)
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":
@@ -200,6 +211,12 @@ import grpo  # noqa: E402
 logging.disable_progress_bar()  # of the library's loading and saving
 
 END_OF_TURN = "<|im_end|>"
+# what does not change the weights a run comes to, beyond the rounding of sums
+FREE_ON_RESUME = {
+    *("resume", "out", "data", "workers", "dry_run", "save_every", "slots"),
+    *("tokens_per_microbatch", "gradient_checkpointing"),
+    *("eval_every", "eval_images", "eval_max_new_tokens"),
+}
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite loss or gradient before a run stops
 
 
@@ -276,7 +293,10 @@ class Examples(torch.utils.data.Dataset):
 
     def __init__(self, config: RunConfig, samples: list, thinks: dict | None = None):
         self.samples, self.thinks, self.thinking = samples, thinks, config.thinking
-        self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--model {config.model}: no tokenizer there ({error})") from None
         # by name: AutoImageProcessor may ask for torchvision, and takes its resize where it is
         self.processor = Qwen2VLImageProcessorPil.from_pretrained(config.model)
         self.image_id = AutoConfig.from_pretrained(config.model).image_token_id
@@ -378,7 +398,10 @@ def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator
     loader = DataLoader(
         examples, sampler=indices, batch_size=None, **(options if workers else {})
     )
-    return iter(loader)
+    for example in loader:
+        # copies: what a worker sends holds shared memory and an open file as long as it lives
+        prompt = grpo.Prompt(*(part.clone() for part in vars(example.prompt).values()))
+        yield dataclasses.replace(example, prompt=prompt)
 
 
 # The three policies
@@ -415,7 +438,10 @@ def load_policy(config: TrainConfig, device: torch.device):
     if config.gradient_checkpointing:
         checkpoint_activations(policy)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    # inputs stay as they are: cast, the vision tower's rotary angles would be coarser than pi_old's
+    precision = MixedPrecisionPolicy(
+        param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for block in [*policy.model.visual.blocks, *policy.model.language_model.layers, policy]:
         fully_shard(block, mesh=mesh, mp_policy=precision)
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
@@ -435,13 +461,14 @@ class Stepper:
     """AdamW with clipping, which changes nothing when the loss or the gradient is not finite."""
 
     def __init__(self, policy, config: TrainConfig):
-        self.config, self.bad_in_a_row, self.skipped = config, 0, 0
+        self.config, self.bad_in_a_row = config, 0
         self.parameters = list(policy.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.learning_rate,
             betas=(0.9, config.adam_beta2),
             weight_decay=config.weight_decay,
+            fused=True,  # no temporary copy of the parameters
         )
 
     def step(self, lr: float, loss: float) -> float:
@@ -459,7 +486,6 @@ class Stepper:
             self.bad_in_a_row = 0
         else:
             self.bad_in_a_row += 1
-            self.skipped += 1
         self.optimizer.zero_grad()
         if self.bad_in_a_row == MAX_BAD_STEPS:
             raise RuntimeError(
@@ -527,7 +553,8 @@ def sft_update(policy, stepper: Stepper, batch, weights, lr, config, ranks: Rank
     loss = ranks.sum(loss_sum)
     norm = stepper.step(lr, loss)
     seconds = time.perf_counter() - started
-    rate = {"seconds_update": seconds, "tokens_per_second": ranks.sum(sum(lengths)) / seconds}
+    tokens = ranks.sum(sum(w * n for w, n in zip(weights, lengths)))
+    rate = {"seconds_update": seconds, "tokens_per_second": tokens / seconds}
     return {"loss": loss, "grad_norm": norm, "supervised_tokens": num_tokens} | rate
 
 
@@ -708,11 +735,11 @@ class Run:
         if not self.config.resume:
             raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --out")
         stored, mine = json.loads(path.read_text()), dataclasses.asdict(self.config)
-        for name in mine.keys() - {"resume", "workers", "save_every", "out"}:
+        for name in mine.keys() - FREE_ON_RESUME:
             if stored.get(name) != json.loads(json.dumps(mine[name])):
                 raise ValueError(
                     f"{path}: the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; "
-                    "--resume goes on with the same settings"
+                    f"--resume may change only {', '.join(sorted(FREE_ON_RESUME))}"
                 )
 
     def checkpoints(self) -> list[Path]:
@@ -728,6 +755,8 @@ class Run:
             dcp.load({"model": model, "optimizer": moments}, checkpoint_id=latest)
             set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
             done = int(latest.name.split("-")[1])
+        elif self.config.resume:
+            self.ranks.print(f"{self.folder}: no checkpoint yet, starting from the first step")
         if self.ranks.rank == 0 and self.metrics.exists():
             # steps that will be run again, and a line that a crash cut
             lines = self.metrics.read_text().splitlines(keepends=True)
@@ -753,11 +782,20 @@ class Run:
             with self.metrics.open("a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
-    def export(self, replica, examples: Examples) -> None:
-        """Write model/, which `from_pretrained` and any Qwen2.5-VL server read; whole or absent."""
+    def export(self, policy, examples: Examples) -> None:
+        """Write model/ for `from_pretrained`, weights in fp32; whole or absent.
+
+        In bf16 most of what a short run at 1e-6 has moved would be rounded away.
+        """
+        state = {}
+        for name, parameter in policy.named_parameters():
+            full = parameter.full_tensor()  # from all ranks, so all of them pass here
+            if self.ranks.rank == 0:
+                state[name] = full.detach().cpu()
         if self.ranks.rank == 0:
             folder, aside = self.folder / "model", self.folder / "model.tmp"
-            for part in (replica, examples.tokenizer, examples.processor):
+            policy.save_pretrained(aside, state_dict=state)
+            for part in (examples.tokenizer, examples.processor):
                 part.save_pretrained(aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
@@ -782,6 +820,8 @@ def training_examples(config: TrainConfig, ranks: Ranks) -> Examples:
     thinks = None
     if isinstance(config, SFTConfig):
         thinks = {}
+        if config.traces and not config.thinking:
+            raise ValueError("--no-thinking takes no --traces: there is no reasoning to train on")
         if config.thinking:
             if not config.traces:
                 raise ValueError("--traces: give the file of teacher.py, or --no-thinking")
@@ -804,7 +844,8 @@ def train(config: SFTConfig | GRPOConfig) -> None:
     if config.dry_run:
         return ranks.print(describe(examples[0], examples))
     run = Run(config, ranks)
-    policy, replica = load_policy(config, ranks.device), load_model(config.model, ranks.device)
+    policy = load_policy(config, ranks.device)
+    replica = load_model(config.model, ranks.device) if judge or not is_sft else None
     stepper = Stepper(policy, config)
     done = run.load(policy, stepper.optimizer)
     if not is_sft:
@@ -826,7 +867,7 @@ def train(config: SFTConfig | GRPOConfig) -> None:
         else:
             values = trainer.update(step, batch, weights, lr)
         values |= {"seconds_waiting": waited, "seconds": time.perf_counter() - started}
-        values |= {"learning_rate": lr, "skipped_steps": stepper.skipped}
+        values |= {"learning_rate": lr, "skipped": stepper.bad_in_a_row > 0}
         if judge and (step + 1) % config.eval_every == 0:
             refresh(replica, policy)
             values |= judge(replica)
@@ -836,8 +877,7 @@ def train(config: SFTConfig | GRPOConfig) -> None:
         bar.update()
         if config.save_every and (step + 1) % config.save_every == 0:
             run.save(policy, stepper.optimizer, step + 1)
-    refresh(replica, policy)
-    run.export(replica, examples)
+    run.export(policy, examples)
     ranks.print(f"model: {run.folder / 'model'}")
 
 
@@ -961,7 +1001,7 @@ class Judge:
         result = evaluate.evaluate(lines, samples, self.counts, classes="present")
         return {
             "eval_reward": mean_rewards(rows).get("total", 0.0),
-            "eval_map": 100 * result["default"]["full"],
+            "eval_map": 100 * (result["default"]["full"] or 0.0),
             "eval_length": float(np.mean([row["length"] for row in rows])),
         }
 
@@ -1007,15 +1047,20 @@ def demo(config: DemoConfig) -> None:
 
 
 def main(config) -> None:
-    """Run the stage that a config is for."""
+    """Run one stage. What this project refuses is one line; any other error keeps its traceback."""
     stages = {SFTConfig: train, GRPOConfig: train, PredictConfig: predict, DemoConfig: demo}
     try:
         stages[type(config)](config)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        origin = traceback.extract_tb(error.__traceback__)[-1].filename
+        if Path(origin).parent != Path(__file__).parent:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        failed = sys.exc_info()[0] is not None
+        if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
+            dist.destroy_process_group()  # would wait for the others if this rank alone failed
 
 
 if __name__ == "__main__":

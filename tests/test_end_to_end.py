@@ -29,7 +29,7 @@ def run(*arguments, ranks=0):
     """
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)] if ranks else []
     line = [sys.executable, *torchrun, *map(str, arguments)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

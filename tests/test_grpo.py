@@ -98,6 +98,9 @@ def test_eq5_equal_rewards_give_zeros_and_groups_stay_apart():
     advantages = grpo.group_advantages(torch.tensor([[3.8, 3.8, 3.8], [0.0, 1.0, 2.0]]))
     assert advantages[0].tolist() == [0.0, 0.0, 0.0]
     assert advantages[1].tolist() == pytest.approx([-0.9999, 0.0, 0.9999])
+    for size in range(2, 17):  # for some sizes the mean of equal numbers is another number
+        equal = (torch.rand(500, 1) * 3.8).expand(-1, size)
+        assert not grpo.group_advantages(equal).any()
     with pytest.raises(ValueError, match="group size 1"):
         grpo.group_advantages(torch.tensor([[1.0]]))
 
@@ -326,6 +329,21 @@ def test_a_sample_depends_on_its_seed_alone(model, prompts):
         assert together.completion_ids[2 + row].tolist() == alone.completion_ids[row].tolist()
     with pytest.raises(ValueError, match="seeds"):
         grpo.sample(model, prompts, group_size=2, seeds=seeds[:5], **options)
+
+
+def test_rows_that_are_done_leave_and_others_stay_themselves(model, prompts):
+    """Ten ids to draw from, the end among them: lengths differ, slots are dropped and reused."""
+    banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
+    banned[:10] = False
+    many = [prompts[i % 3] for i in range(7)]
+    options = {"group_size": 2, "max_new_tokens": 40, "end_id": 7, "banned": banned}
+    together = grpo.sample(model, many, seeds=list(range(14)), slots=5, **options)
+    lengths = [len(ids) for ids in together.completion_ids]
+    assert len(set(lengths)) > 4
+    for i, prompt in enumerate(many):
+        alone = grpo.sample(model, [prompt], seeds=[2 * i, 2 * i + 1], **options)
+        for row in range(2):
+            assert alone.completion_ids[row].tolist() == together.completion_ids[2 * i + row].tolist()
 
 
 def test_first_token_follows_the_exact_softmax():
