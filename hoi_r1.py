@@ -53,6 +53,7 @@ class RunConfig:
     task_description: bool = option(True, "prompt with the valid classes (Table 2)")
     workers: int = option(2, "processes of a rank that read images; 0: the rank itself", least=0)
     dry_run: bool = option(False, "print the first sample as the model would see it, and stop")
+    resume: bool = option(False, "go on with the run in --out, from its last checkpoint or image")
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -74,7 +75,6 @@ class TrainConfig(RunConfig):
     tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory", 1)
     gradient_checkpointing: bool = option(True, "slower, takes far less memory")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
-    resume: bool = option(False, "go on from the last checkpoint in --out")
     eval_every: int = option(0, "steps between evaluations on held-out images; 0: none", least=0)
     eval_images: int = option(200, "test images, from the first, that an evaluation takes", least=1)
     eval_max_new_tokens: int = option(2048, "longest completion in an evaluation", least=1)
@@ -715,32 +715,35 @@ def rollout_metrics(rows: list[tuple], seconds: dict[str, float]) -> dict[str, f
 # Both trainings
 
 
-class Run:
-    """The folder of a training: config.json, metrics.jsonl, checkpoints and the final model."""
+def claim_folder(config: RunConfig, ranks: Ranks) -> Path:
+    """Make --out the folder of this run, with its config.json.
 
-    def __init__(self, config: TrainConfig, ranks: Ranks):
-        self.config, self.ranks, self.folder = config, ranks, Path(config.out)
-        self.metrics = self.folder / "metrics.jsonl"
-        if ranks.rank == 0:
-            self.check()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", dataclasses.asdict(config))
-        dist.barrier()
-
-    def check(self) -> None:
-        """Raise ValueError if the folder holds a run, unless it is this one and to be resumed."""
-        path = self.folder / "config.json"
-        if not path.exists():
-            return
-        if not self.config.resume:
-            raise ValueError(f"{self.folder} holds a run: --resume it, or choose another --out")
-        stored, mine = json.loads(path.read_text()), dataclasses.asdict(self.config)
+    Raises ValueError if it holds a run, unless it is this one and to be resumed.
+    """
+    folder = Path(config.out)
+    path, mine = folder / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    if ranks.rank == 0:
+        stored = json.loads(path.read_text()) if path.exists() else mine
+        if path.exists() and not config.resume:
+            raise ValueError(f"{folder} holds a run: --resume it, or choose another --out")
         for name in mine.keys() - FREE_ON_RESUME:
-            if stored.get(name) != json.loads(json.dumps(mine[name])):
+            if stored.get(name) != mine[name]:
                 raise ValueError(
                     f"{path}: the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; "
                     f"--resume may change only {', '.join(sorted(FREE_ON_RESUME))}"
                 )
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, mine)
+    dist.barrier()
+    return folder
+
+
+class Run:
+    """The folder of a training: config.json, metrics.jsonl, checkpoints and the final model."""
+
+    def __init__(self, config: TrainConfig, ranks: Ranks):
+        self.config, self.ranks, self.folder = config, ranks, claim_folder(config, ranks)
+        self.metrics = self.folder / "metrics.jsonl"
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -908,19 +911,19 @@ def describe(example: Example, examples: Examples) -> str:
 # Prediction
 
 
-def predict_rows(model, examples, indices: list[int], config, ranks: Ranks) -> list[dict]:
-    """Greedy predictions of this rank's share of the images, one row an image.
+def predict_rows(
+    model, examples, indices: list[int], config: PredictConfig, ranks: Ranks
+) -> Iterator[list[dict]]:
+    """Greedy predictions of this rank's share of the images, some rows at a time.
 
-    config: a PredictConfig. A row holds the image's index, its line of predictions.jsonl, its
-    rewards (None without ground truth), its length in tokens and whether it ended by itself.
+    A row holds the image's index, its line of predictions.jsonl, its rewards (None without ground
+    truth), its length in tokens and whether it ended by itself.
     """
-    mine = indices[ranks.rank :: ranks.world]
+    mine, size = indices[ranks.rank :: ranks.world], 4 * config.slots
     stream = read_ahead(examples, mine, config.workers)
     banned = examples.banned(model.config.text_config.vocab_size).to(model.device)
     bar = tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0)
-    rows = []
-    for start in range(0, len(mine), 4 * config.slots):  # so many images in memory at a time
-        chunk = mine[start : start + 4 * config.slots]
+    for chunk in (mine[i : i + size] for i in range(0, len(mine), size)):
         batch = [next(stream) for _ in chunk]
         rollout = grpo.sample(
             model,
@@ -932,13 +935,14 @@ def predict_rows(model, examples, indices: list[int], config, ranks: Ranks) -> l
             banned=banned,
             slots=config.slots,
         )
+        rows = []
         for i, (index, example) in enumerate(zip(chunk, batch)):
             ids, finished = rollout.completion_ids[i], bool(rollout.finished[i])
             likelihood = rollout.logprobs[i] if config.scores == "likelihood" else None
             row = prediction(examples, example, ids, likelihood)
             rows.append({"index": index, "length": len(ids), "finished": finished, **row})
+        yield rows
         bar.update(len(chunk))
-    return rows
 
 
 def prediction(examples, example: Example, ids: Tensor, logprobs: Tensor | None) -> dict:
@@ -972,10 +976,16 @@ def instance_scores(tokenizer, text: str, completion, ids: Tensor, logprobs: Ten
     return scores
 
 
-def mean_rewards(rows: list[dict]) -> dict[str, float]:
-    """Mean of each part of the reward over the rows that have ground truth."""
+def summarise(rows: list[dict]) -> dict:
+    """Means over predicted images; rewards over those that have ground truth."""
     scored = [row["reward"] for row in rows if row["reward"]]
-    return {name: float(np.mean([r[name] for r in scored])) for name in (scored or [{}])[0]}
+    names = scored[0] if scored else ()
+    return {
+        "images": len(rows),
+        "reward": {name: float(np.mean([reward[name] for reward in scored])) for name in names},
+        "completion_length": float(np.mean([row["length"] for row in rows])),
+        "truncated": 1 - float(np.mean([row["finished"] for row in rows])),
+    }
 
 
 class Judge:
@@ -986,23 +996,20 @@ class Judge:
         hicodet.require_images(samples)
         self.examples, self.ranks = Examples(config, samples), ranks
         self.counts = hicodet.training_counts(config.data)
-        names = [f.name for f in dataclasses.fields(RunConfig)]
-        self.config = PredictConfig(
-            **{name: getattr(config, name) for name in names},
-            max_new_tokens=config.eval_max_new_tokens,
-        )
+        shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
+        self.config = PredictConfig(**shared, max_new_tokens=config.eval_max_new_tokens)
 
     def __call__(self, model) -> dict[str, float]:
         samples = self.examples.samples
         indices = list(range(len(samples)))
-        rows = predict_rows(model, self.examples, indices, self.config, self.ranks)
-        rows = self.ranks.gather(rows)
-        lines = [row["line"] for row in rows]
+        chunks = predict_rows(model, self.examples, indices, self.config, self.ranks)
+        rows = self.ranks.gather(sum(chunks, []))
+        lines, summary = [row["line"] for row in rows], summarise(rows)
         result = evaluate.evaluate(lines, samples, self.counts, classes="present")
         return {
-            "eval_reward": mean_rewards(rows).get("total", 0.0),
+            "eval_reward": summary["reward"].get("total", 0.0),
             "eval_map": 100 * (result["default"]["full"] or 0.0),
-            "eval_length": float(np.mean([row["length"] for row in rows])),
+            "eval_length": summary["completion_length"],
         }
 
 
@@ -1011,32 +1018,37 @@ def predict(config: PredictConfig) -> None:
     ranks = start_ranks()
     samples = hicodet.load_split(config.data, config.split)[: config.limit or None]
     hicodet.require_images(samples)
-    examples, folder = Examples(config, samples), Path(config.out)
+    examples = Examples(config, samples)
     if config.dry_run:
         return ranks.print(describe(examples[0], examples))
-    if (folder / "predictions.jsonl").exists():
-        raise ValueError(f"{folder} holds predictions: choose another --out")
-    model = load_model(config.model, ranks.device)
-    started = time.perf_counter()
-    rows = predict_rows(model, examples, list(range(len(samples))), config, ranks)
-    rows = sorted(ranks.gather(rows), key=lambda row: row["index"])
-    seconds = time.perf_counter() - started
-    lengths = [row["length"] for row in rows]
-    summary = {
-        "images": len(rows),
-        "reward": mean_rewards(rows),
-        "completion_length": float(np.mean(lengths)),
-        "truncated": 1 - float(np.mean([row["finished"] for row in rows])),
-        "seconds": seconds,
-        "tokens_per_second": sum(lengths) / seconds,
-    }
+    folder = claim_folder(config, ranks)
+    parts = sorted(folder.glob("part-*.jsonl"))
+    stored = {row["index"]: row for part in parts for row in read_rows(part)}
+    ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
+    dist.barrier()  # every rank has listed the parts before one is added
+    todo = [index for index in range(len(samples)) if index not in stored]
+    model, started = load_model(config.model, ranks.device), time.perf_counter()
+    mine: list[dict] = []
+    with open(folder / f"part-{len(parts) + ranks.rank:04d}.jsonl", "x") as part:
+        for rows in predict_rows(model, examples, todo, config, ranks):
+            part.writelines(json.dumps(row) + "\n" for row in rows)
+            part.flush()
+            mine += rows
+    stored |= {row["index"]: row for row in ranks.gather(mine)}
+    rows, seconds = [stored[index] for index in range(len(samples))], time.perf_counter() - started
+    tokens = sum(stored[index]["length"] for index in todo)
+    rate = {"seconds": seconds, "tokens_per_second": tokens / seconds}
     if ranks.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", dataclasses.asdict(config))
-        write_json(folder / "summary.json", summary)
+        write_json(folder / "summary.json", summarise(rows) | rate)
         lines = "".join(json.dumps(row["line"]) + "\n" for row in rows)
         write_aside(folder / "predictions.jsonl", lines)
-    ranks.print(json.dumps(summary, indent=2))
+    ranks.print(json.dumps(summarise(rows) | rate, indent=2))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The whole lines of a part of the predictions; a crash may have cut the last one."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def demo(config: DemoConfig) -> None:

@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--no-task-description", "--workers", "0"]
 # Seven images in steps of three on two ranks: unequal shares, in the third step a rank without any,
 # and micro-batches of one image each, so that a rank has fewer of them than the other.
-UNEVEN = ["--max-steps", 3, "--batch-size", 3, "--tokens-per-microbatch", 1, "--learning-rate", 1e-4]
+UNEVEN = ["--max-steps", 3, "--batch-size", 3, "--tokens-per-microbatch", 1]
+UNEVEN += ["--learning-rate", 1e-4]
 
 
 def run(*arguments, ranks=0):

@@ -165,7 +165,8 @@ def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores
 
     monkeypatch.setattr(grpo, "sample", sample)
     model = hoi_r1.load_model(config.model, ranks.device)
-    rows = hoi_r1.predict_rows(model, examples, list(range(len(samples))), config, ranks)
+    indices = list(range(len(samples)))
+    rows = sum(hoi_r1.predict_rows(model, examples, indices, config, ranks), [])
     assert all(call["banned"][examples.image_id] and call["temperature"] == 0 for call in calls)
     for index, (row, sample_) in enumerate(zip(rows, samples, strict=True)):
         assert row["index"] == index and row["line"]["file_name"] == sample_.file_name

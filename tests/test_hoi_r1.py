@@ -507,11 +507,32 @@ def test_what_the_switches_switch(folder, tmp_path, ranks):
 def test_limit_and_a_second_prediction(folder, tmp_path, capsys):
     config = config_of("predict", folder, tmp_path / "test", limit=2, max_new_tokens=3)
     hoi_r1.main(config)
-    lines = (tmp_path / "test" / "predictions.jsonl").read_text().splitlines()
-    assert len(lines) == 2
+    path = tmp_path / "test" / "predictions.jsonl"
+    assert len(path.read_text().splitlines()) == 2
     with pytest.raises(SystemExit):
         hoi_r1.main(config)
-    assert "holds predictions" in capsys.readouterr().err
+    assert "holds a run" in capsys.readouterr().err
+
+
+def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
+    """Killed in the third image's line: two images are kept, four are predicted anew."""
+    config = config_of("predict", folder, tmp_path / "test", max_new_tokens=5)
+    hoi_r1.main(config)
+    whole = (tmp_path / "test" / "predictions.jsonl").read_text()
+    part = tmp_path / "test" / "part-0000.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:2]) + lines[2][:-9])
+    (tmp_path / "test" / "predictions.jsonl").unlink()
+    asked, read = [], hoi_r1.read_ahead
+
+    def read_ahead(examples, indices, workers):
+        asked.extend(indices)
+        return read(examples, indices, workers)
+
+    monkeypatch.setattr(hoi_r1, "read_ahead", read_ahead)
+    hoi_r1.main(replace(config, resume=True))
+    assert asked == [2, 3, 4, 5]
+    assert (tmp_path / "test" / "predictions.jsonl").read_text() == whole
 
 
 def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
