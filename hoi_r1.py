@@ -131,9 +131,9 @@ class DemoConfig:
     out: str = option("runs/demo", "folder for all that the demo writes")
     seed: int = option(0, "of the drawings, the first weights, data order and sampling")
     train_images: int = option(10000, "drawn training images")
-    test_images: int = option(500, "drawn held-out images")
-    sft_steps: int = option(550, "steps of SFT")
-    grpo_steps: int = option(120, "steps of GRPO")
+    test_images: int = option(1000, "drawn held-out images")
+    sft_steps: int = option(500, "steps of SFT")
+    grpo_steps: int = option(150, "steps of GRPO")
 
 
 STAGES = {"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig}
