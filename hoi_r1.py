@@ -61,6 +61,10 @@ class RunConfig:
             if least is not None and not value >= least:
                 raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
 
+    def prompt_switches(self) -> dict[str, bool]:
+        """The ablations of Table 2."""
+        return {"thinking": self.thinking, "task_description": self.task_description}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
@@ -291,19 +295,25 @@ class Examples(torch.utils.data.Dataset):
     answer alone.
     """
 
-    def __init__(self, config: RunConfig, samples: list, thinks: dict | None = None):
-        self.samples, self.thinks, self.thinking = samples, thinks, config.thinking
+    def __init__(
+        self,
+        model: str,
+        samples: list[hicodet.Sample],
+        thinks: dict[str, str] | None = None,
+        *,
+        thinking: bool = True,
+        task_description: bool = True,
+    ):
+        self.samples, self.thinks, self.thinking = samples, thinks, thinking
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(config.model)
+            self.tokenizer = AutoTokenizer.from_pretrained(model)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--model {config.model}: no tokenizer there ({error})") from None
+            raise ValueError(f"--model {model}: no tokenizer there ({error})") from None
         # by name: AutoImageProcessor may ask for torchvision, and takes its resize where it is
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(config.model)
-        self.image_id = AutoConfig.from_pretrained(config.model).image_token_id
+        self.processor = Qwen2VLImageProcessorPil.from_pretrained(model)
+        self.image_id = AutoConfig.from_pretrained(model).image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        self.questions = {
-            thinking: self.question(thinking, config.task_description) for thinking in (True, False)
-        }
+        self.questions = {think: self.question(think, task_description) for think in (True, False)}
 
     def question(self, thinking: bool, task_description: bool) -> Tensor:
         """Ids of Fig. 4 behind one image placeholder, in the model's chat template."""
@@ -429,13 +439,13 @@ def checkpoint_activations(model) -> None:
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
-def load_policy(config: TrainConfig, device: torch.device):
+def load_policy(path: str, device: torch.device, *, gradient_checkpointing: bool = True):
     """pi_theta: fp32 parameters sharded over all ranks, computing in compute_dtype.
 
     At lr 1e-6 a step moves a weight by less than half a bf16 ulp: bf16 parameters would stay put.
     """
-    policy = load_model(config.model, torch.device("cpu"), torch.float32).train()
-    if config.gradient_checkpointing:
+    policy = load_model(path, torch.device("cpu"), torch.float32).train()
+    if gradient_checkpointing:
         checkpoint_activations(policy)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     # inputs stay as they are: cast, the vision tower's rotary angles would be coarser than pi_old's
@@ -460,14 +470,13 @@ def refresh(replica, policy) -> None:
 class Stepper:
     """AdamW with clipping, which changes nothing when the loss or the gradient is not finite."""
 
-    def __init__(self, policy, config: TrainConfig):
-        self.config, self.bad_in_a_row = config, 0
+    def __init__(self, policy, *, beta2: float, weight_decay: float, max_grad_norm: float):
+        self.max_grad_norm, self.bad_in_a_row = max_grad_norm, 0
         self.parameters = list(policy.parameters())
         self.optimizer = torch.optim.AdamW(
             self.parameters,
-            lr=config.learning_rate,
-            betas=(0.9, config.adam_beta2),
-            weight_decay=config.weight_decay,
+            betas=(0.9, beta2),
+            weight_decay=weight_decay,
             fused=True,  # no temporary copy of the parameters
         )
 
@@ -477,7 +486,7 @@ class Stepper:
         loss: of the global batch, so that all ranks decide alike. Raises RuntimeError after
         MAX_BAD_STEPS steps in a row that had to be left out.
         """
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         norm = float(norm.full_tensor())
         if math.isfinite(norm) and math.isfinite(loss):
             for group in self.optimizer.param_groups:
@@ -495,13 +504,12 @@ class Stepper:
         return norm
 
 
-def learning_rate(step: int, steps: int, config: TrainConfig, schedule: str) -> float:
+def learning_rate(step: int, steps: int, highest: float, warmup: int, schedule: str) -> float:
     """Warm-up, then "cosine" or "linear" down to 0 (Sec. 4.2). step counts from 0."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(steps - config.warmup_steps, 1)
-    factor = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
-    return config.learning_rate * factor
+    if step < warmup:
+        return highest * (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    return highest * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
 
 
 def micro_batches(
@@ -537,13 +545,18 @@ def sft_loss(logprobs: Tensor, weights: Tensor, num_tokens: float) -> Tensor:
     return -(logprobs.sum(1) * weights).sum() / num_tokens
 
 
-def sft_update(policy, stepper: Stepper, batch, weights, lr, config, ranks: Ranks) -> dict:
-    """One optimizer step on this rank's share of a batch. Returns what is logged."""
+def sft_update(
+    policy, stepper: Stepper, batch: list[Example], weights: list[float], *, lr, budget, ranks
+) -> dict:
+    """One optimizer step on this rank's share of a batch. Returns what is logged.
+
+    budget: tokens of a micro-batch.
+    """
     started = time.perf_counter()
     num_tokens = ranks.sum(sum(w * len(e.target_ids) for e, w in zip(batch, weights)))
     lengths = [len(e.prompt.prompt_ids) + len(e.target_ids) for e in batch]
     loss_sum = 0.0
-    for part, kept in micro_batches(lengths, weights, config.tokens_per_microbatch, ranks):
+    for part, kept in micro_batches(lengths, weights, budget, ranks):
         targets = [[batch[i].target_ids] for i in part]
         packed = grpo.pack(policy, [batch[i].prompt for i in part], targets)
         kept = torch.tensor(kept, device=ranks.device)
@@ -836,7 +849,7 @@ def training_examples(config: TrainConfig, ranks: Ranks) -> Examples:
     if not samples:
         raise ValueError(f"no image of {config.data} to train on (annotated, with a trace)")
     hicodet.require_images(samples)
-    return Examples(config, samples, thinks)
+    return Examples(config.model, samples, thinks, **config.prompt_switches())
 
 
 def train(config: SFTConfig | GRPOConfig) -> None:
@@ -847,9 +860,15 @@ def train(config: SFTConfig | GRPOConfig) -> None:
     if config.dry_run:
         return ranks.print(describe(examples[0], examples))
     run = Run(config, ranks)
-    policy = load_policy(config, ranks.device)
+    checkpointing = config.gradient_checkpointing
+    policy = load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
     replica = load_model(config.model, ranks.device) if judge or not is_sft else None
-    stepper = Stepper(policy, config)
+    stepper = Stepper(
+        policy,
+        beta2=config.adam_beta2,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
     done = run.load(policy, stepper.optimizer)
     if not is_sft:
         trainer = GRPOTrainer(policy, stepper, replica, examples, config, ranks)
@@ -864,9 +883,10 @@ def train(config: SFTConfig | GRPOConfig) -> None:
         started = time.perf_counter()
         batch = [next(stream) for _ in share]
         waited = time.perf_counter() - started
-        lr = learning_rate(step, steps, config, schedule)
+        lr = learning_rate(step, steps, config.learning_rate, config.warmup_steps, schedule)
         if is_sft:
-            values = sft_update(policy, stepper, batch, weights, lr, config, ranks)
+            options = {"lr": lr, "budget": config.tokens_per_microbatch, "ranks": ranks}
+            values = sft_update(policy, stepper, batch, weights, **options)
         else:
             values = trainer.update(step, batch, weights, lr)
         values |= {"seconds_waiting": waited, "seconds": time.perf_counter() - started}
@@ -910,17 +930,27 @@ def describe(example: Example, examples: Examples) -> str:
 
 # Prediction
 
+PREDICTION = ("max_new_tokens", "slots", "workers", "scores")  # what predict_rows takes of a config
+
 
 def predict_rows(
-    model, examples, indices: list[int], config: PredictConfig, ranks: Ranks
+    model,
+    examples: Examples,
+    indices: list[int],
+    ranks: Ranks,
+    *,
+    max_new_tokens: int,
+    slots: int = 64,
+    workers: int = 0,
+    scores: str = "ones",
 ) -> Iterator[list[dict]]:
     """Greedy predictions of this rank's share of the images, some rows at a time.
 
     A row holds the image's index, its line of predictions.jsonl, its rewards (None without ground
     truth), its length in tokens and whether it ended by itself.
     """
-    mine, size = indices[ranks.rank :: ranks.world], 4 * config.slots
-    stream = read_ahead(examples, mine, config.workers)
+    mine, size = indices[ranks.rank :: ranks.world], 4 * slots
+    stream = read_ahead(examples, mine, workers)
     banned = examples.banned(model.config.text_config.vocab_size).to(model.device)
     bar = tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0)
     for chunk in (mine[i : i + size] for i in range(0, len(mine), size)):
@@ -929,16 +959,16 @@ def predict_rows(
             model,
             [example.prompt for example in batch],
             group_size=1,
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             end_id=examples.end_id,
             temperature=0,
             banned=banned,
-            slots=config.slots,
+            slots=slots,
         )
         rows = []
         for i, (index, example) in enumerate(zip(chunk, batch)):
             ids, finished = rollout.completion_ids[i], bool(rollout.finished[i])
-            likelihood = rollout.logprobs[i] if config.scores == "likelihood" else None
+            likelihood = rollout.logprobs[i] if scores == "likelihood" else None
             row = prediction(examples, example, ids, likelihood)
             rows.append({"index": index, "length": len(ids), "finished": finished, **row})
         yield rows
@@ -994,15 +1024,14 @@ class Judge:
     def __init__(self, config: TrainConfig, ranks: Ranks):
         samples = hicodet.load_split(config.data, "test")[: config.eval_images]
         hicodet.require_images(samples)
-        self.examples, self.ranks = Examples(config, samples), ranks
+        self.examples = Examples(config.model, samples, **config.prompt_switches())
+        self.ranks, self.max_new_tokens = ranks, config.eval_max_new_tokens
         self.counts = hicodet.training_counts(config.data)
-        shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(RunConfig)}
-        self.config = PredictConfig(**shared, max_new_tokens=config.eval_max_new_tokens)
 
     def __call__(self, model) -> dict[str, float]:
         samples = self.examples.samples
-        indices = list(range(len(samples)))
-        chunks = predict_rows(model, self.examples, indices, self.config, self.ranks)
+        indices, limit = list(range(len(samples))), self.max_new_tokens
+        chunks = predict_rows(model, self.examples, indices, self.ranks, max_new_tokens=limit)
         rows = self.ranks.gather(sum(chunks, []))
         lines, summary = [row["line"] for row in rows], summarise(rows)
         result = evaluate.evaluate(lines, samples, self.counts, classes="present")
@@ -1018,7 +1047,7 @@ def predict(config: PredictConfig) -> None:
     ranks = start_ranks()
     samples = hicodet.load_split(config.data, config.split)[: config.limit or None]
     hicodet.require_images(samples)
-    examples = Examples(config, samples)
+    examples = Examples(config.model, samples, **config.prompt_switches())
     if config.dry_run:
         return ranks.print(describe(examples[0], examples))
     folder = claim_folder(config, ranks)
@@ -1030,7 +1059,8 @@ def predict(config: PredictConfig) -> None:
     model, started = load_model(config.model, ranks.device), time.perf_counter()
     mine: list[dict] = []
     with open(folder / f"part-{len(parts) + ranks.rank:04d}.jsonl", "x") as part:
-        for rows in predict_rows(model, examples, todo, config, ranks):
+        options = {name: getattr(config, name) for name in PREDICTION}
+        for rows in predict_rows(model, examples, todo, ranks, **options):
             part.writelines(json.dumps(row) + "\n" for row in rows)
             part.flush()
             mine += rows

@@ -11,7 +11,15 @@ import grpo
 import hicodet
 import hoi_r1
 from tests.test_grpo import plain_logprobs
-from tests.test_hoi_r1 import any_reward, config_of, folder, metrics, ranks  # noqa: F401
+from tests.test_hoi_r1 import (  # noqa: F401
+    config_of,
+    examples_of,
+    folder,
+    metrics,
+    policy_of,
+    ranks,
+    stepper_of,
+)
 
 
 @pytest.fixture
@@ -21,9 +29,9 @@ def make_trainer(folder, ranks):
     def make(**options):
         config = config_of("grpo", folder, "unused", group_size=2, **options)
         examples = hoi_r1.training_examples(config, ranks)
-        policy = hoi_r1.load_policy(config, ranks.device)
+        policy = policy_of(config, ranks)
         replica = hoi_r1.load_model(config.model, ranks.device)
-        stepper = hoi_r1.Stepper(policy, config)
+        stepper = stepper_of(policy, config)
         trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, examples, config, ranks)
         return trainer, [examples[i] for i in range(3)]
 
@@ -154,7 +162,7 @@ def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores
     """predict_rows on completions that are the ground truth, each token with log-prob -0.01."""
     config = config_of("predict", folder, "x", scores=scores, slots=1)
     samples = hicodet.load_split(folder / "data", "test")
-    examples = hoi_r1.Examples(config, samples)
+    examples = examples_of(config, samples)
     answers = iter([examples.target_ids(examples[i].hois, "x") for i in range(len(samples))])
     calls = []
 
@@ -166,7 +174,9 @@ def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores
     monkeypatch.setattr(grpo, "sample", sample)
     model = hoi_r1.load_model(config.model, ranks.device)
     indices = list(range(len(samples)))
-    rows = sum(hoi_r1.predict_rows(model, examples, indices, config, ranks), [])
+    rows = sum(hoi_r1.predict_rows(
+        model, examples, indices, ranks, max_new_tokens=9, slots=1, scores=scores
+    ), [])
     assert all(call["banned"][examples.image_id] and call["temperature"] == 0 for call in calls)
     for index, (row, sample_) in enumerate(zip(rows, samples, strict=True)):
         assert row["index"] == index and row["line"]["file_name"] == sample_.file_name

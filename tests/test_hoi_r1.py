@@ -57,6 +57,20 @@ def config_of(stage, folder, out, **changes):
     return hoi_r1.STAGES[stage](**values | changes)
 
 
+def examples_of(config, samples, thinks=None):
+    return hoi_r1.Examples(config.model, samples, thinks, **config.prompt_switches())
+
+
+def policy_of(config, ranks):
+    checkpointing = config.gradient_checkpointing
+    return hoi_r1.load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
+
+
+def stepper_of(policy, config):
+    limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
+    return hoi_r1.Stepper(policy, beta2=config.adam_beta2, **limits)
+
+
 def weights(out):
     return load_file(Path(out) / "model" / "model.safetensors")
 
@@ -105,7 +119,7 @@ def test_supervised_tokens_with_the_real_tokenizer(folder, real_model):
     config = config_of("sft", folder, "unused", model=str(real_model), task_description=True)
     sample = hicodet.load_split(folder / "data", "train")[0]
     think = "There is 1 person."
-    example = hoi_r1.Examples(config, [sample], {sample.file_name: think})[0]
+    example = examples_of(config, [sample], {sample.file_name: think})[0]
     tokenizer = AutoTokenizer.from_pretrained(real_model)
     pieces = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
     # fmt: off
@@ -133,7 +147,7 @@ def test_only_the_target_is_in_the_loss(folder):
     config = config_of("sft", folder, "unused")
     samples = hicodet.load_split(folder / "data", "train")[:3]
     thinks = {s.file_name: teacher.template_trace(s.hois) for s in samples}
-    examples = hoi_r1.Examples(config, samples, thinks)
+    examples = examples_of(config, samples, thinks)
     model = hoi_r1.load_model(config.model, torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
     total, count = 0.0, 0
@@ -193,7 +207,7 @@ def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_pa
     sample = hicodet.load_split(folder / "data", "train")[0]
     assert (sample.width, sample.height) == (112, 112)
     config = config_of("sft", folder, "x", model=str(tmp_path / "model"))
-    examples = hoi_r1.Examples(config, [sample], {sample.file_name: "x"})
+    examples = examples_of(config, [sample], {sample.file_name: "x"})
     assert examples[0].model_size == (224, 224)
     written = hicodet.parse_completion(examples.decode(examples[0].target_ids)).instances
     for instance, hoi in zip(written, sample.hois, strict=True):
@@ -209,7 +223,7 @@ def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_pa
 
 
 def test_banned_ids(folder):
-    examples = hoi_r1.Examples(config_of("predict", folder, "x"), [])
+    examples = examples_of(config_of("predict", folder, "x"), [])
     vocabulary = len(examples.tokenizer) + 9
     banned = examples.banned(vocabulary)
     for token in ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|im_start|>"):
@@ -246,7 +260,7 @@ def test_bf16_policy_is_the_same_function_as_its_replica(folder, ranks, monkeypa
     """As on a GPU: the sharded fp32 policy computing in bf16, and pi_old stored in bf16."""
     monkeypatch.setattr(hoi_r1, "compute_dtype", lambda device: torch.bfloat16)
     config = config_of("sft", folder, "x")
-    policy = hoi_r1.load_policy(config, ranks.device)
+    policy = policy_of(config, ranks)
     replica = hoi_r1.load_model(config.model, ranks.device)
     examples = hoi_r1.training_examples(config, ranks)
     batch = [examples[i] for i in range(3)]
@@ -276,14 +290,12 @@ def test_sample_seeds_belong_to_places_not_to_ranks():
 
 
 def test_learning_rates():
-    config = hoi_r1.SFTConfig(model="", data="", out="", learning_rate=1.0)
-    rates = [hoi_r1.learning_rate(step, 4, config, "cosine") for step in range(4)]
+    rates = [hoi_r1.learning_rate(step, 4, 1.0, 0, "cosine") for step in range(4)]
     # (1 + cos(pi k / 4)) / 2
     assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
-    rates = [hoi_r1.learning_rate(step, 4, config, "linear") for step in range(4)]
+    rates = [hoi_r1.learning_rate(step, 4, 1.0, 0, "linear") for step in range(4)]
     assert rates == [1.0, 0.75, 0.5, 0.25]
-    warm = replace(config, warmup_steps=2)
-    rates = [hoi_r1.learning_rate(step, 4, warm, "linear") for step in range(4)]
+    rates = [hoi_r1.learning_rate(step, 4, 1.0, 2, "linear") for step in range(4)]
     assert rates == [0.5, 1.0, 1.0, 0.5]
 
 
@@ -307,10 +319,10 @@ def test_policy_is_fp32_and_moves_at_the_papers_rate(folder, ranks, tmp_path):
     stored = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
     stored.to(torch.bfloat16).save_pretrained(tmp_path / "bf16")
     config = config_of("sft", folder, "x", model=str(tmp_path / "bf16"), learning_rate=1e-6)
-    policy = hoi_r1.load_policy(config, ranks.device)
+    policy = policy_of(config, ranks)
     before = [p.full_tensor().clone() for p in policy.parameters()]
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    stepper = hoi_r1.Stepper(policy, config)
+    stepper = stepper_of(policy, config)
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)
     stepper.step(1e-6, 1.0)
@@ -322,9 +334,9 @@ def test_a_step_is_adamw_on_the_clipped_gradient(folder, ranks):
     """Against a plain model, its gradient scaled by hand, and PyTorch's AdamW."""
     options = {"adam_beta2": 0.9, "weight_decay": 0.1, "max_grad_norm": 0.5, "learning_rate": 7.0}
     config = config_of("sft", folder, "x", **options)
-    policy = hoi_r1.load_policy(config, ranks.device)
+    policy = policy_of(config, ranks)
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
-    stepper = hoi_r1.Stepper(policy, config)
+    stepper = stepper_of(policy, config)
     reference = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.9), weight_decay=0.1)
     for lr in (1e-3, 4e-4):  # the rate of the step, not that of the config
         gradients = [torch.randn_like(p) for p in plain.parameters()]
@@ -341,8 +353,8 @@ def test_a_step_is_adamw_on_the_clipped_gradient(folder, ranks):
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
-    policy = hoi_r1.load_policy(config_of("sft", folder, "x"), ranks.device)
-    stepper = hoi_r1.Stepper(policy, config_of("sft", folder, "x"))
+    policy = policy_of(config_of("sft", folder, "x"), ranks)
+    stepper = stepper_of(policy, config_of("sft", folder, "x"))
     before = [p.full_tensor().clone() for p in policy.parameters()]
 
     def step(value, loss=1.0):
@@ -366,7 +378,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
 
 def test_instance_scores(folder):
     """The probability of the tokens that overlap an instance, and of no others."""
-    examples = hoi_r1.Examples(config_of("predict", folder, "x"), [])
+    examples = examples_of(config_of("predict", folder, "x"), [])
     text = '<think> é </think><answer> [{"human": [1, 2, 3, 4]}, {"human": [5, 6, 7, 8]}] </answer>'
     ids = examples.tokenizer(text + "<|im_end|>", return_tensors="pt")["input_ids"][0]
     completion = hicodet.parse_completion(text)
@@ -490,14 +502,14 @@ def test_epochs_steps_and_checkpoints(folder, tmp_path):
 def test_what_the_switches_switch(folder, tmp_path, ranks):
     config = config_of("grpo", folder, "x", kl_coef=0.0)
     examples = hoi_r1.training_examples(config, ranks)
-    policy = hoi_r1.load_policy(config, ranks.device)
+    policy = policy_of(config, ranks)
     replica = hoi_r1.load_model(config.model, ranks.device)
-    stepper = hoi_r1.Stepper(policy, config)
+    stepper = stepper_of(policy, config)
     trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, examples, config, ranks)
     assert trainer.reference is None
     assert policy.model.language_model.layers[0].gradient_checkpointing
     config = replace(config, gradient_checkpointing=False, task_description=True)
-    policy = hoi_r1.load_policy(config, ranks.device)
+    policy = policy_of(config, ranks)
     assert not policy.model.language_model.layers[0].gradient_checkpointing
     long = hoi_r1.training_examples(config, ranks)[0].prompt.prompt_ids
     assert "airplane: board, direct" in examples.decode(long)
