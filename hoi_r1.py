@@ -199,7 +199,6 @@ from torch.distributed.fsdp import (  # noqa: E402
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from transformers import (  # noqa: E402

@@ -697,18 +697,21 @@ def make_traces(
 
 
 def at_least_one(text: str) -> int:
+    """A flag's whole number from 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
 
 
 def positive(text: str) -> float:
+    """A flag's number above 0."""
     if not float(text) > 0:
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return float(text)
 
 
 def make_parser() -> argparse.ArgumentParser:
+    """The command line; its --help is the module's docstring and a line for each flag."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument

@@ -11,15 +11,7 @@ import grpo
 import hicodet
 import hoi_r1
 from tests.test_grpo import plain_logprobs
-from tests.test_hoi_r1 import (  # noqa: F401
-    config_of,
-    examples_of,
-    folder,
-    metrics,
-    policy_of,
-    ranks,
-    stepper_of,
-)
+from tests.runs import config_of, examples_of, metrics, policy_of, stepper_of
 
 
 @pytest.fixture

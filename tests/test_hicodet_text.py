@@ -1,0 +1,339 @@
+"""hicodet.py, its language: prompt, answers, parser, predictions, drawing."""
+
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image, ImageChops
+
+import evaluate
+import hicodet
+from hicodet import HOI
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+HICO_DET, QWEN = SHARED / "hico_det", SHARED / "qwen2.5-vl"
+QWEN_PIXELS = {"factor": 28, "min_pixels": 3136, "max_pixels": 12845056}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    if not (QWEN / "vocab.json").is_file():
+        pytest.skip("the tokenizer of Qwen2.5-VL is not beside the repository")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(QWEN)
+
+
+def test_fig4_prompt():
+    lines = hicodet.prompt_text().splitlines()
+    assert lines[0] == "You are an HOI detection model. Follow this exact structure:"
+    assert lines[1] == "<VALID OBJECT CLASSES>:"
+    assert lines[2].startswith("<object class>:person, bicycle, car, motorcycle, airplane, bus, ")
+    assert lines[3] == "<VALID INTERACTIONS> (object: allowed_verbs):"
+    assert lines[4] == "<object class>: <verb class>, <verb class>, ..."
+    assert lines[5] == (
+        "airplane: board, direct, exit, fly, inspect, load, ride, sit on, wash, no interaction"
+    )
+    assert lines[6] == (
+        "bicycle: carry, hold, inspect, jump, hop on, park, push, repair, ride, sit on, "
+        "straddle, walk, wash, no interaction"
+    )
+    assert lines[85] == "Thinking Process:"
+    assert lines[89].startswith("4. Find existing <verb class> combinations from <VALID INTER")
+    assert lines[90] == "EXAMPLE OUTPUT FORMAT:"
+    assert lines[91] == "<think> reasoning process here </think>"
+    assert (lines[92], lines[-1]) == ("<answer>", "</answer>")
+    listed = [(verb, row[0]) for line in lines[5:85] if (row := line.split(": "))
+              for verb in row[1].split(", ")]  # fmt: skip
+    assert tuple(listed) == hicodet.PAIRS
+
+
+def test_prompt_ablations_of_table_2():
+    for thinking in (True, False):
+        for task_description in (True, False):
+            text = hicodet.prompt_text(thinking=thinking, task_description=task_description)
+            assert ("Thinking Process" in text) == ("<think>" in text) == thinking
+            assert ("You are an HOI" in text) == ("airplane" in text) == task_description
+            assert text.count("Follow this exact structure:\n") == 1
+            assert "EXAMPLE OUTPUT FORMAT:" in text and text.endswith("\n]\n</answer>")
+            assert not hicodet.parse_completion(text).instances  # an echo earns nothing
+
+
+def test_prompt_and_answers_in_real_tokens(tokenizer, real_samples):
+    template = json.loads((QWEN / "chat_template.json").read_text())["chat_template"]
+    content = [{"type": "image"}, {"type": "text", "text": hicodet.prompt_text()}]
+    turns = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], chat_template=template,
+        add_generation_prompt=True, tokenize=False,
+    )  # fmt: skip
+    assert len(tokenizer(turns)["input_ids"]) == 1966
+    answers = [answer_in_model_frame(s)[0] for s in real_samples[:1000] if s.hois]
+    lengths = [len(tokens) for tokens in tokenizer(answers)["input_ids"]]
+    assert 135 < sum(lengths) / len(lengths) < 150
+
+
+def in_model_frame(sample):
+    """The sample's instances and the (width, height) that they are written for."""
+    size = sample.width, sample.height
+    model = hicodet.smart_resize(sample.height, sample.width, **QWEN_PIXELS)[::-1]
+    to_model = hicodet.to_model_frame
+    return [
+        HOI(to_model(hoi.human, size, model), to_model(hoi.object, size, model),
+            hoi.object_class, hoi.verbs)
+        for hoi in sample.hois
+    ], model  # fmt: skip
+
+
+def rounded(box):
+    return tuple(map(round, box))
+
+
+def answer_in_model_frame(sample):
+    hois, model = in_model_frame(sample)
+    return hicodet.format_answer(hois), model
+
+
+RIDER = HOI((1.4, 2.6, 30, 40), (5, 6, 70.2, 80), "bicycle", ("ride", "sit on"))
+RIDER_TEXT = (
+    '{"human": [1, 3, 30, 40], "object": [5, 6, 70, 80], "object class": "bicycle", '
+    '"verb class": "ride, sit on"}'
+)
+
+
+def test_answer_text():
+    assert hicodet.format_answer([RIDER]) == f"<answer> [{RIDER_TEXT}] </answer>"
+    assert hicodet.format_answer([]) == "<answer> [] </answer>"
+    assert hicodet.format_completion([RIDER], None) == hicodet.format_answer([RIDER])
+    completion = hicodet.format_completion([RIDER], " One person.\n")
+    assert completion == f"<think> One person. </think> <answer> [{RIDER_TEXT}] </answer>"
+
+
+def test_parser_reads_the_answer():
+    text = hicodet.format_completion([RIDER, RIDER], "One person.")
+    completion = hicodet.parse_completion(text)
+    assert completion.has_think and completion.has_answer
+    for instance in completion.instances:
+        assert instance.human == (1, 3, 30, 40) and instance.object == (5, 6, 70, 80)
+        assert instance.object_class == "bicycle" and instance.verbs == ("ride", "sit on")
+        assert instance.key_count == 4
+        assert text[slice(*instance.span)] == RIDER_TEXT
+    assert completion.instances[0].span[1] < completion.instances[1].span[0]
+
+
+def test_real_answers_come_back(real_samples):
+    for sample in real_samples:
+        hois, _ = in_model_frame(sample)
+        completion = hicodet.parse_completion(hicodet.format_completion(hois, "People."))
+        expected = [
+            (rounded(hoi.human), rounded(hoi.object), hoi.object_class, hoi.verbs, 4)
+            for hoi in hois
+        ]
+        assert expected == [
+            (found.human, found.object, found.object_class, found.verbs, found.key_count)
+            for found in completion.instances
+        ]
+
+
+def test_truth_written_as_text_scores_99_66_map(real_samples):
+    predictions = []
+    for sample in real_samples:
+        text, model = answer_in_model_frame(sample)
+        instances = hicodet.predicted_instances(
+            hicodet.parse_completion(text), (sample.width, sample.height), model
+        )
+        predictions.append({"file_name": sample.file_name, "instances": instances})
+    counts = hicodet.training_counts(HICO_DET)
+    result = evaluate.evaluate(predictions, real_samples, counts)
+    assert result["default"]["full"] >= 0.996
+
+
+def only(answer):
+    """The one instance of an answer's list."""
+    (instance,) = hicodet.parse_completion(f"<answer>{answer}").instances
+    return instance
+
+
+def fields(answer):
+    found = only(answer)
+    return found.human, found.object, found.object_class, found.verbs, found.key_count
+
+
+NOTHING = None, None, None, ()
+INSTANCES = {
+    "[{}]": (*NOTHING, 0),
+    "[7]": (*NOTHING, 0),
+    "[null]": (*NOTHING, 0),
+    '["ride"]': (*NOTHING, 0),
+    "[[1, 2, 3, 4]]": (*NOTHING, 0),
+    '[{"human": [1, 2, 3, 4]}]': ((1, 2, 3, 4), None, None, (), 1),
+    '[{"human": [1.5, -2, 3e2, 0]}]': ((1.5, -2, 300, 0), None, None, (), 1),
+    '[{"human": [9, 9, 1, 1]}]': ((9, 9, 1, 1), None, None, (), 1),  # inverted, as written
+    '[{"human": [1, 2, 3]}]': (*NOTHING, 1),
+    '[{"human": [1, 2, 3, 4, 5]}]': (*NOTHING, 1),
+    '[{"human": "1, 2, 3, 4"}]': (*NOTHING, 1),
+    '[{"human": ["1", 2, 3, 4]}]': (*NOTHING, 1),
+    '[{"human": [true, 2, 3, 4]}]': (*NOTHING, 1),
+    '[{"human": [null, 2, 3, 4]}]': (*NOTHING, 1),
+    '[{"human": [[1], 2, 3, 4]}]': (*NOTHING, 1),
+    '[{"human": {"x1": 1}}]': (*NOTHING, 1),
+    '[{"human": [NaN, 2, 3, 4]}]': (*NOTHING, 1),
+    '[{"human": [1, 2, Infinity, 4]}]': (*NOTHING, 1),
+    '[{"human": [1, 2, -Infinity, 4]}]': (*NOTHING, 1),
+    '[{"human": [1, 2, 1e999, 4]}]': (*NOTHING, 1),
+    f'[{{"human": [1, 2, {"9" * 5000}, 4]}}]': (*NOTHING, 1),
+    '[{"object class": " hot dog "}]': (None, None, "hot dog", (), 1),
+    '[{"object class": "Fahrrad 自転車"}]': (None, None, "Fahrrad 自転車", (), 1),
+    '[{"object class": "\\ud800"}]': (None, None, "\ud800", (), 1),
+    '[{"object class": ["car"]}]': (*NOTHING, 1),
+    '[{"verb class": "ride,, sit on , ride,"}]': (None, None, None, ("ride", "sit on", "ride"), 1),
+    '[{"verb class": ["ride", "sit on"]}]': (None, None, None, ("ride", "sit on"), 1),
+    '[{"verb class": ["ride", 1]}]': (*NOTHING, 1),
+    '[{"verb class": {"ride": 1}}]': (*NOTHING, 1),
+    '[{"verb class": ""}]': (*NOTHING, 1),
+    '[{"verb": "ride", "Human": 1}]': (*NOTHING, 2),
+    # Eq. 12 counts repeated keys, and the last value is the one used.
+    '[{"object class": "car", "object class": "bus"}]': (None, None, "bus", (), 2),
+    '[{"human": [1, 2, 3, 4], "human": 0}]': (*NOTHING, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("answer", INSTANCES, ids=lambda answer: answer[:40])
+def test_parser_on_one_instance(answer):
+    assert fields(answer) == INSTANCES[answer]
+
+
+LISTS = {
+    "": (False, 0),
+    "[{}]": (False, 0),
+    "<answer>": (True, 0),
+    "<answer> none </answer>": (True, 0),
+    "<answer> </answer> [{}]": (True, 0),  # a list after the closing tag is no answer
+    "<answer> {} </answer>": (True, 0),
+    "<answer> [] </answer>": (True, 0),
+    "<ANSWER> [{}]": (False, 0),
+    "<answer>```json\n[{}, {}]\n```</answer>": (True, 2),
+    "<answer> [,{} {},\n\t\r,{},] </answer>": (True, 3),
+    "<answer> [{}, {}": (True, 2),  # cut
+    '<answer> [{}, {"human": [1, 2': (True, 1),
+    '<answer> [{}, {"object class": "bic': (True, 1),
+    "<answer> [{}, {'human': 1}, {}]": (True, 1),  # no JSON from there on
+    "<answer> [{}] [{}, {}] </answer>": (True, 1),
+    "<answer> [{}] </answer> <answer> [{}, {}] </answer>": (True, 2),
+    "an <answer> tag, <answer> [{}] </answer>": (True, 1),
+    "<answer> [{}] </answer> in <answer> tags": (True, 0),
+    "<answer> " + "[" * 100_000: (True, 0),
+    "<answer> [{}, " + '{"a":' * 100_000: (True, 1),
+    "<answer> [{}, " + "[" * 100_000 + "]" * 100_000 + "]": (True, 1),
+    "<answer> [" + "[" * 900 + "]" * 900 + ", {}]": (True, 2),
+}
+
+
+@pytest.mark.parametrize("text", LISTS, ids=lambda text: text[:40])
+def test_parser_on_lists(text):
+    completion = hicodet.parse_completion(text)
+    assert (completion.has_answer, len(completion.instances)) == LISTS[text]
+    assert not completion.has_think
+    assert hicodet.parse_completion("<think>" + text).has_think
+
+
+def test_parser_keeps_what_precedes_any_cut():
+    text = hicodet.format_completion([RIDER] * 3, "Three.")
+    ends = [instance.span[1] for instance in hicodet.parse_completion(text).instances]
+    for cut in range(len(text)):
+        found = hicodet.parse_completion(text[:cut]).instances
+        assert len(found) == sum(end <= cut for end in ends)
+
+
+def test_parser_never_raises():
+    rng = random.Random()
+    pieces = [
+        "<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", ":", " ", "\n",
+        '"', "\\", "\\u", "\\ud83d", '"human"', '"object"', '"object class"', '"verb class"',
+        "[1, 2, 3, 4]", '"ride, sit on"', '"bicycle"', "NaN", "-Infinity", "true", "null", "1e999",
+        "-", "0", "9" * 5000, "\x00", "\ud800", "自転車", "é", "'", RIDER_TEXT,
+        hicodet.prompt_text(),
+    ]  # fmt: skip
+    for _ in range(1500):
+        text = "".join(rng.choices(pieces, k=rng.randrange(40)))
+        if rng.random() < 0.8:
+            text = "<answer> [" + text
+        completion = hicodet.parse_completion(text)
+        assert completion.has_answer == ("<answer>" in text)
+        for found in completion.instances:
+            assert text[slice(*found.span)].strip()
+            assert all(verb == verb.strip() != "" for verb in found.verbs)
+        for line in hicodet.predicted_instances(completion, (640, 480), (644, 476)):
+            json.dumps(line, allow_nan=False).encode()  # finite, and free of lone surrogates
+    for _ in range(300):
+        kept = list(hicodet.format_completion([RIDER] * 2, "Two."))
+        for _ in range(rng.randrange(1, 9)):
+            kept[rng.randrange(len(kept))] = rng.choice(pieces)
+        hicodet.parse_completion("".join(kept))
+
+
+@pytest.mark.parametrize(
+    "unit", ["<answer>", "<answer>[", "[", '{"a":', "{},", '"', ",", "9", "\\", '{"a":1,', "]["]
+)
+def test_parser_takes_linear_time(unit):
+    # Half a megabyte takes under a second; a quadratic parser would take many minutes.
+    text = "<answer> [" + unit * (500_000 // len(unit))
+    start = time.monotonic()
+    hicodet.parse_completion(text)
+    assert time.monotonic() - start < 20
+
+
+def test_predicted_instances():
+    def answer(**changes):
+        keys = json.loads(RIDER_TEXT) | {k.replace("_", " "): v for k, v in changes.items()}
+        return json.dumps(keys)
+
+    good = answer(human=[10, 20, 2000, 40], verb_class="ride, fly, ride, sit on")
+    answers = [
+        answer(object_class="unicorn"), good, answer(human=[1, 2, 3]), answer(object=None),
+        answer(verb_class="fly"), answer(verb_class=""), "3", answer(object_class="Bicycle"),
+    ]  # fmt: skip
+    completion = hicodet.parse_completion(f"<answer> [{', '.join(answers)}]")
+    assert len(completion.instances) == len(answers)
+    # The picture is twice the model's frame; 2000 lies beyond it, the last pixel is 199.
+    expected = {
+        "human": [20, 40, 199, 80], "object": [10, 12, 140, 99],
+        "object_class": "bicycle", "verbs": ["ride", "sit on"], "scores": [1.0, 1.0],
+    }  # fmt: skip
+    sizes = (200, 100), (100, 50)
+    assert hicodet.predicted_instances(completion, *sizes) == [expected]
+    scores = [index / 10 for index in range(len(answers))]
+    expected["scores"] = [0.1, 0.1]
+    assert hicodet.predicted_instances(completion, *sizes, scores) == [expected]
+    with pytest.raises(ValueError):
+        hicodet.predicted_instances(completion, *sizes, scores[:-1])
+
+
+def test_drawing():
+    picture = Image.new("RGB", (600, 500), "white")
+    before = picture.copy()
+    hoi = HOI((50, 60, 200, 400), (300, 100, 500, 300), "bicycle", ("ride", "sit on"))
+    drawn = hicodet.draw_hois(picture, [hoi])
+    assert ImageChops.difference(picture, before).getbbox() is None  # the argument is as it was
+    assert drawn.size == picture.size
+    colour = hicodet.OBJECT_COLOURS[0]
+    assert drawn.getpixel((50, 60)) == drawn.getpixel((200, 400)) == hicodet.HUMAN_COLOUR
+    assert drawn.getpixel((300, 200)) == drawn.getpixel((400, 100)) == colour
+    # The line runs from (125, 230) to (400, 200); its middle is (262.5, 215).
+    assert colour in {drawn.getpixel((262, y)) for y in (214, 215, 216)}
+    label = drawn.crop((250, 301, 550, 350))  # below the object: its colour, and white letters
+    counts = {rgb: count for count, rgb in label.getcolors(maxcolors=label.width * label.height)}
+    assert counts[colour] > 1500 and counts[255, 255, 255] > 100
+    assert drawn.getpixel((20, 480)) == (255, 255, 255)
+
+
+def test_drawing_enlarges_small_pictures_and_adds_a_caption():
+    hoi = HOI((1, 2, 10, 30), (90, 2, 5, 70), "dog", hicodet.VERBS)  # inverted; a very long label
+    for mode in ("L", "RGBA", "P"):
+        small = Image.new(mode, (112, 80))
+        assert hicodet.draw_hois(small, [hoi] * 30).size == (672, 480)
+        captioned = hicodet.draw_hois(small, [], caption="Two people.\n自転車 \ud800\x00" * 9)
+        assert captioned.width == 672 and captioned.height > 500
+        assert captioned.getpixel((671, captioned.height - 1)) == (255, 255, 255)
+    assert hicodet.draw_hois(small, [hoi], min_side=80).size == small.size

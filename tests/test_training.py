@@ -1,0 +1,240 @@
+"""hoi_r1.py, whole runs on the toy in this process: resume, metrics, switches, refusals."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoTokenizer,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessorPil,
+)
+
+import hicodet
+import hoi_r1
+from tests.runs import config_of, metrics, policy_of, stepper_of, weights
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture
+def any_reward(monkeypatch):
+    """A reward that random text earns too: an untrained model's answers are all worth 0."""
+
+    def score(trainer, hois, ids):
+        value = float((ids % 7).float().mean())
+        return {"format": value, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": value}
+
+    monkeypatch.setattr(hoi_r1.GRPOTrainer, "score", score)
+
+
+def test_sft_resumes_bit_for_bit(folder, tmp_path, monkeypatch):
+    """4 steps at once equal 3 steps, a crash after the checkpoint of step 2, and the rest."""
+    options = {"max_steps": 4, "save_every": 2}
+    hoi_r1.main(config_of("sft", folder, tmp_path / "whole", **options))
+    log = hoi_r1.Run.log
+
+    def crash(run, step, values):
+        log(run, step, values)
+        if step == 3:
+            run.metrics.open("a").write('{"step": 4, "lo')
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(hoi_r1.Run, "log", crash)
+    with pytest.raises(KeyboardInterrupt):
+        hoi_r1.main(config_of("sft", folder, tmp_path / "cut", **options))
+    monkeypatch.undo()
+    hoi_r1.main(config_of("sft", folder, tmp_path / "cut", resume=True, **options))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
+    first = weights(folder)
+    assert any(not torch.equal(whole[name], first[name]) for name in whole)
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("whole", "cut")]
+    assert losses[0] == losses[1]
+
+
+def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
+    options = {"save_every": 1, "updates_per_batch": 2}
+    hoi_r1.main(config_of("grpo", folder, tmp_path / "whole", **options))
+    save, monkeypatch = hoi_r1.Run.save, pytest.MonkeyPatch()
+
+    def crash_in_mid_save(run, policy, optimizer, done):
+        if done == 2:
+            aside = run.folder / "checkpoint-000002.tmp"
+            aside.mkdir()
+            (aside / "half").write_text("a file")
+            raise KeyboardInterrupt
+        save(run, policy, optimizer, done)
+
+    monkeypatch.setattr(hoi_r1.Run, "save", crash_in_mid_save)
+    with pytest.raises(KeyboardInterrupt):
+        hoi_r1.main(config_of("grpo", folder, tmp_path / "cut", **options))
+    monkeypatch.undo()
+    hoi_r1.main(config_of("grpo", folder, tmp_path / "cut", resume=True, **options))
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    first = weights(folder)
+    assert any(not torch.equal(whole[name], first[name]) for name in whole)
+
+
+def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
+    """And pi_old's log-probs are those of pi_theta, at a temperature that is not 1."""
+    hoi_r1.main(config_of("grpo", folder, tmp_path / "run", temperature=0.7, eval_every=3))
+    rows = metrics(tmp_path / "run")
+    names = {
+        *("loss", "learning_rate", "grad_norm", "kl", "clip_fraction", "zero_variance_groups"),
+        *("reward_format", "reward_object_std", "reward_verb", "reward_iou", "reward_total"),
+        *("completion_length", "truncated", "logprob_gap", "seconds_sample", "seconds_update"),
+        *("sample_tokens_per_second", "update_tokens_per_second", "seconds_waiting"),
+        "skipped",
+    }
+    assert all(names <= row.keys() for row in rows)
+    assert max(row["logprob_gap"] for row in rows) < 1e-4
+    assert all(row["clip_fraction"] == 0 for row in rows)  # one update a batch: every ratio is 1
+    assert all(row["reward_total_std"] > 0 for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-6
+    assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert "eval_map" in rows[2] and "eval_map" not in rows[1]
+
+
+def test_micro_batches_do_not_change_the_step(folder, tmp_path):
+    for name, budget in (("one", 10_000), ("many", 1)):
+        options = {"max_steps": 1, "tokens_per_microbatch": budget}
+        hoi_r1.main(config_of("sft", folder, tmp_path / name, **options))
+    one, many = metrics(tmp_path / "one")[0], metrics(tmp_path / "many")[0]
+    assert one["loss"] == pytest.approx(many["loss"], rel=1e-6)
+    assert one["grad_norm"] == pytest.approx(many["grad_norm"], rel=1e-5)
+
+
+def test_no_thinking_needs_no_trace(folder, tmp_path):
+    hoi_r1.main(
+        config_of("sft", folder, tmp_path / "run", thinking=False, traces="", max_steps=1)
+    )
+    assert len(metrics(tmp_path / "run")) == 1
+
+
+def test_epochs_steps_and_checkpoints(folder, tmp_path):
+    """20 images in batches of 8: 3 steps an epoch; the last checkpoint stays, or none is made."""
+    options = {"batch_size": 8, "max_steps": 0, "save_every": 2}
+    hoi_r1.main(config_of("sft", folder, tmp_path / "two", epochs=2, **options))
+    assert len(metrics(tmp_path / "two")) == 6
+    assert [p.name for p in (tmp_path / "two").glob("checkpoint-*")] == ["checkpoint-000006"]
+    hoi_r1.main(config_of("sft", folder, tmp_path / "one", **options | {"save_every": 0}))
+    assert len(metrics(tmp_path / "one")) == 3
+    assert not list((tmp_path / "one").glob("checkpoint-*"))
+
+
+def test_what_the_switches_switch(folder, tmp_path, ranks):
+    config = config_of("grpo", folder, "x", kl_coef=0.0)
+    examples = hoi_r1.training_examples(config, ranks)
+    policy = policy_of(config, ranks)
+    replica = hoi_r1.load_model(config.model, ranks.device)
+    stepper = stepper_of(policy, config)
+    trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, examples, config, ranks)
+    assert trainer.reference is None
+    assert policy.model.language_model.layers[0].gradient_checkpointing
+    config = replace(config, gradient_checkpointing=False, task_description=True)
+    policy = policy_of(config, ranks)
+    assert not policy.model.language_model.layers[0].gradient_checkpointing
+    long = hoi_r1.training_examples(config, ranks)[0].prompt.prompt_ids
+    assert "airplane: board, direct" in examples.decode(long)
+    assert "airplane" not in examples.decode(examples[0].prompt.prompt_ids)
+
+
+def test_limit_and_a_second_prediction(folder, tmp_path, capsys):
+    config = config_of("predict", folder, tmp_path / "test", limit=2, max_new_tokens=3)
+    hoi_r1.main(config)
+    path = tmp_path / "test" / "predictions.jsonl"
+    assert len(path.read_text().splitlines()) == 2
+    with pytest.raises(SystemExit):
+        hoi_r1.main(config)
+    assert "holds a run" in capsys.readouterr().err
+
+
+def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
+    """Killed in the third image's line: two images are kept, four are predicted anew."""
+    config = config_of("predict", folder, tmp_path / "test", max_new_tokens=5)
+    hoi_r1.main(config)
+    whole = (tmp_path / "test" / "predictions.jsonl").read_text()
+    part = tmp_path / "test" / "part-0000.jsonl"
+    lines = part.read_text().splitlines(keepends=True)
+    part.write_text("".join(lines[:2]) + lines[2][:-9])
+    (tmp_path / "test" / "predictions.jsonl").unlink()
+    asked, read = [], hoi_r1.read_ahead
+
+    def read_ahead(examples, indices, workers):
+        asked.extend(indices)
+        return read(examples, indices, workers)
+
+    monkeypatch.setattr(hoi_r1, "read_ahead", read_ahead)
+    hoi_r1.main(replace(config, resume=True))
+    assert asked == [2, 3, 4, 5]
+    assert (tmp_path / "test" / "predictions.jsonl").read_text() == whole
+
+
+def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
+    """fp32, so that the next stage starts where this one ended."""
+    hoi_r1.main(config_of("sft", folder, tmp_path / "run", max_steps=1))
+    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
+    path = tmp_path / "run" / "model"
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
+    assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
+    assert AutoTokenizer.from_pretrained(path).chat_template
+    processor = Qwen2VLImageProcessorPil.from_pretrained(path)
+    assert (processor.patch_size, processor.size["shortest_edge"]) == (14, 784)
+    saved = json.loads((path / "preprocessor_config.json").read_text())
+    assert saved["image_processor_type"] == "Qwen2VLImageProcessor"  # the name that servers know
+    assert not list(path.glob("*.bin")) and not (tmp_path / "run" / "model.tmp").exists()
+
+
+def test_weights_in_pickles_are_refused(folder, tmp_path):
+    shutil.copytree(folder / "model", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save(state, tmp_path / "model" / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        hoi_r1.load_model(str(tmp_path / "model"), torch.device("cpu"))
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    hoi_r1.load_model(str(tmp_path / "model"), torch.device("cpu"))
+
+
+def test_a_folder_is_not_given_to_two_runs(folder, tmp_path, capsys):
+    config = config_of("sft", folder, tmp_path / "run", max_steps=1)
+    hoi_r1.main(config)
+    refused = {
+        "holds a run": config,
+        "learning_rate = 0.001, not 0.5": replace(config, resume=True, learning_rate=0.5),
+    }
+    for message, other in refused.items():
+        with pytest.raises(SystemExit):
+            hoi_r1.main(other)
+        assert message in capsys.readouterr().err
+    hoi_r1.main(replace(config, resume=True, tokens_per_microbatch=50))
+
+
+def test_missing_images_stop_a_run_before_the_model_is_read(folder, tmp_path, capsys):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    name = hicodet.load_split(folder / "data", "train")[3].file_name
+    (tmp_path / "data" / "images" / "train2015" / name).unlink()
+    config = config_of("grpo", folder, tmp_path / "run", data=str(tmp_path / "data"))
+    with pytest.raises(SystemExit):
+        hoi_r1.main(config)
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_shows_prompt_and_target_and_writes_nothing(folder, tmp_path, capsys):
+    for stage in ("sft", "grpo", "predict"):
+        hoi_r1.main(config_of(stage, folder, tmp_path / "run", dry_run=True))
+        shown = capsys.readouterr().out
+        assert "Thinking Process" in shown and "<|image_pad|> x 16" in shown
+        if stage == "sft":
+            assert "supervised: these" in shown and "<|im_end|>" in shown.splitlines()[-1]
+        else:
+            assert '"total": 3.8' in shown
+    assert not (tmp_path / "run").exists()
