@@ -420,14 +420,17 @@ class _Sampling:
     def __init__(self, model, prompts, group_size, max_new_tokens, end_id, slots, draw, seeds):
         self.model, self.prompts, self.group_size = model, prompts, group_size
         self.max_new_tokens, self.end_id = max_new_tokens, end_id
-        self.draw, self.seeds = draw, seeds
+        self.draw, self.uniforms = draw, None
+        if seeds is not None:
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+            draws = [torch.rand(max_new_tokens, generator=generator) for generator in generators]
+            self.uniforms = torch.stack(draws)  # (rows, C), a row's numbers from its own seed
         longest = max(len(prompt.prompt_ids) for prompt in prompts)
         self.cache = GroupCache(model, slots, group_size, longest, max_new_tokens)
         self.owner: list[int | None] = [None] * slots  # the prompt in each slot
         rows = len(prompts) * group_size
         self.ids: list[list[int]] = [[] for _ in range(rows)]
         self.logprobs: list[list[float]] = [[] for _ in range(rows)]
-        self.uniforms: dict[int, Tensor] = {}
 
     def slots(self, busy: bool) -> list[int]:
         """The slots that hold a prompt, or those that are free."""
@@ -481,7 +484,7 @@ class _Sampling:
     def take(self, slots: list[int], logits: Tensor) -> None:
         """Draw a token for each row of the slots and free the slots in which every row is done."""
         rows = [row for slot in slots for row in self.rows(slot)]
-        uniforms = self.next_uniforms(rows) if self.seeds is not None else None
+        uniforms = self.next_uniforms(rows) if self.uniforms is not None else None
         ids, logprobs = self.draw(logits, uniforms=uniforms)
         for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist()):
             if not self.done(row):
@@ -494,13 +497,8 @@ class _Sampling:
 
     def next_uniforms(self, rows: list[int]) -> Tensor:
         """A row's random numbers come from its own seed, whatever its neighbours and slot."""
-        for row in rows:
-            if row not in self.uniforms:
-                generator = torch.Generator().manual_seed(self.seeds[row])
-                self.uniforms[row] = torch.rand(self.max_new_tokens, generator=generator)
         places = [min(len(self.ids[row]), self.max_new_tokens - 1) for row in rows]
-        drawn = torch.stack([self.uniforms[row][place] for row, place in zip(rows, places)])
-        return drawn.to(self.model.device)
+        return self.uniforms[rows, places].to(self.model.device)
 
 
 @torch.no_grad()
