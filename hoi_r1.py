@@ -613,11 +613,13 @@ class GRPOTrainer:
         logged = self.optimize(self.parts(batch, weights, rollout, advantages), sum(weights), lr)
         refresh(self.replica, self.policy)
         times.append(time.perf_counter())
-        stds = totals.std(1).repeat_interleave(self.config.group_size).tolist()
-        rows = zip(scored, map(len, rollout.completion_ids), rollout.finished.tolist(), stds)
-        rows = self.ranks.gather(list(rows) if weights[0] else [])
+        rows = [
+            {"rewards": scored[i], "ids": tuple(ids.tolist()), "finished": bool(done)}
+            for i, (ids, done) in enumerate(zip(rollout.completion_ids, rollout.finished))
+        ]
+        rows = self.ranks.gather(rows if weights[0] else [])
         seconds = dict(zip(("sample", "reward", "update"), np.diff(times).tolist()))
-        return logged | rollout_metrics(rows, seconds)
+        return logged | rollout_metrics(rows, self.config.group_size, seconds)
 
     def rows(self, batch: list[Example], rollout: grpo.Rollout):
         """(example, ids) of each completion."""
@@ -709,16 +711,21 @@ class GRPOTrainer:
         return found, {"loss": loss, **sums, "grad_norm": self.stepper.step(lr, loss)}
 
 
-def rollout_metrics(rows: list[tuple], seconds: dict[str, float]) -> dict[str, float]:
-    """Means over the completions of all ranks; rows of (rewards, length, finished, group std)."""
-    scored, lengths, finished, stds = zip(*rows)
+def rollout_metrics(rows: list[dict], group_size: int, seconds: dict[str, float]) -> dict:
+    """Means over the completions of all ranks, G rows a group: "rewards", "ids", "finished"."""
+    groups = [rows[i : i + group_size] for i in range(0, len(rows), group_size)]
     logged = {f"seconds_{name}": value for name, value in seconds.items()}
-    for name in scored[0]:
-        values = [row[name] for row in scored]
+    for name in rows[0]["rewards"]:
+        values = [row["rewards"][name] for row in rows]
         logged[f"reward_{name}"], logged[f"reward_{name}_std"] = np.mean(values), np.std(values)
-    logged["zero_variance_groups"] = np.mean(np.array(stds) == 0)
+    totals = [{row["rewards"]["total"] for row in group} for group in groups]
+    logged["zero_variance_groups"] = np.mean([len(values) == 1 for values in totals])
+    # a sampler that is all but greedy shows here first
+    distinct = [len({row["ids"] for row in group}) for group in groups]
+    logged["distinct_completions"] = np.mean(distinct) / group_size
+    lengths = [len(row["ids"]) for row in rows]
     logged["completion_length"] = np.mean(lengths)
-    logged["truncated"] = 1 - np.mean(finished)
+    logged["truncated"] = np.mean([not row["finished"] for row in rows])
     for name in ("sample", "update"):
         logged[f"{name}_tokens_per_second"] = sum(lengths) / seconds[name]
     return {name: float(value) for name, value in logged.items()}

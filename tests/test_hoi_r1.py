@@ -218,6 +218,22 @@ def test_sample_seeds_belong_to_places_not_to_ranks():
     assert len(set(whole + hoi_r1.sample_seeds(0, 4, [0, 1, 2], 2))) == 12
 
 
+def test_rollout_metrics_by_hand():
+    def row(total, ids, finished=True):
+        rewards = {"format": total / 2, "object": 0, "verb": 0, "iou": total / 2, "total": total}
+        return {"rewards": rewards, "ids": ids, "finished": finished}
+
+    # two groups of two: equal rewards of one text; other rewards of other texts, one cut
+    rows = [row(1.0, (5, 6)), row(1.0, (5, 6)), row(0.0, (7,)), row(2.0, (8, 9, 9), False)]
+    logged = hoi_r1.rollout_metrics(rows, 2, {"sample": 2.0, "update": 4.0})
+    assert logged["reward_total"] == 1.0 and logged["reward_iou"] == 0.5
+    assert logged["reward_total_std"] == pytest.approx(0.5**0.5)  # sqrt((0 + 0 + 1 + 1) / 4)
+    assert logged["zero_variance_groups"] == 0.5
+    assert logged["distinct_completions"] == 0.75  # 1 of 2, 2 of 2
+    assert (logged["completion_length"], logged["truncated"]) == (2.0, 0.25)
+    assert logged["sample_tokens_per_second"] == 4.0 and logged["seconds_update"] == 4.0
+
+
 def test_learning_rates():
     rates = [hoi_r1.learning_rate(step, 4, 1.0, 0, "cosine") for step in range(4)]
     # (1 + cos(pi k / 4)) / 2

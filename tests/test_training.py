@@ -91,12 +91,13 @@ def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
         *("reward_format", "reward_object_std", "reward_verb", "reward_iou", "reward_total"),
         *("completion_length", "truncated", "logprob_gap", "seconds_sample", "seconds_update"),
         *("sample_tokens_per_second", "update_tokens_per_second", "seconds_waiting"),
-        "skipped",
+        *("skipped", "distinct_completions"),
     }
     assert all(names <= row.keys() for row in rows)
     assert max(row["logprob_gap"] for row in rows) < 1e-4
     assert all(row["clip_fraction"] == 0 for row in rows)  # one update a batch: every ratio is 1
     assert all(row["reward_total_std"] > 0 for row in rows)
+    assert all(row["distinct_completions"] > 0.9 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-6
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
     assert "eval_map" in rows[2] and "eval_map" not in rows[1]
