@@ -26,7 +26,7 @@ def cited():
     return found
 
 
-def tested():
+def named_tests():
     """{equation: [test]} from the names of the tests."""
     found = {}
     for path in (ROOT / "tests").glob("test_*.py"):
@@ -39,11 +39,11 @@ def tested():
 @pytest.mark.parametrize("number", EQUATIONS)
 def test_equation_has_function_test_and_row(number):
     assert number in cited(), f"no function cites Eq. {number} in the first line of its docstring"
-    assert number in tested(), f"no test is named test_eq{number}_..."
+    assert number in named_tests(), f"no test is named test_eq{number}_..."
     names = {name.split(".")[1] for name in cited()[number]}
-    assert any(test.removeprefix(f"test_eq{number}_") in names for test in tested()[number])
+    assert any(test.removeprefix(f"test_eq{number}_") in names for test in named_tests()[number])
     lines = (ROOT / "README.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith(f"| Eq. {number} | `")]
     assert len(rows) == 1, f"README: one row for Eq. {number}"
     assert any(name in rows[0] for name in cited()[number]), rows[0]
-    assert any(test in rows[0] for test in tested()[number]), rows[0]
+    assert any(test in rows[0] for test in named_tests()[number]), rows[0]
