@@ -1060,11 +1060,13 @@ def predict(config: PredictConfig) -> None:
     parts = sorted(folder.glob("part-*.jsonl"))
     stored = {row["index"]: row for part in parts for row in read_rows(part)}
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
+    # behind the last: a crash may have come before each rank had begun its part
+    number = max((int(part.stem.split("-")[1]) + 1 for part in parts), default=0) + ranks.rank
     dist.barrier()  # every rank has listed the parts before one is added
     todo = [index for index in range(len(samples)) if index not in stored]
     model, started = load_model(config.model, ranks.device), time.perf_counter()
     mine: list[dict] = []
-    with open(folder / f"part-{len(parts) + ranks.rank:04d}.jsonl", "x") as part:
+    with open(folder / f"part-{number:04d}.jsonl", "x") as part:
         options = {name: getattr(config, name) for name in PREDICTION}
         for rows in predict_rows(model, examples, todo, ranks, **options):
             part.writelines(json.dumps(row) + "\n" for row in rows)

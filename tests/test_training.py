@@ -158,13 +158,17 @@ def test_limit_and_a_second_prediction(folder, tmp_path, capsys):
 
 
 def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
-    """Killed in the third image's line: two images are kept, four are predicted anew."""
+    """Killed in the third image's line: two images are kept, four are predicted anew.
+
+    The part is that of a second rank, whose first had none yet when the crash came.
+    """
     config = config_of("predict", folder, tmp_path / "test", max_new_tokens=5)
     hoi_r1.main(config)
     whole = (tmp_path / "test" / "predictions.jsonl").read_text()
     part = tmp_path / "test" / "part-0000.jsonl"
     lines = part.read_text().splitlines(keepends=True)
-    part.write_text("".join(lines[:2]) + lines[2][:-9])
+    part.with_name("part-0001.jsonl").write_text("".join(lines[:2]) + lines[2][:-9])
+    part.unlink()
     (tmp_path / "test" / "predictions.jsonl").unlink()
     asked, read = [], hoi_r1.read_ahead
 
