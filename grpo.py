@@ -11,8 +11,8 @@ completion attends to its group's prompt and to itself.
 - Update: one flat row `[prompt_1 | o_11 .. o_1G | prompt_2 | ...]`, no padding (`token_logprobs`).
 - Sampling: a prompt is prefilled once, its keys and values are kept once (`sample`).
 
-Both reach the library's Qwen2.5-VL through one attention function registered as GROUP_ATTENTION;
-load the model with attn_implementation={"text_config": GROUP_ATTENTION, "vision_config": "sdpa"}.
+Both reach the library's Qwen2.5-VL through an attention function registered as GROUP_ATTENTION, and
+the vision tower's windows through another (`use_group_attention`).
 
 Departures from the paper, or readings of it:
 
@@ -24,9 +24,10 @@ Departures from the paper, or readings of it:
    reported is logged against them and never used in the loss.
 """
 
-from collections import deque
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -36,8 +37,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 GROUP_ATTENTION = "group_attention"
+WINDOW_ATTENTION = "windows_as_flash"  # a name with "flash" is handed all windows in one call
 HEAD_CHUNK = 1024  # completion tokens whose logits exist at a time: 0.6 GB with V = 151,936
 PREFILL_PROMPTS = 16  # prompts of one prefill, which keeps its activations below the update's
+LOOK_EVERY = 16  # steps on a GPU between two looks at which rows are done
+GRAPH_ROOM = 128  # the shortest room for own tokens that a CUDA graph is made for
 
 
 # Eqs. 2-5: the objective
@@ -193,7 +197,36 @@ def _group_attention(module, query, key, value, attention_mask, scaling, dropout
     return attention_mask.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
+def _window_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **kwargs):
+    """The vision tower's attention within windows or images, those of one length in one call.
+
+    query, key, value: (1, H, L, D). cu_seq_lens_q: (windows + 1,), where each begins and the last
+    ends. The library's own way with SDPA is a call for each window, some 40 an image and layer.
+    """
+    lengths = cu_seq_lens_q.diff().long()
+    # patches with those of short windows first; a window's own stay together and in order
+    order = lengths.repeat_interleave(lengths, output_size=query.shape[2]).argsort(stable=True)
+    q, k, v = (x[0].index_select(1, order) for x in (query, key, value))
+    counts, outputs, start = Counter(lengths.tolist()), [], 0
+    for length, count in sorted(counts.items()):
+        cut = (x[:, start : start + length * count] for x in (q, k, v))
+        windows = (x.unflatten(1, (count, length)).transpose(0, 1) for x in cut)
+        output = F.scaled_dot_product_attention(*windows, scale=scaling)
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # (patches, H, D)
+        start += length * count
+    return torch.cat(outputs).index_select(0, order.argsort())[None], None
+
+
 AttentionInterface.register(GROUP_ATTENTION, _group_attention)
+AttentionInterface.register(WINDOW_ATTENTION, _window_attention)
+
+
+def use_group_attention(model: nn.Module) -> nn.Module:
+    """Give a Qwen2.5-VL the attention functions of this module, and return it."""
+    model.config.text_config._attn_implementation = GROUP_ATTENTION
+    # set here: asked for when a model is loaded, a name with "flash" is looked for on the hub
+    model.config.vision_config._attn_implementation = WINDOW_ATTENTION
+    return model
 
 
 @dataclass(frozen=True)
@@ -309,11 +342,7 @@ class Rollout:
 
 
 class GroupCache:
-    """Keys and values of `slots` groups: each prompt's once, and each of its G rows' own.
-
-    A slot holds a prompt and its G rows. Rows have lengths of their own, so a slot whose rows have
-    all finished can take the next prompt while the others go on.
-    """
+    """Keys and values of `slots` groups: each prompt's once, and each of its G rows' own."""
 
     def __init__(self, model, slots: int, group_size: int, prompt_room: int, completion_room: int):
         config = model.config.text_config
@@ -323,62 +352,10 @@ class GroupCache:
             options = {"dtype": model.dtype, "device": model.device}
             return [torch.zeros(*shape, size, **options) for _ in range(config.num_hidden_layers)]
 
-        self.group_size = group_size
         self.prompt_keys = buffers(slots, heads, prompt_room)
         self.prompt_values = buffers(slots, heads, prompt_room)
-        self.own_keys = buffers(slots, group_size, heads, completion_room)
-        self.own_values = buffers(slots, group_size, heads, completion_room)
-        self.prompt_lengths = torch.zeros(slots, dtype=torch.long, device=model.device)
-        self.next_positions = torch.zeros(slots, dtype=torch.long, device=model.device)
-        self.own_lengths = torch.zeros(slots, group_size, dtype=torch.long, device=model.device)
-
-    def keep(self, slots: list[int]) -> None:
-        """Drop all other slots: rows that will never be used again cost time at every step."""
-        for name in ("prompt_keys", "prompt_values", "own_keys", "own_values"):
-            setattr(self, name, [buffer[slots] for buffer in getattr(self, name)])
-        for name in ("prompt_lengths", "next_positions", "own_lengths"):
-            setattr(self, name, getattr(self, name)[slots])
-
-    def begin_step(self) -> None:
-        """Room for one more token a row, and which places a row must not see, for all layers."""
-        self.room = int(self.own_lengths.max()) + 1
-        places = torch.arange(self.room, device=self.own_lengths.device)
-        self.own_hidden = (places > self.own_lengths[..., None])[:, None, :, None]
-        places = torch.arange(self.prompt_keys[0].shape[2], device=places.device)
-        self.prompt_hidden = (places >= self.prompt_lengths[:, None])[:, None, None, None]
-
-    def end_step(self) -> None:
-        """The token that was fed is part of every row now."""
-        self.own_lengths = (self.own_lengths + 1).clamp(max=self.own_keys[0].shape[3] - 1)
-
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The library's call in each layer: write the new token's (1, K, B, D) to its row."""
-        place = self.own_lengths[..., None, None, None]
-        for buffer, new in ((self.own_keys, key), (self.own_values, value)):
-            new = new[0].transpose(0, 1).unflatten(0, (-1, self.group_size))[..., None, :]
-            index = place.expand(-1, -1, new.shape[2], 1, new.shape[4])
-            buffer[layer].scatter_(3, index, new.to(buffer[layer].dtype))
-        return key, value
-
-    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """Group attention of one new token a row, one softmax over prompt and own tokens.
-
-        q: (1, H, B, D). Returns (1, H, B, D). A prompt's keys are read once for its G rows.
-        """
-        layer, heads = module.layer_idx, self.prompt_keys[0].shape[1]
-        # (slots, K, G, heads that a key-value head serves, D)
-        q = (q[0] * scaling).view(heads, -1, len(self.own_lengths), self.group_size, q.shape[3])
-        q = q.permute(2, 0, 3, 1, 4)
-        own_keys = self.own_keys[layer][:, :, :, : self.room].transpose(1, 2)
-        own_values = self.own_values[layer][:, :, :, : self.room].transpose(1, 2)
-        on_prompt = (q.flatten(2, 3) @ self.prompt_keys[layer].mT).unflatten(2, q.shape[2:4])
-        on_prompt = on_prompt.masked_fill(self.prompt_hidden, -torch.inf)
-        on_own = (q @ own_keys.mT).masked_fill(self.own_hidden, -torch.inf)
-        weights = torch.softmax(torch.cat([on_prompt, on_own], dim=-1).float(), dim=-1).to(q.dtype)
-        on_prompt, on_own = weights.split([on_prompt.shape[-1], self.room], dim=-1)
-        output = (on_prompt.flatten(2, 3) @ self.prompt_values[layer]).unflatten(2, q.shape[2:4])
-        output = output + on_own @ own_values
-        return output.permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
+        self.own_keys = buffers(slots, heads, group_size, completion_room)
+        self.own_values = buffers(slots, heads, group_size, completion_room)
 
 
 class _Prefill:
@@ -392,6 +369,69 @@ class _Prefill:
             for slot, row in zip(self.slots, new[0].split(self.lengths, dim=1)):
                 buffer[layer][slot, :, : row.shape[1]] = row
         return key, value
+
+
+class _Step:
+    """One new token in each row of the first slots: `update` and `attend` of every layer.
+
+    prompt_lengths: (slots,). own_lengths: (slots, G), tokens that the row has in the cache. places:
+    arange as long as the longest row needs with its new token.
+    """
+
+    def __init__(self, cache: GroupCache, prompt_lengths, own_lengths, places):
+        self.cache, self.room = cache, len(places)
+        self.slots, self.group_size = own_lengths.shape
+        prompt_places = torch.arange(cache.prompt_keys[0].shape[2], device=places.device)
+        # (slots, 1, 1, 1, S) and (slots, 1, G, 1, C), over key-value heads and the heads they serve
+        self.prompt_hidden = (prompt_places >= prompt_lengths[:, None])[:, None, None, None]
+        self.own_hidden = (places > own_lengths[..., None])[:, None, :, None]
+        heads = cache.prompt_keys[0].shape[1]
+        self.next_place = own_lengths[:, None].expand(-1, heads, -1).flatten()
+
+    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """The library's call in each layer: write the new token's (1, K, B, D) to its row."""
+        for buffer, new in ((self.cache.own_keys, key), (self.cache.own_values, value)):
+            rows = buffer[layer][: self.slots].flatten(0, 2)  # a view, (slots * K * G, C, D)
+            new = new[0].unflatten(1, (self.slots, -1)).transpose(0, 1).flatten(0, 2)
+            rows[torch.arange(len(rows), device=rows.device), self.next_place] = new.to(rows.dtype)
+        return key, value
+
+    def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """Group attention of one new token a row, one softmax over prompt and own tokens.
+
+        q: (1, H, B, D). Returns (1, H, B, D). A prompt's keys are read once for its G rows.
+        """
+        cache, layer, heads = self.cache, module.layer_idx, k.shape[1]
+        prompt_keys, prompt_values, own_keys, own_values = (
+            buffers[layer][: self.slots].flatten(0, -3)
+            for buffers in (
+                *(cache.prompt_keys, cache.prompt_values),  # (slots * K, S, D)
+                *(cache.own_keys, cache.own_values),  # (slots * K * G, C, D)
+            )
+        )
+        own_keys, own_values = own_keys[:, : self.room], own_values[:, : self.room]
+        # (slots, K, G, heads that a key-value head serves, D)
+        q = q[0].view(heads, -1, self.slots, self.group_size, q.shape[3]).permute(2, 0, 3, 1, 4)
+        groups, rows = q.flatten(2, 3).flatten(0, 1), q.flatten(0, 2)
+        shape = q.shape[:4]
+        on_prompt = _matmul(groups, prompt_keys.mT).view(*shape, -1) * scaling
+        on_own = _matmul(rows, own_keys.mT).view(*shape, -1) * scaling
+        on_prompt = on_prompt.masked_fill(self.prompt_hidden, -torch.inf)
+        on_own = on_own.masked_fill(self.own_hidden, -torch.inf)
+        highest = torch.maximum(on_prompt.amax(-1, True), on_own.amax(-1, True))
+        on_prompt, on_own = (on_prompt - highest).exp(), (on_own - highest).exp()
+        total = on_prompt.sum(-1, True) + on_own.sum(-1, True)
+        output = _matmul(on_prompt.to(v.dtype).flatten(2, 3).flatten(0, 1), prompt_values)
+        own = _matmul(on_own.to(v.dtype).flatten(0, 2), own_values)
+        output = (output.view(q.shape) + own.view(q.shape)) / total
+        return output.to(v.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """(N, R, D) @ (N, D, S) in fp32: in bf16 a score of 100 would be off by up to 0.25."""
+    if a.is_cuda and a.dtype != torch.float32:
+        return torch.bmm(a, b, out_dtype=torch.float32)
+    return torch.bmm(a.float(), b.float())
 
 
 def draw_tokens(
@@ -414,94 +454,221 @@ def draw_tokens(
     return ids, logprobs.gather(1, ids[:, None])[:, 0]
 
 
-class _Sampling:
-    """The rows under way in the slots of a GroupCache, and what they have produced."""
+class Sampler:
+    """Samples G completions of every prompt of a stream, in slots that never wait for each other.
 
-    def __init__(self, model, prompts, group_size, max_new_tokens, end_id, slots, draw, seeds):
-        self.model, self.prompts, self.group_size = model, prompts, group_size
-        self.max_new_tokens, self.end_id = max_new_tokens, end_id
-        self.draw, self.uniforms = draw, None
-        if seeds is not None:
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-            draws = [torch.rand(max_new_tokens, generator=generator) for generator in generators]
-            self.uniforms = torch.stack(draws)  # (rows, C), a row's numbers from its own seed
-        longest = max(len(prompt.prompt_ids) for prompt in prompts)
-        self.cache = GroupCache(model, slots, group_size, longest, max_new_tokens)
-        self.owner: list[int | None] = [None] * slots  # the prompt in each slot
-        rows = len(prompts) * group_size
-        self.ids: list[list[int]] = [[] for _ in range(rows)]
-        self.logprobs: list[list[float]] = [[] for _ in range(rows)]
+    A slot holds a prompt and its G rows, each row with a length of its own; when all of them are
+    done, the slot goes to the next prompt. A step is one function of tensors that stay where they
+    are, and nothing of it is read back: on a GPU it is compiled and replayed as a CUDA graph.
+
+    model: in eval mode. slots: groups held at a time. prompt_room: tokens of the longest prompt. A
+    completion ends with end_id or at max_new_tokens. temperature 0 is greedy decoding. banned: (V,)
+    bool, ids that are never drawn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        slots: int,
+        group_size: int,
+        prompt_room: int,
+        max_new_tokens: int,
+        end_id: int,
+        temperature: float = 1.0,
+        banned: Tensor | None = None,
+    ):
+        def state(*shape, dtype=torch.long):
+            return torch.zeros(slots, *shape, dtype=dtype, device=model.device)
+
+        self.model, self.group_size, self.end_id = model, group_size, end_id
+        self.max_new_tokens, self.temperature, self.banned = max_new_tokens, temperature, banned
+        self.cache = GroupCache(model, slots, group_size, prompt_room, max_new_tokens)
+        self.prompt_lengths, self.first_positions = state(), state()
+        self.ids = state(group_size, max_new_tokens)
+        self.logprobs = state(group_size, max_new_tokens, dtype=torch.float32)
+        self.uniforms = state(group_size, max_new_tokens, dtype=torch.float32)
+        self.counts = state(group_size)  # tokens drawn; all but the last are in the cache
+        self.done = state(group_size, dtype=torch.bool).fill_(True)
+        self.owners: list[int | None] = [None] * slots  # the prompt in each slot, by its number
+        self.longest = [0] * slots  # no row of a slot has drawn more tokens
+        self.active = slots  # a step computes so many slots, from the first
+        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of a step, by the room for own tokens
+
+    @torch.no_grad()
+    def run(
+        self, prompts: Iterable[tuple[Prompt, list[int] | None]]
+    ) -> Iterator[tuple[int, Rollout]]:
+        """Yield each prompt's number and its G completions, in the order in which groups end.
+
+        prompts: each with the seeds of its G completions, None when greedy. They are taken as slots
+        come free. Raises ValueError if a prompt is too long, or its seeds do not fit.
+        """
+        arriving, more, self.active = enumerate(prompts), True, len(self.owners)
+        while True:
+            free = self.slots(busy=False)
+            if more and len(free) * 4 >= len(self.owners):  # prefill several prompts at a time
+                room = min(len(free), PREFILL_PROMPTS)
+                taken = list(islice(arriving, room))
+                more = len(taken) == room
+                if taken:
+                    self.admit(free[: len(taken)], *zip(*taken))
+            elif len(free) == len(self.owners):
+                return
+            else:
+                self.advance(compact=not more)
+            yield from self.leave()
 
     def slots(self, busy: bool) -> list[int]:
         """The slots that hold a prompt, or those that are free."""
-        return [slot for slot, owner in enumerate(self.owner) if (owner is not None) == busy]
+        return [slot for slot, owner in enumerate(self.owners) if (owner is not None) == busy]
 
-    def rows(self, slot: int) -> range:
-        """The completions of the prompt in a slot."""
-        return range(self.owner[slot] * self.group_size, (self.owner[slot] + 1) * self.group_size)
-
-    def finished(self, row: int) -> bool:
-        """Whether a row has drawn the end token."""
-        return self.ids[row][-1:] == [self.end_id]
-
-    def done(self, row: int) -> bool:
-        """Whether a row has ended or is full."""
-        return self.finished(row) or len(self.ids[row]) == self.max_new_tokens
-
-    def admit(self, slots: list[int], prompts: list[int]) -> None:
+    def admit(self, slots: list[int], numbers, arrived) -> None:
         """Prefill prompts into free slots and draw the first token of each of their rows."""
-        for slot, prompt in zip(slots, prompts, strict=True):
-            self.owner[slot] = prompt
-        batch = pack(self.model, [self.prompts[p] for p in prompts], [[]] * len(prompts))
-        cache, lengths = self.cache, batch.layout.prompt_lengths
-        hidden = _hidden_states(self.model, batch, _Prefill(cache, slots, lengths))
-        cache.prompt_lengths[slots] = torch.tensor(lengths, device=hidden.device)
+        prompts, seeds = zip(*arrived)
+        batch = pack(self.model, list(prompts), [[]] * len(prompts))
+        lengths, room = batch.layout.prompt_lengths, self.cache.prompt_keys[0].shape[2]
+        if max(lengths) > room:
+            raise ValueError(f"a prompt of {max(lengths)} tokens, where prompt_room is {room}")
+        hidden = _hidden_states(self.model, batch, _Prefill(self.cache, slots, lengths))
+        at = torch.tensor(slots, device=hidden.device)
+        self.prompt_lengths[at] = torch.tensor(lengths, device=at.device)
         last = [positions.max() for positions in batch.position_ids.split(lengths, dim=2)]
-        cache.next_positions[slots] = torch.stack(last) + 1
-        cache.own_lengths[slots] = 0
-        logits = self.model.lm_head(hidden[torch.tensor(lengths).cumsum(0) - 1])
-        self.take(slots, logits.repeat_interleave(self.group_size, 0))
+        self.first_positions[at] = torch.stack(last) + 1
+        if self.temperature:
+            self.uniforms[at] = self.random_numbers(seeds).to(at.device)
+        self.counts[at], self.done[at] = 0, False
+        for slot, number in zip(slots, numbers):
+            self.owners[slot], self.longest[slot] = number, 1
+        ends = torch.tensor(lengths, device=at.device).cumsum(0) - 1
+        self.draw(at, self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0))
 
-    def step(self) -> None:
-        """Feed the last token of every row and draw the next one; free slots run along unread."""
-        last = torch.zeros(len(self.owner), self.group_size, dtype=torch.long)
-        for slot in self.slots(busy=True):
-            last[slot] = torch.tensor([self.ids[row][-1] for row in self.rows(slot)])
-        cache = self.cache
-        cache.begin_step()
-        positions = (cache.next_positions[:, None] + cache.own_lengths).view(1, 1, -1)
+    def random_numbers(self, seeds: tuple[list[int], ...]) -> Tensor:
+        """(prompts, G, C) from each row's own seed, whatever its neighbours and slot. CPU."""
+        rows = [torch.Generator().manual_seed(seed) for group in seeds for seed in group]
+        draws = [torch.rand(self.max_new_tokens, generator=generator) for generator in rows]
+        return torch.stack(draws).view(len(seeds), self.group_size, -1)
+
+    def step(self, places: Tensor) -> None:
+        """Feed the last token of every row and draw the next; done rows run along, unheard.
+
+        places: arange over the slots' rows, so long that the longest row has room.
+        """
+        slots = torch.arange(self.active, device=places.device)
+        own_lengths = (self.counts[slots] - 1).clamp(min=0)
+        step = _Step(self.cache, self.prompt_lengths[slots], own_lengths, places)
+        last = self.ids[slots].gather(2, own_lengths[..., None]).view(1, -1)
+        positions = (self.first_positions[slots, None] + own_lengths).view(1, 1, -1)
         hidden = self.model.model.language_model(
-            inputs_embeds=self.model.get_input_embeddings()(last.view(1, -1).to(self.model.device)),
+            inputs_embeds=self.model.get_input_embeddings()(last),
             position_ids=positions.expand(3, -1, -1),
-            attention_mask={"full_attention": cache},
-            past_key_values=cache,
+            attention_mask={"full_attention": step},
+            past_key_values=step,
             use_cache=True,
         ).last_hidden_state[0]
-        cache.end_step()
-        logits = self.model.lm_head(hidden).unflatten(0, (-1, self.group_size))
-        self.take(self.slots(busy=True), logits[self.slots(busy=True)].flatten(0, 1))
+        self.draw(slots, self.model.lm_head(hidden))
 
-    def take(self, slots: list[int], logits: Tensor) -> None:
-        """Draw a token for each row of the slots and free the slots in which every row is done."""
-        rows = [row for slot in slots for row in self.rows(slot)]
-        uniforms = self.next_uniforms(rows) if self.uniforms is not None else None
-        ids, logprobs = self.draw(logits, uniforms=uniforms)
-        for row, token, logprob in zip(rows, ids.tolist(), logprobs.tolist()):
-            if not self.done(row):
-                self.ids[row].append(token)
-                self.logprobs[row].append(logprob)
-        for slot in slots:
-            if all(self.done(row) for row in self.rows(slot)):
-                self.owner[slot] = None
-                self.cache.own_lengths[slot] = 0  # a long row that is gone must not cost room
+    def draw(self, slots: Tensor, logits: Tensor) -> None:
+        """Draw a token for each row of these slots and add it to those that are not done."""
+        counts, done = self.counts[slots], self.done[slots]
+        members = torch.arange(self.group_size, device=slots.device)
+        at = (slots[:, None], members, counts.clamp(max=self.max_new_tokens - 1))
+        ids, logprobs = draw_tokens(
+            logits,
+            temperature=self.temperature,
+            uniforms=self.uniforms[at].flatten() if self.temperature else None,
+            banned=self.banned,
+        )
+        ids, logprobs = ids.view_as(counts), logprobs.view_as(counts)
+        self.ids[at] = torch.where(done, self.ids[at], ids)
+        self.logprobs[at] = torch.where(done, self.logprobs[at], logprobs)
+        counts = counts + ~done
+        self.counts[slots] = counts
+        self.done[slots] = done | (ids == self.end_id) | (counts == self.max_new_tokens)
 
-    def next_uniforms(self, rows: list[int]) -> Tensor:
-        """A row's random numbers come from its own seed, whatever its neighbours and slot."""
-        places = [min(len(self.ids[row]), self.max_new_tokens - 1) for row in rows]
-        return self.uniforms[rows, places].to(self.model.device)
+    def advance(self, compact: bool) -> None:
+        """A step for every row; on a GPU several, between two looks at which rows are done."""
+        cuda = self.model.device.type == "cuda"
+        if compact and not cuda and len(self.slots(busy=True)) * 2 <= self.active:
+            self.compact()
+        busy = self.slots(busy=True)
+        for _ in range(LOOK_EVERY if cuda else 1):
+            room = min(max(self.longest[slot] for slot in busy), self.max_new_tokens)
+            if cuda:
+                self.replay(room)
+            else:
+                self.step(torch.arange(room, device=self.model.device))
+            self.longest = [count + 1 for count in self.longest]
+
+    def compact(self) -> None:
+        """Bring the busy slots to the front and compute no others: on a CPU rows cost time."""
+        busy, cache = self.slots(busy=True), self.cache
+        tensors = [*cache.prompt_keys, *cache.prompt_values, *cache.own_keys, *cache.own_values]
+        tensors += [self.prompt_lengths, self.first_positions, self.ids, self.logprobs]
+        tensors += [self.uniforms, self.counts, self.done]
+        for to, slot in enumerate(busy):
+            for tensor in tensors if to != slot else ():
+                tensor[to] = tensor[slot]
+        free = [None] * (len(self.owners) - len(busy))
+        self.owners = [self.owners[slot] for slot in busy] + free
+        self.longest = [self.longest[slot] for slot in busy] + [0] * len(free)
+        self.active = len(busy)
+
+    def replay(self, room: int) -> None:
+        """One step as a CUDA graph; there is one for each power of two of own tokens."""
+        room = min(max(GRAPH_ROOM, 2 ** (room - 1).bit_length()), self.max_new_tokens)
+        if room not in self.graphs:
+            self.graphs[room] = self.capture(room)
+        self.graphs[room].replay()
+
+    def capture(self, room: int) -> torch.cuda.CUDAGraph:
+        """Compile a step and record its kernels.
+
+        Trial steps change nothing: where all rows are done, none is written but in the cache, and
+        there only the place that a row's next step writes again.
+        """
+        places = torch.arange(room, device=self.model.device)
+        torch._dynamo.mark_dynamic(places, 0)  # compiled once for every room
+        step, done = torch.compile(self.step, dynamic=False), self.done.clone()
+        self.done.fill_(True)
+        step(places)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step(places)
+        self.done.copy_(done)
+        return graph
+
+    def leave(self) -> Iterator[tuple[int, Rollout]]:
+        """Free the slots in which every row is done, and yield what they hold."""
+        done = self.done.all(1).tolist()
+        for slot in self.slots(busy=True):
+            if done[slot]:
+                number, self.owners[slot] = self.owners[slot], None
+                yield number, self.rollout(slot)
+
+    def rollout(self, slot: int) -> Rollout:
+        """The G completions of a slot."""
+        lengths = self.counts[slot].tolist()
+        ids, logprobs = self.ids[slot].cpu(), self.logprobs[slot].cpu()
+        ids = [row[:length].clone() for row, length in zip(ids, lengths)]
+        logprobs = [row[:length].clone() for row, length in zip(logprobs, lengths)]
+        return Rollout(ids, logprobs, torch.stack([row[-1] == self.end_id for row in ids]))
+
+    def collect(self, prompts: list[Prompt], seeds: list[int] | None) -> Rollout:
+        """The completions of all prompts, in their order. seeds: P * G, None when greedy."""
+        size, rows = self.group_size, len(prompts) * self.group_size
+        if (self.temperature == 0) != (seeds is None) or (seeds and len(seeds) != rows):
+            raise ValueError(f"sampling {rows} completions needs as many seeds, greedy none")
+        groups = [seeds and seeds[i * size : (i + 1) * size] for i in range(len(prompts))]
+        found = dict(self.run(zip(prompts, groups, strict=True)))
+        parts = [found[number] for number in range(len(prompts))]
+        return Rollout(
+            [ids for part in parts for ids in part.completion_ids],
+            [logprobs for part in parts for logprobs in part.logprobs],
+            torch.cat([part.finished for part in parts]),
+        )
 
 
-@torch.no_grad()
 def sample(
     model: nn.Module,
     prompts: list[Prompt],
@@ -516,31 +683,17 @@ def sample(
 ) -> Rollout:
     """Sample G completions of every prompt from softmax(logits / temperature), not cut in any way.
 
-    seeds: one for each of the P * G completions; None for greedy decoding, temperature 0. banned:
-    (V,) bool, ids never drawn. slots: groups held at a time; when all rows of a group are done, its
-    slot goes to the next prompt. A completion ends with end_id or at max_new_tokens. The model must
-    be in eval mode. Raises ValueError if seeds and temperature do not fit.
+    seeds: one for each of the P * G completions; None for greedy decoding, temperature 0. The rest
+    is told by Sampler. Raises ValueError if seeds and temperature do not fit.
     """
-    rows = len(prompts) * group_size
-    if (temperature == 0) != (seeds is None) or (seeds is not None and len(seeds) != rows):
-        raise ValueError(f"sampling {rows} completions needs as many seeds, greedy decoding none")
-    draw = partial(draw_tokens, temperature=temperature, banned=banned)
-    slots = min(slots, len(prompts))
-    state = _Sampling(model, prompts, group_size, max_new_tokens, end_id, slots, draw, seeds)
-    waiting = deque(range(len(prompts)))
-    while waiting or state.slots(busy=True):
-        free, busy = state.slots(busy=False), state.slots(busy=True)
-        if waiting and len(free) * 4 >= len(state.owner):  # prefill several prompts at a time
-            count = min(len(free), len(waiting), PREFILL_PROMPTS)
-            taken = [waiting.popleft() for _ in range(count)]
-            state.admit(free[: len(taken)], taken)
-            continue
-        if not waiting and len(busy) * 2 <= len(state.owner):  # rows that are done leave the batch
-            state.owner = [state.owner[slot] for slot in busy]
-            state.cache.keep(busy)
-        state.step()
-    return Rollout(
-        completion_ids=[torch.tensor(ids) for ids in state.ids],
-        logprobs=[torch.tensor(logprobs) for logprobs in state.logprobs],
-        finished=torch.tensor([state.finished(row) for row in range(len(state.ids))]),
+    sampler = Sampler(
+        model,
+        slots=min(slots, len(prompts)),
+        group_size=group_size,
+        prompt_room=max(len(prompt.prompt_ids) for prompt in prompts),
+        max_new_tokens=max_new_tokens,
+        end_id=end_id,
+        temperature=temperature,
+        banned=banned,
     )
+    return sampler.collect(prompts, seeds)

@@ -347,6 +347,13 @@ class Examples(torch.utils.data.Dataset):
         ids = torch.cat([ids[:place], image, ids[place + 1 :]])
         return grpo.Prompt(ids, pixels["pixel_values"], grid)
 
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt, from the sizes of the images, before any is read."""
+        patches = self.processor.get_number_of_image_patches
+        most = max(patches(height=s.height, width=s.width) for s in self.samples)
+        text = max(len(ids) - 1 for ids in self.questions.values())  # less the placeholder
+        return text + most // self.processor.merge_size**2
+
     def target_ids(self, hois: tuple[hicodet.HOI, ...], think: str | None) -> Tensor:
         """What SFT supervises (Sec. 3.2): `<think>` to the closing end of the turn."""
         text = hicodet.format_completion(hois, think) + END_OF_TURN
@@ -426,10 +433,9 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         path,
         dtype=dtype or compute_dtype(device),
-        attn_implementation={"text_config": grpo.GROUP_ATTENTION, "vision_config": "sdpa"},
         use_safetensors=True,
     )
-    return model.to(device).eval()
+    return grpo.use_group_attention(model).to(device).eval()
 
 
 def checkpoint_activations(model) -> None:
@@ -443,7 +449,12 @@ def load_policy(path: str, device: torch.device, *, gradient_checkpointing: bool
 
     At lr 1e-6 a step moves a weight by less than half a bf16 ulp: bf16 parameters would stay put.
     """
-    policy = load_model(path, torch.device("cpu"), torch.float32).train()
+    policy = load_model(path, torch.device("cpu"), torch.float32)
+    return shard_policy(policy, device, gradient_checkpointing=gradient_checkpointing)
+
+
+def shard_policy(policy, device: torch.device, *, gradient_checkpointing: bool):
+    """pi_theta from a model in fp32, which it changes: sharded, on the device, in train mode."""
     if gradient_checkpointing:
         checkpoint_activations(policy)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
@@ -456,7 +467,7 @@ def load_policy(path: str, device: torch.device, *, gradient_checkpointing: bool
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
     policy.token_logprobs = types.MethodType(grpo.token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")
-    return policy.to(device)
+    return policy.to(device).train()
 
 
 @torch.no_grad()
@@ -599,6 +610,15 @@ class GRPOTrainer:
         self.reference = load_model(config.model, ranks.device) if config.kl_coef else None
         banned = examples.banned(policy.config.text_config.vocab_size).to(ranks.device)
         self.distribution = {"temperature": config.temperature, "banned": banned}
+        self.sampler = grpo.Sampler(  # one for all steps: a GPU compiles its step once
+            replica,
+            slots=min(config.slots, math.ceil(config.batch_size / ranks.world)),
+            group_size=config.group_size,
+            prompt_room=examples.longest_prompt(),
+            max_new_tokens=config.max_new_tokens,
+            end_id=examples.end_id,
+            **self.distribution,
+        )
         refresh(replica, policy)
 
     def update(self, step: int, batch: list[Example], weights: list[float], lr: float) -> dict:
@@ -629,16 +649,8 @@ class GRPOTrainer:
     def sample(self, step: int, batch: list[Example]) -> grpo.Rollout:
         """G completions of each prompt from pi_old."""
         places = [self.ranks.rank + i * self.ranks.world for i in range(len(batch))]
-        return grpo.sample(
-            self.replica,
-            [example.prompt for example in batch],
-            group_size=self.config.group_size,
-            max_new_tokens=self.config.max_new_tokens,
-            end_id=self.examples.end_id,
-            seeds=sample_seeds(self.config.seed, step, places, self.config.group_size),
-            slots=self.config.slots,
-            **self.distribution,
-        )
+        seeds = sample_seeds(self.config.seed, step, places, self.config.group_size)
+        return self.sampler.collect([example.prompt for example in batch], seeds)
 
     def score(self, hois: tuple[hicodet.HOI, ...], ids: Tensor) -> dict[str, float]:
         """The rewards of one completion (Eqs. 6-23)."""
@@ -949,36 +961,36 @@ def predict_rows(
     slots: int = 64,
     workers: int = 0,
     scores: str = "ones",
-) -> Iterator[list[dict]]:
-    """Greedy predictions of this rank's share of the images, some rows at a time.
+) -> Iterator[dict]:
+    """Greedy predictions of this rank's share of the images, in the order in which they end.
 
     A row holds the image's index, its line of predictions.jsonl, its rewards (None without ground
     truth), its length in tokens and whether it ended by itself.
     """
-    mine, size = indices[ranks.rank :: ranks.world], 4 * slots
-    stream = read_ahead(examples, mine, workers)
-    banned = examples.banned(model.config.text_config.vocab_size).to(model.device)
+    mine, under_way = indices[ranks.rank :: ranks.world], {}
+    sampler = grpo.Sampler(
+        model,
+        slots=min(slots, max(len(mine), 1)),
+        group_size=1,
+        prompt_room=examples.longest_prompt(),
+        max_new_tokens=max_new_tokens,
+        end_id=examples.end_id,
+        temperature=0,
+        banned=examples.banned(model.config.text_config.vocab_size).to(model.device),
+    )
+
+    def arriving():
+        for number, example in enumerate(read_ahead(examples, mine, workers)):
+            under_way[number] = example
+            yield example.prompt, None
+
     bar = tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0)
-    for chunk in (mine[i : i + size] for i in range(0, len(mine), size)):
-        batch = [next(stream) for _ in chunk]
-        rollout = grpo.sample(
-            model,
-            [example.prompt for example in batch],
-            group_size=1,
-            max_new_tokens=max_new_tokens,
-            end_id=examples.end_id,
-            temperature=0,
-            banned=banned,
-            slots=slots,
-        )
-        rows = []
-        for i, (index, example) in enumerate(zip(chunk, batch)):
-            ids, finished = rollout.completion_ids[i], bool(rollout.finished[i])
-            likelihood = rollout.logprobs[i] if scores == "likelihood" else None
-            row = prediction(examples, example, ids, likelihood)
-            rows.append({"index": index, "length": len(ids), "finished": finished, **row})
-        yield rows
-        bar.update(len(chunk))
+    for number, rollout in sampler.run(arriving()):
+        ids, finished = rollout.completion_ids[0], bool(rollout.finished[0])
+        likelihood = rollout.logprobs[0] if scores == "likelihood" else None
+        row = prediction(examples, under_way.pop(number), ids, likelihood)
+        yield {"index": mine[number], "length": len(ids), "finished": finished, **row}
+        bar.update()
 
 
 def prediction(examples, example: Example, ids: Tensor, logprobs: Tensor | None) -> dict:
@@ -1037,8 +1049,8 @@ class Judge:
     def __call__(self, model) -> dict[str, float]:
         samples = self.examples.samples
         indices, limit = list(range(len(samples))), self.max_new_tokens
-        chunks = predict_rows(model, self.examples, indices, self.ranks, max_new_tokens=limit)
-        rows = self.ranks.gather(sum(chunks, []))
+        mine = predict_rows(model, self.examples, indices, self.ranks, max_new_tokens=limit)
+        rows = sorted(self.ranks.gather(list(mine)), key=lambda row: row["index"])
         lines, summary = [row["line"] for row in rows], summarise(rows)
         result = evaluate.evaluate(lines, samples, self.counts, classes="present")
         return {
@@ -1068,10 +1080,10 @@ def predict(config: PredictConfig) -> None:
     mine: list[dict] = []
     with open(folder / f"part-{number:04d}.jsonl", "x") as part:
         options = {name: getattr(config, name) for name in PREDICTION}
-        for rows in predict_rows(model, examples, todo, ranks, **options):
-            part.writelines(json.dumps(row) + "\n" for row in rows)
+        for row in predict_rows(model, examples, todo, ranks, **options):
+            part.write(json.dumps(row) + "\n")
             part.flush()
-            mine += rows
+            mine.append(row)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     rows, seconds = [stored[index] for index in range(len(samples))], time.perf_counter() - started
     tokens = sum(stored[index]["length"] for index in todo)

@@ -23,9 +23,7 @@ def seed():
 
 @pytest.fixture(scope="module")
 def model(seed):
-    model = tiny_model(seed)
-    model.set_attn_implementation({"text_config": grpo.GROUP_ATTENTION, "vision_config": "sdpa"})
-    return model
+    return grpo.use_group_attention(tiny_model(seed))
 
 
 @pytest.fixture(scope="module")

@@ -138,15 +138,17 @@ def test_rewards_of_table_3_and_the_duplicate_rule_reach_the_score(make_trainer)
 
 
 def test_what_is_banned_is_banned_in_sampling_and_in_the_log_probs(make_trainer, monkeypatch):
-    trainer, batch = make_trainer()
-    calls = []
-    monkeypatch.setattr(grpo, "sample", lambda *args, **kwargs: calls.append(kwargs))
-    trainer.sample(0, batch)
+    trainer, batch = make_trainer(temperature=0.7)
+    sampler, calls = trainer.sampler, []
     image_id, end_id = trainer.examples.image_id, trainer.examples.end_id
-    assert calls[0]["banned"][image_id] and not calls[0]["banned"][end_id]
-    assert calls[0]["banned"] is trainer.distribution["banned"]
+    assert sampler.banned[image_id] and not sampler.banned[end_id]
+    assert sampler.banned is trainer.distribution["banned"]
+    assert sampler.temperature == trainer.distribution["temperature"] == 0.7
+    assert sampler.model is trainer.replica
+    monkeypatch.setattr(sampler, "collect", lambda prompts, seeds: calls.append((prompts, seeds)))
+    trainer.sample(0, batch)
     seeds = hoi_r1.sample_seeds(0, 0, [0, 1, 2], 2)
-    assert calls[0]["seeds"] == seeds and calls[0]["temperature"] == 1.0
+    assert calls == [([example.prompt for example in batch], seeds)]
 
 
 @pytest.mark.parametrize("scores", ["ones", "likelihood"])
@@ -155,23 +157,30 @@ def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores
     config = config_of("predict", folder, "x", scores=scores, slots=1)
     samples = hicodet.load_split(folder / "data", "test")
     examples = examples_of(config, samples)
-    answers = iter([examples.target_ids(examples[i].hois, "x") for i in range(len(samples))])
+    answers = [examples.target_ids(examples[i].hois, "x") for i in range(len(samples))]
     calls = []
 
-    def sample(model, prompts, **options):
-        calls.append(options)
-        ids = [next(answers) for _ in prompts]
-        return grpo.Rollout(ids, [torch.full((len(i),), -0.01) for i in ids], torch.ones(len(ids)))
+    class Sampler:
+        def __init__(self, model, **options):
+            calls.append(options)
 
-    monkeypatch.setattr(grpo, "sample", sample)
+        def run(self, prompts):
+            """All prompts under way at a time, the last one done first."""
+            for number in reversed(range(len(list(prompts)))):
+                ids = answers[number]
+                yield number, grpo.Rollout([ids], [torch.full((len(ids),), -0.01)], torch.ones(1))
+
+    monkeypatch.setattr(grpo, "Sampler", Sampler)
     model = hoi_r1.load_model(config.model, ranks.device)
     indices = list(range(len(samples)))
-    rows = sum(hoi_r1.predict_rows(
+    rows = list(hoi_r1.predict_rows(
         model, examples, indices, ranks, max_new_tokens=9, slots=1, scores=scores
-    ), [])
+    ))
+    assert [row["index"] for row in rows] == indices[::-1]
+    rows.reverse()
     assert all(call["banned"][examples.image_id] and call["temperature"] == 0 for call in calls)
-    for index, (row, sample_) in enumerate(zip(rows, samples, strict=True)):
-        assert row["index"] == index and row["line"]["file_name"] == sample_.file_name
+    for row, sample_ in zip(rows, samples, strict=True):
+        assert row["line"]["file_name"] == sample_.file_name
         assert row["finished"] and row["reward"]["total"] == pytest.approx(3.8)
         for instance, hoi in zip(row["line"]["instances"], sample_.hois, strict=True):
             assert instance["human"] == pytest.approx(hoi.human, abs=0.5)
