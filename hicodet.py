@@ -23,8 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 Box = tuple[float, float, float, float]
 
@@ -141,8 +139,6 @@ OBJECTS = tuple(
 MERGE_IOU = 0.5  # pairs that overlap by more are the same two things (Sec. 4.2, our reading)
 CACHE_FORMAT = 1  # to be raised with every change to what is read from the .mat files, or how
 LAYOUT_HINT = "Expected the layout of hico_20160224_det, the official release of HICO-DET."
-# What loadmat raises for a file that is cut short, damaged, of MATLAB 7.3, or none at all.
-_UNREADABLE = MatReadError, NotImplementedError, ValueError, IndexError, OSError, zlib.error
 
 
 @dataclass(frozen=True)
@@ -299,11 +295,17 @@ def _read_counts(path: Path) -> list[int]:
 
 
 def _read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    # Only here, as SciPy takes longer to load than all the rest of a command's --help.
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the data folder is that of hico_20160224_det")
+    # What loadmat raises for a file that is cut short, damaged, of MATLAB 7.3, or none at all.
+    unreadable = MatReadError, NotImplementedError, ValueError, IndexError, OSError, zlib.error
     try:
         variables = loadmat(path, variable_names=names)
-    except _UNREADABLE as error:
+    except unreadable as error:
         raise ValueError(f"{path} is not a readable .mat file: {error}. {LAYOUT_HINT}") from error
     for name in names:
         if name not in variables:
