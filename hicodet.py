@@ -10,8 +10,11 @@ Follows Sec. 3.1 (prompt of Fig. 4, answers as JSON text) and Sec. 4.2 (merging)
    Known Object setting of their object.
 """
 
+import contextlib
+import hashlib
 import json
 import math
+import secrets
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -20,8 +23,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.io import loadmat
-from scipy.io.matlab import MatReadError
 
 Box = tuple[float, float, float, float]
 
@@ -136,9 +137,8 @@ OBJECTS = tuple(
     "toothbrush".split(", ")
 )
 MERGE_IOU = 0.5  # pairs that overlap by more are the same two things (Sec. 4.2, our reading)
+CACHE_FORMAT = 1  # to be raised with every change to what is read from the .mat files, or how
 LAYOUT_HINT = "Expected the layout of hico_20160224_det, the official release of HICO-DET."
-# What loadmat raises for a file that is cut short, damaged, of MATLAB 7.3, or none at all.
-_UNREADABLE = MatReadError, NotImplementedError, ValueError, IndexError, OSError, zlib.error
 
 
 @dataclass(frozen=True)
@@ -178,44 +178,21 @@ def load_split(root: str | Path, split: str) -> list[Sample]:
 
     `root` holds anno_bbox.mat, images/train2015, images/test2015 and, optionally, anno.mat, whose
     image-level labels say which objects an image is known for; without it the classes listed in
-    anno_bbox.mat do, invisible ones included. Images are not opened.
+    anno_bbox.mat do, invisible ones included. Images are not opened. What was read is kept in
+    `root`, if it can be written to, and the next call takes a fraction of the time.
     Raises ValueError for another split or another layout, FileNotFoundError without anno_bbox.mat.
     """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", not {split!r}')
-    root, variable = Path(root), f"bbox_{split}"
-    path, folder = root / "anno_bbox.mat", root / "images" / f"{split}2015"
-    variables = _read_mat(path, (variable, "list_action"))
-    known = _image_level_objects(root / "anno.mat", split)
-    samples = {}
-    where = "list_action"
-    try:
-        _check_actions(variables["list_action"])
-        for index, record in enumerate(variables[variable].ravel(), start=1):
-            where = f"{variable}({index})"
-            sample = _read_sample(record, folder, known)
-            if sample.file_name in samples:
-                raise ValueError(f"field filename: {sample.file_name} for the second time")
-            samples[sample.file_name] = sample
-    except ValueError as error:
-        raise ValueError(f"{path}, {where}: {error}. {LAYOUT_HINT}") from error
-    return list(samples.values())
+    root = Path(root)
+    folder = root / "images" / f"{split}2015"
+    rows = _kept(root, split, lambda: _read_rows(root, split))
+    return [_to_sample(folder, *row) for row in rows]
 
 
 def training_counts(root: str | Path) -> list[int]:
     """Visible training pairs of each of the 600 HOI classes; a class with fewer than 10 is Rare."""
-    path = Path(root) / "anno_bbox.mat"
-    variables = _read_mat(path, ("bbox_train", "list_action"))
-    counts = [0] * len(PAIRS)
-    try:
-        _check_actions(variables["list_action"])
-        for record in variables["bbox_train"].ravel():
-            for entry in record["hoi"].ravel():  # no boxes: they would take as long as reading
-                hoi_id, visible = _read_class(entry)
-                counts[hoi_id] += visible and len(entry["connection"])
-    except ValueError as error:
-        raise ValueError(f"{path}, bbox_train: {error}. {LAYOUT_HINT}") from error
-    return counts
+    return _kept(Path(root), "counts", lambda: _read_counts(Path(root) / "anno_bbox.mat"))
 
 
 def require_images(samples: Iterable[Sample]) -> None:
@@ -229,12 +206,106 @@ def require_images(samples: Iterable[Sample]) -> None:
         )
 
 
+def _kept(root: Path, name: str, read: Callable[[], list]) -> list:
+    """read(), or from a file beside anno_bbox.mat what it returned before for the same .mat files.
+
+    The file is JSON, so tuples come back as lists, below a line with a hash of the .mat files and
+    the JSON itself: a file that is out of date, cut, damaged or not ours fails it, and is replaced.
+    """
+    path, sources = root / f"anno_bbox.{name}.cache.json", _hash_sources(root, name)
+    with contextlib.suppress(OSError):  # missing, most likely
+        seal, _, kept = path.read_bytes().partition(b"\n")
+        if seal == _seal(sources, kept):
+            return json.loads(kept)
+    value = read()
+    text = json.dumps(value, separators=(",", ":")).encode()
+    _write_cache(path, _seal(sources, text) + b"\n" + text)
+    return value
+
+
+def _hash_sources(root: Path, name: str) -> bytes:
+    """SHA-256 of all that a kept value depends on: which it is, the code, and both .mat files."""
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {name}".encode())
+    for path in (root / "anno_bbox.mat", root / "anno.mat"):
+        there = path.is_file()
+        digest.update(hashlib.sha256(path.read_bytes()).digest() if there else b"none")
+    return digest.digest()
+
+
+def _seal(sources: bytes, text: bytes) -> bytes:
+    return hashlib.sha256(sources + text).hexdigest().encode()
+
+
+def _write_cache(path: Path, content: bytes) -> None:
+    """Writes the file if the folder lets it; several ranks may do so at once."""
+    if not path.parent.stat().st_mode & 0o222:  # root could write, but is asked not to
+        return
+    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except OSError:  # a read-only or full disk: the next call reads the .mat files again
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def _to_sample(
+    folder: Path, name: str, width: int, height: int, pairs: Sequence, objects: Sequence[str]
+) -> Sample:
+    """A Sample from a row of `_read_rows`. Merges here, so that no kept file has other rules."""
+    pairs = tuple(Pair(tuple(human), tuple(obj), hoi_id) for human, obj, hoi_id in pairs)
+    return Sample(name, folder / name, width, height, merge_pairs(pairs), pairs, frozenset(objects))
+
+
+def _read_rows(root: Path, split: str) -> list[tuple]:
+    """(file name, width, height, pairs, known objects) of each image, in the order of the file.
+
+    A pair is (human, object, hoi_id), as in Pair; known objects are in the alphabet's order.
+    """
+    path, variable = root / "anno_bbox.mat", f"bbox_{split}"
+    variables = _read_mat(path, (variable, "list_action"))
+    known = _image_level_objects(root / "anno.mat", split)
+    rows = {}
+    where = "list_action"
+    try:
+        _check_actions(variables["list_action"])
+        for index, record in enumerate(variables[variable].ravel(), start=1):
+            where = f"{variable}({index})"
+            row = _read_row(record, known)
+            if row[0] in rows:
+                raise ValueError(f"field filename: {row[0]} for the second time")
+            rows[row[0]] = row
+    except ValueError as error:
+        raise ValueError(f"{path}, {where}: {error}. {LAYOUT_HINT}") from error
+    return list(rows.values())
+
+
+def _read_counts(path: Path) -> list[int]:
+    variables = _read_mat(path, ("bbox_train", "list_action"))
+    counts = [0] * len(PAIRS)
+    try:
+        _check_actions(variables["list_action"])
+        for record in variables["bbox_train"].ravel():
+            for entry in record["hoi"].ravel():  # no boxes: they would take as long as reading
+                hoi_id, visible = _read_class(entry)
+                counts[hoi_id] += visible and len(entry["connection"])
+    except ValueError as error:
+        raise ValueError(f"{path}, bbox_train: {error}. {LAYOUT_HINT}") from error
+    return counts
+
+
 def _read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    # Only here, as SciPy takes longer to load than all the rest of a command's --help.
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: the data folder is that of hico_20160224_det")
+    # What loadmat raises for a file that is cut short, damaged, of MATLAB 7.3, or none at all.
+    unreadable = MatReadError, NotImplementedError, ValueError, IndexError, OSError, zlib.error
     try:
         variables = loadmat(path, variable_names=names)
-    except _UNREADABLE as error:
+    except unreadable as error:
         raise ValueError(f"{path} is not a readable .mat file: {error}. {LAYOUT_HINT}") from error
     for name in names:
         if name not in variables:
@@ -270,7 +341,7 @@ def _image_level_objects(path: Path, split: str) -> dict[str, frozenset[str]] | 
     return {str(np.squeeze(f)): frozenset(names) for f, names in zip(files, objects, strict=True)}
 
 
-def _read_sample(record: np.void, folder: Path, known: dict[str, frozenset] | None) -> Sample:
+def _read_row(record: np.void, known: dict[str, frozenset] | None) -> tuple:
     name = _item(record, "filename", str)
     if known is not None and name not in known:
         raise ValueError(f"field filename: {name} is not in the list of anno.mat")
@@ -283,10 +354,7 @@ def _read_sample(record: np.void, folder: Path, known: dict[str, frozenset] | No
         hoi_id, visible = _read_hoi(entry)
         pairs += visible
         listed.add(PAIRS[hoi_id][1])
-    objects = frozenset(listed) if known is None else known[name]
-    return Sample(
-        name, folder / name, width, height, merge_pairs(pairs), tuple(pairs), objects
-    )
+    return name, width, height, pairs, sorted(listed if known is None else known[name])
 
 
 def _read_class(entry: np.void) -> tuple[int, bool]:
@@ -297,7 +365,7 @@ def _read_class(entry: np.void) -> tuple[int, bool]:
     return int(number) - 1, not _item(entry, "invis")
 
 
-def _read_hoi(entry: np.void) -> tuple[int, list[Pair]]:
+def _read_hoi(entry: np.void) -> tuple[int, list[tuple[Box, Box, int]]]:
     """The class (0-based) of one entry of `hoi`, and its pairs, none if it is invisible."""
     hoi_id, visible = _read_class(entry)
     if not visible:
@@ -313,7 +381,7 @@ def _read_hoi(entry: np.void) -> tuple[int, list[Pair]]:
                 f"field connection: ({human:g}, {obj:g}) points beyond {len(humans)} human and "
                 f"{len(objects)} object boxes"
             )
-        pairs.append(Pair(humans[human], objects[obj], hoi_id))
+        pairs.append((humans[human], objects[obj], hoi_id))
     return hoi_id, pairs
 
 

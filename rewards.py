@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from hicodet import HOI, OBJECTS, VERBS, Box, Completion, Prediction, iou
 
@@ -195,6 +194,9 @@ def pair_similarity(instance: Prediction, hoi: HOI) -> float:
 
 def match_instances(cost: np.ndarray) -> list[tuple[int, int]]:
     """Eq. 21: M*, the (i, j) of the one-to-one matching of least cost, min(N^_a, N_a) of them."""
+    # Only here, as SciPy takes longer to load than all the rest of a command's --help.
+    from scipy.optimize import linear_sum_assignment
+
     rows, columns = linear_sum_assignment(cost)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
