@@ -300,13 +300,23 @@ def token_logprobs(
     Returns (B, C) fp32 with gradient, zeros behind each completion's end.
     """
     hidden = _hidden_states(model, batch, None)[batch.predicted_from]
-    chunks = [
-        # checkpointed: backward computes these logits again instead of keeping (N, V) in fp32
-        checkpoint(_chunk_logprobs, model.lm_head, h, ids, temperature, banned, use_reentrant=False)
-        for h, ids in zip(hidden.split(HEAD_CHUNK), batch.completion_ids.split(HEAD_CHUNK))
-    ]
+    logprobs = head_logprobs(model.lm_head, hidden, batch.completion_ids, temperature, banned)
     padded = torch.zeros(batch.completion_mask.shape, device=hidden.device)
-    return padded.masked_scatter(batch.completion_mask, torch.cat(chunks))
+    return padded.masked_scatter(batch.completion_mask, logprobs)
+
+
+def head_logprobs(
+    head: nn.Module, hidden: Tensor, ids: Tensor, temperature: float, banned: Tensor | None
+) -> Tensor:
+    """Log-prob of each id where its last hidden state predicts it. (N, width), (N,) -> (N,) fp32.
+
+    In chunks, which backward computes again: (N, V) logits in fp32 are never kept.
+    """
+    chunks = zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK))
+    options = (temperature, banned)
+    return torch.cat(
+        [checkpoint(_chunk_logprobs, head, *c, *options, use_reentrant=False) for c in chunks]
+    )
 
 
 def _chunk_logprobs(head, hidden, ids, temperature, banned):

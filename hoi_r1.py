@@ -438,6 +438,11 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None
     return grpo.use_group_attention(model).to(device).eval()
 
 
+def load_reference(config: GRPOConfig, device: torch.device):
+    """pi_ref, the policy that RL starts from; None without a KL term."""
+    return load_model(config.model, device) if config.kl_coef else None
+
+
 def checkpoint_activations(model) -> None:
     """Recompute activations in backward; under this name from transformers 5.23 on."""
     enable = getattr(model, "activation_checkpointing_enable", None)
@@ -604,10 +609,12 @@ class Part:
 class GRPOTrainer:
     """One batch of GRPO at a time: sample, reward, update, refresh (Sec. 3.3)."""
 
-    def __init__(self, policy, stepper, replica, examples: Examples, config: GRPOConfig, ranks):
+    def __init__(
+        self, policy, stepper, replica, reference, examples: Examples, config: GRPOConfig, ranks
+    ):
         self.policy, self.stepper, self.replica = policy, stepper, replica
+        self.reference = reference  # pi_ref, or None where there is no KL term
         self.examples, self.config, self.ranks = examples, config, ranks
-        self.reference = load_model(config.model, ranks.device) if config.kl_coef else None
         banned = examples.banned(policy.config.text_config.vocab_size).to(ranks.device)
         self.distribution = {"temperature": config.temperature, "banned": banned}
         self.sampler = grpo.Sampler(  # one for all steps: a GPU compiles its step once
@@ -889,7 +896,8 @@ def train(config: SFTConfig | GRPOConfig) -> None:
     )
     done = run.load(policy, stepper.optimizer)
     if not is_sft:
-        trainer = GRPOTrainer(policy, stepper, replica, examples, config, ranks)
+        reference = load_reference(config, ranks.device)
+        trainer = GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)
 
     steps = config.max_steps or config.epochs * math.ceil(len(examples) / config.batch_size)
     order = batch_order(len(examples), config.batch_size, steps, config.seed)

@@ -22,9 +22,9 @@ def make_trainer(folder, ranks):
         config = config_of("grpo", folder, "unused", group_size=2, **options)
         examples = hoi_r1.training_examples(config, ranks)
         policy = policy_of(config, ranks)
-        replica = hoi_r1.load_model(config.model, ranks.device)
-        stepper = stepper_of(policy, config)
-        trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, examples, config, ranks)
+        replica, reference = (hoi_r1.load_model(config.model, ranks.device) for _ in range(2))
+        parts = (policy, stepper_of(policy, config), replica, reference)
+        trainer = hoi_r1.GRPOTrainer(*parts, examples, config, ranks)
         return trainer, [examples[i] for i in range(3)]
 
     return make

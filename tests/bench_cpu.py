@@ -1,0 +1,140 @@
+"""What `tests/bench.py` measures that needs no model: mAP, rewards, reading the annotations."""
+
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from scipy.io import savemat
+
+import evaluate
+import hicodet
+import rewards
+from tests import toy
+from tests.scenes import make_scenes
+
+IMAGES = {"train": 38118, "test": 9658}
+SIZE = 640
+
+
+def random_box(rng: np.random.Generator) -> tuple:
+    x, y, width, height = rng.integers(1, SIZE // 2, 4).tolist()
+    return (x, y, x + width, y + height)
+
+
+def random_hois(rng: np.random.Generator, count: int) -> tuple[hicodet.HOI, ...]:
+    """HOIs of any boxes and classes."""
+    pairs = [hicodet.PAIRS[i] for i in rng.integers(len(hicodet.PAIRS), size=count)]
+    boxes = [(random_box(rng), random_box(rng)) for _ in pairs]
+    return tuple(hicodet.HOI(*b, name, (verb,)) for b, (verb, name) in zip(boxes, pairs))
+
+
+HOIS = random_hois(np.random.default_rng(0), 3)
+ANSWER = hicodet.format_completion(HOIS, "A person stands there.")
+
+
+def bench_rewards() -> dict:
+    """Parsing and rewarding 64 completions; the baseline is json.loads of their lists alone."""
+    rng = np.random.default_rng(0)
+    truth = [random_hois(rng, 1 + i % 5) for i in range(64)]
+    guessed = [hois[1:] + random_hois(rng, 2) for hois in truth]
+    texts = [hicodet.format_completion(hois, "A person is there.") for hois in guessed]
+    lists = [text.split("<answer>")[1].split("</answer>")[0] for text in texts]
+
+    def ours():
+        for text, hois in zip(texts, truth):
+            rewards.total_reward(hicodet.parse_completion(text), hois)
+
+    return {"ours": ours, "baseline": lambda: [json.loads(text) for text in lists]}
+
+
+def bench_evaluate() -> dict:
+    """mAP of 65,000 detections in both settings against a loop over detections."""
+    rng = np.random.default_rng(0)
+    samples, lines = [], []
+    for number in range(IMAGES["test"]):
+        hois = random_hois(rng, 3)
+        pairs = tuple(
+            hicodet.Pair(h.human, h.object, hicodet.PAIRS.index((h.verbs[0], h.object_class)))
+            for h in hois)
+        known = frozenset(h.object_class for h in hois)
+        name = f"{number}.jpg"
+        samples.append(hicodet.Sample(name, Path(name), 2 * SIZE, 2 * SIZE, hois, pairs, known))
+        instances = [
+            {"human": list(h.human), "object": list(h.object), "object_class": h.object_class,
+             "verbs": list(h.verbs), "scores": [float(rng.random())]}
+            for h in hois + random_hois(rng, 4)]
+        lines.append({"file_name": name, "instances": instances})
+    counts = [20] * len(hicodet.PAIRS)
+    found = {}
+
+    def ours():
+        result = evaluate.evaluate(lines, samples, counts)
+        found["ours"] = [result[name]["full"] for name in ("default", "known_object")]
+
+    def baseline():
+        found["baseline"] = [looped_map(lines, samples, known) for known in (False, True)]
+        if "ours" in found:
+            np.testing.assert_allclose(found["ours"], found["baseline"], atol=1e-9)
+
+    return {"ours": ours, "baseline": baseline}
+
+
+def looped_map(lines: list[dict], samples: list[hicodet.Sample], known_object: bool) -> float:
+    """Mean AP over the 600 classes, one detection after the other."""
+    from tests.test_evaluate import reference_ap
+
+    detections, truth = ([[] for _ in hicodet.PAIRS] for _ in range(2))
+    place = {pair: number for number, pair in enumerate(hicodet.PAIRS)}
+    for image, (line, sample) in enumerate(zip(lines, samples)):
+        for pair in sample.pairs:
+            truth[pair.hoi_id].append((image, pair.human, pair.object))
+        for one in line["instances"]:
+            if not known_object or one["object_class"] in sample.known_objects:
+                for verb, score in zip(one["verbs"], one["scores"]):
+                    row = (image, one["human"], one["object"], score)
+                    detections[place[verb, one["object_class"]]].append(row)
+    rules = ("equal overlaps", "no truth in image", "exactly half", "already taken")
+    seen = dict.fromkeys(rules, 0)
+    return float(np.mean([reference_ap(*rows, seen) for rows in zip(detections, truth)]))
+
+
+def write_annotations(root: Path) -> None:
+    """anno_bbox.mat and anno.mat of HICO-DET's size, 100 annotations repeated under new names."""
+    rng = np.random.default_rng(0)
+    hois = [toy.annotate(scene, rng) for scene in make_scenes("train", 100, 0)]
+    size = toy.struct([{"width": np.uint16(SIZE), "height": np.uint16(480), "depth": np.uint8(3)}])
+    variables = {}
+    for split, count in IMAGES.items():
+        rows = [
+            {"filename": f"HICO_{split}2015_{i:08d}.jpg", "size": size, "hoi": hois[i % 100]}
+            for i in range(count)]
+        variables[f"bbox_{split}"] = toy.struct(rows)
+    actions = toy.struct([
+        {"nname": name.replace(" ", "_"), "vname": verb.replace(" ", "_")}
+        for verb, name in hicodet.PAIRS]).T
+    savemat(root / "anno_bbox.mat", variables | {"list_action": actions}, do_compression=True)
+
+
+def bench_load() -> dict:
+    """load_split of 38,118 images: what it keeps beside the .mat file against reading that."""
+    folder = Path(tempfile.mkdtemp(prefix="hico_det_"))
+    started = time.perf_counter()
+    write_annotations(folder)
+    print(f"  wrote a file of HICO-DET's size in {time.perf_counter() - started:.0f} s")
+
+    def baseline():
+        for path in folder.glob("*.cache.json"):
+            path.unlink()
+        hicodet.load_split(folder, "train")
+
+    baseline()
+    return {"baseline": baseline, "ours": lambda: hicodet.load_split(folder, "train")}
+
+
+BENCHES = {
+    "evaluate": (bench_evaluate, "evaluate / a loop over detections"),
+    "rewards": (bench_rewards, "parse and reward 64 completions / json.loads of their lists"),
+    "load": (bench_load, "load_split again / the first time"),
+}

@@ -1,0 +1,207 @@
+"""Models, prompts and baselines that `tests/bench.py` measures against, all with random weights.
+
+Axes are those of grpo.py: P prompts, G completions per prompt, S prompt and C completion length.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+import grpo
+import hicodet
+
+REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "qwen2.5-vl"
+IMAGE_ID, START_ID, END_ID = 151655, 151652, 151645  # of the real tokenizer
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the shape of the work it is measured on."""
+
+    text: dict
+    vision: dict
+    prompts: int
+    group_size: int
+    text_tokens: int
+    grid: tuple[int, int]  # image tokens, rows x columns
+    sampled: int  # tokens a completion in sampling
+    trained: int  # tokens a completion in the update
+
+    @property
+    def prompt_length(self) -> int:
+        return self.text_tokens + self.grid[0] * self.grid[1]
+
+
+SIZES = {
+    # width and depth of a toy; lengths that are real enough for the prompt to be most of the work
+    "tiny": Size(
+        text={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "intermediate_size": 1024, "vocab_size": 4096,
+              "rope_parameters": {"rope_theta": 1e6, "mrope_section": [8, 12, 12]}},
+        vision={"hidden_size": 128, "depth": 4, "num_heads": 4, "intermediate_size": 256,
+                "fullatt_block_indexes": [3]},
+        prompts=8, group_size=8, text_tokens=936, grid=(8, 8), sampled=100, trained=150),
+    # config.json of Qwen2.5-VL-3B-Instruct; the prompt of Fig. 4 and an image of the mean size
+    "3b": Size(
+        text={"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
+              "num_key_value_heads": 2, "intermediate_size": 11008, "vocab_size": 151936,
+              "rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+              "max_position_embeddings": 128000, "rms_norm_eps": 1e-6},
+        vision={"hidden_size": 1280, "depth": 32, "num_heads": 16, "intermediate_size": 3420,
+                "fullatt_block_indexes": [7, 15, 23, 31]},
+        prompts=16, group_size=4, text_tokens=1970, grid=(16, 23), sampled=400, trained=400),
+}
+
+
+def random_model(size: Size, device: torch.device, dtype: torch.dtype):
+    """A Qwen2.5-VL of this size in eval mode, its weights drawn on the device."""
+    rope = {"rope_type": "default", **size.text["rope_parameters"]}
+    large = size.text["vocab_size"] > IMAGE_ID
+    image, start, end = (IMAGE_ID, START_ID, END_ID) if large else (4000, 4001, 4002)
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    config = Qwen2_5_VLConfig(
+        text_config={**size.text, "rope_parameters": rope, **ids},
+        vision_config={**size.vision, "patch_size": 14, "window_size": 112,
+                       "out_hidden_size": size.text["hidden_size"]},
+        tie_word_embeddings=True, image_token_id=image, video_token_id=image + 3,
+        vision_start_token_id=start, vision_end_token_id=start + 4)
+    torch.manual_seed(0)
+    with device:
+        model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
+    return grpo.use_group_attention(model.eval())
+
+
+def library_attention(model) -> None:
+    """The model as its users have it: the library's own SDPA."""
+    model.set_attn_implementation("sdpa")
+
+
+def question_ids(length: int, vocabulary: int) -> Tensor:
+    """The prompt of Fig. 4 cut or drawn out to `length` ids; random ones without a tokenizer."""
+    if vocabulary < IMAGE_ID or not REAL_TOKENIZER.is_dir():
+        return torch.randint(3000, (length,), generator=torch.Generator().manual_seed(1))
+    ids = AutoTokenizer.from_pretrained(REAL_TOKENIZER)(hicodet.prompt_text())["input_ids"]
+    return torch.tensor(ids * 2)[:length]
+
+
+def random_prompts(model, size: Size, count: int) -> list[grpo.Prompt]:
+    """Prompts with an image each; the image is what differs."""
+    rows, columns = size.grid
+    image = torch.full((rows * columns,), model.config.image_token_id)
+    start = torch.tensor([model.config.vision_start_token_id])
+    text = question_ids(size.text_tokens - 1, model.config.text_config.vocab_size)
+    ids = torch.cat([text[:14], start, image, text[14:]])
+    grid = torch.tensor([[1, 2 * rows, 2 * columns]])
+    pixels = torch.randn(count, 4 * rows * columns, 3 * 2 * 14 * 14)
+    return [grpo.Prompt(ids, patches, grid) for patches in pixels]
+
+
+def random_completions(model, prompts: int, group_size: int, length: int) -> list[list[Tensor]]:
+    """Random ordinary ids."""
+    return [list(torch.randint(3000, (group_size, length))) for _ in range(prompts)]
+
+
+# The baselines: what TRL and VLM-R1 do
+
+
+def library_inputs(model, prompts: list[grpo.Prompt], copies: int) -> dict[str, Tensor]:
+    """`copies` rows of each prompt, its image in every row; prompts of one length."""
+    ids = torch.stack([prompt.prompt_ids for prompt in prompts for _ in range(copies)])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "pixel_values": torch.cat([p.pixel_values for p in prompts for _ in range(copies)]),
+        "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts for _ in range(copies)]),
+        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+    }
+    return {name: value.to(model.device) for name, value in inputs.items()}
+
+
+def generate(model, prompts: list[grpo.Prompt], group_size: int, new: int, **options) -> Tensor:
+    """transformers' generate(), sampling from the whole distribution. Returns ids (B, C)."""
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    options = {"eos_token_id": -1, "min_new_tokens": new} | options
+    inputs = library_inputs(model, prompts, group_size)
+    output = model.generate(**inputs, **sampling, max_new_tokens=new, pad_token_id=0, **options)
+    return output[:, inputs["input_ids"].shape[1] :]
+
+
+def separate_logprobs(model, prompt: grpo.Prompt, completions: Tensor) -> Tensor:
+    """Log-probs (G, C) of one prompt's completions as G whole rows, the vision tower G times."""
+    inputs = library_inputs(model, [prompt], len(completions))
+    completions = completions.to(model.device)
+    for name, added in (
+        ("input_ids", completions),
+        ("attention_mask", torch.ones_like(completions)),
+        ("mm_token_type_ids", torch.zeros_like(completions, dtype=torch.int32)),
+    ):
+        inputs[name] = torch.cat([inputs[name], added], dim=1)
+    kept = completions.shape[1] + 1
+    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[:, :-1].float()
+    return torch.log_softmax(logits, dim=-1).gather(2, completions[..., None])[..., 0]
+
+
+# Floors: the least time in which the work can be done, from bytes and operations
+
+
+PEAKS = {  # measured: bf16 matrix products in operations a second, device copies in bytes a second
+    "H200": (790e12, 4.3e12),
+    "H100": (790e12, 3.0e12),
+}
+
+
+def peaks(device: torch.device) -> tuple[float, float] | None:
+    """Operations and bytes a second that this device reaches, if they are known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rates for part, rates in PEAKS.items() if part in name), None)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Operations and bytes of one step of GRPO that shares its prompts."""
+
+    model: object
+    size: Size
+
+    def parameters(self) -> tuple[int, int, int]:
+        """Of the language model's layers, of the head, of the vision tower."""
+        head = self.model.lm_head.weight.numel()
+        language = sum(p.numel() for p in self.model.model.language_model.parameters())
+        return language - head, head, sum(p.numel() for p in self.model.model.visual.parameters())
+
+    def forward(self, completion: int) -> float:
+        """Operations of one forward over all groups."""
+        layers, head, vision = self.parameters()
+        size, config = self.size, self.model.config.text_config
+        own = size.group_size * completion
+        seen = size.prompt_length**2 / 2 + own * (size.prompt_length + completion / 2)
+        attention = 4 * seen * config.hidden_size * config.num_hidden_layers
+        patches = 4 * size.grid[0] * size.grid[1]
+        tokens = size.prompt_length + own
+        each = 2 * (tokens * layers + own * head + patches * vision) + attention
+        return size.prompts * each
+
+    def decode_bytes(self) -> float:
+        """Bytes read by a step of decoding, at the mean length."""
+        layers, head, _ = self.parameters()
+        config, size = self.model.config.text_config, self.size
+        width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+        cached = size.prompts * (size.prompt_length + size.group_size * size.sampled / 2)
+        return 2 * (layers + head) + cached * config.num_hidden_layers * 2 * width * 2
+
+    def sampling(self, rates: tuple[float, float]) -> float:
+        """Seconds of sampling."""
+        return self.forward(0) / rates[0] + self.size.sampled * self.decode_bytes() / rates[1]
+
+    def update(self, rates: tuple[float, float]) -> float:
+        """Seconds of forward and backward, nothing computed twice."""
+        return 3 * self.forward(self.size.trained) / rates[0]
+
+    def step(self, rates: tuple[float, float]) -> float:
+        """Seconds of a whole step: sampling, pi_ref, update, AdamW."""
+        reference = self.forward(self.size.trained) / rates[0]
+        adam = 28 * sum(p.numel() for p in self.model.parameters()) / rates[1]
+        return self.sampling(rates) + reference + self.update(rates) + adam
