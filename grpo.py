@@ -33,14 +33,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 GROUP_ATTENTION = "group_attention"
 WINDOW_ATTENTION = "windows_as_flash"  # a name with "flash" is handed all windows in one call
 HEAD_CHUNK = 1024  # completion tokens whose logits exist at a time: 0.6 GB with V = 151,936
+DRAW_BLOCK = 512  # tokens of the vocabulary that are looked through at a time
 PREFILL_PROMPTS = 16  # prompts of one prefill, which keeps its activations below the update's
 LOOK_EVERY = 16  # steps on a GPU between two looks at which rows are done
+ALIGNED = 64  # a matrix product over keys takes a GPU 3 times as long where rows are not aligned
 GRAPH_ROOM = 128  # the shortest room for own tokens that a CUDA graph is made for
 
 
@@ -152,6 +155,7 @@ class GroupLayout:
     prompt_lengths: tuple[int, ...]
     completion_lengths: tuple[tuple[int, ...], ...]
 
+    @torch.compiler.disable  # lengths change with every row, and each would be compiled anew
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Group attention over the row. q: (1, H, L, D); k, v: (1, K, L, D). Returns (1, H, L, D).
 
@@ -197,16 +201,28 @@ def _group_attention(module, query, key, value, attention_mask, scaling, dropout
     return attention_mask.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
-def _window_attention(module, query, key, value, attention_mask, scaling, cu_seq_lens_q, **kwargs):
-    """The vision tower's attention within windows or images, those of one length in one call.
+def _window_attention(
+    module, query, key, value, attention_mask, scaling, cu_seq_lens_q, max_length_q, **kwargs
+):
+    """The vision tower's attention within windows or images, which follow each other in a row.
 
     query, key, value: (1, H, L, D). cu_seq_lens_q: (windows + 1,), where each begins and the last
     ends. The library's own way with SDPA is a call for each window, some 40 an image and layer.
     """
-    lengths = cu_seq_lens_q.diff().long()
+    if query.is_cuda and query.dtype != torch.float32:  # flash attention has no fp32
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        return varlen_attn(q, k, v, *ends)[None], None
+    q, k, v = (x[0] for x in (query, key, value))
+    return _windows_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
+
+
+def _windows_by_length(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scaling: float) -> Tensor:
+    """Attention within windows, those of one length in one call. (H, L, D) -> (L, H, D)"""
+    lengths = ends.diff().long()
     # patches with those of short windows first; a window's own stay together and in order
-    order = lengths.repeat_interleave(lengths, output_size=query.shape[2]).argsort(stable=True)
-    q, k, v = (x[0].index_select(1, order) for x in (query, key, value))
+    order = lengths.repeat_interleave(lengths, output_size=q.shape[1]).argsort(stable=True)
+    q, k, v = (x.index_select(1, order) for x in (q, k, v))
     counts, outputs, start = Counter(lengths.tolist()), [], 0
     for length, count in sorted(counts.items()):
         cut = (x[:, start : start + length * count] for x in (q, k, v))
@@ -214,7 +230,7 @@ def _window_attention(module, query, key, value, attention_mask, scaling, cu_seq
         output = F.scaled_dot_product_attention(*windows, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (patches, H, D)
         start += length * count
-    return torch.cat(outputs).index_select(0, order.argsort())[None], None
+    return torch.cat(outputs).index_select(0, order.argsort())
 
 
 AttentionInterface.register(GROUP_ATTENTION, _group_attention)
@@ -352,7 +368,10 @@ class Rollout:
 
 
 class GroupCache:
-    """Keys and values of `slots` groups: each prompt's once, and each of its G rows' own."""
+    """Keys and values of `slots` groups: each prompt's once, and each of its G rows' own.
+
+    A list over layers each, of (slots * K, S, D) for prompts and (slots * K * G, C, D) for rows.
+    """
 
     def __init__(self, model, slots: int, group_size: int, prompt_room: int, completion_room: int):
         config = model.config.text_config
@@ -362,10 +381,11 @@ class GroupCache:
             options = {"dtype": model.dtype, "device": model.device}
             return [torch.zeros(*shape, size, **options) for _ in range(config.num_hidden_layers)]
 
-        self.prompt_keys = buffers(slots, heads, prompt_room)
-        self.prompt_values = buffers(slots, heads, prompt_room)
-        self.own_keys = buffers(slots, heads, group_size, completion_room)
-        self.own_values = buffers(slots, heads, group_size, completion_room)
+        self.heads = heads
+        self.prompt_keys = buffers(slots * heads, prompt_room)
+        self.prompt_values = buffers(slots * heads, prompt_room)
+        self.own_keys = buffers(slots * heads * group_size, completion_room)
+        self.own_values = buffers(slots * heads * group_size, completion_room)
 
 
 class _Prefill:
@@ -376,8 +396,9 @@ class _Prefill:
 
     def update(self, key, value, layer):
         for buffer, new in ((self.cache.prompt_keys, key), (self.cache.prompt_values, value)):
+            slots = buffer[layer].unflatten(0, (-1, self.cache.heads))
             for slot, row in zip(self.slots, new[0].split(self.lengths, dim=1)):
-                buffer[layer][slot, :, : row.shape[1]] = row
+                slots[slot, :, : row.shape[1]] = row
         return key, value
 
 
@@ -391,19 +412,18 @@ class _Step:
     def __init__(self, cache: GroupCache, prompt_lengths, own_lengths, places):
         self.cache, self.room = cache, len(places)
         self.slots, self.group_size = own_lengths.shape
-        prompt_places = torch.arange(cache.prompt_keys[0].shape[2], device=places.device)
+        prompt_places = torch.arange(cache.prompt_keys[0].shape[1], device=places.device)
         # (slots, 1, 1, 1, S) and (slots, 1, G, 1, C), over key-value heads and the heads they serve
         self.prompt_hidden = (prompt_places >= prompt_lengths[:, None])[:, None, None, None]
         self.own_hidden = (places > own_lengths[..., None])[:, None, :, None]
-        heads = cache.prompt_keys[0].shape[1]
-        self.next_place = own_lengths[:, None].expand(-1, heads, -1).flatten()
+        self.next_place = own_lengths[:, None].expand(-1, cache.heads, -1).flatten()
+        self.rows = torch.arange(len(self.next_place), device=places.device)
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """The library's call in each layer: write the new token's (1, K, B, D) to its row."""
         for buffer, new in ((self.cache.own_keys, key), (self.cache.own_values, value)):
-            rows = buffer[layer][: self.slots].flatten(0, 2)  # a view, (slots * K * G, C, D)
             new = new[0].unflatten(1, (self.slots, -1)).transpose(0, 1).flatten(0, 2)
-            rows[torch.arange(len(rows), device=rows.device), self.next_place] = new.to(rows.dtype)
+            buffer[layer][self.rows, self.next_place] = new.to(buffer[layer].dtype)
         return key, value
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -411,27 +431,27 @@ class _Step:
 
         q: (1, H, B, D). Returns (1, H, B, D). A prompt's keys are read once for its G rows.
         """
-        cache, layer, heads = self.cache, module.layer_idx, k.shape[1]
-        prompt_keys, prompt_values, own_keys, own_values = (
-            buffers[layer][: self.slots].flatten(0, -3)
-            for buffers in (
-                *(cache.prompt_keys, cache.prompt_values),  # (slots * K, S, D)
-                *(cache.own_keys, cache.own_values),  # (slots * K * G, C, D)
-            )
+        cache, layer, groups = self.cache, module.layer_idx, self.slots * self.cache.heads
+        prompt_keys, prompt_values = (
+            buffers[layer][:groups] for buffers in (cache.prompt_keys, cache.prompt_values)
         )
-        own_keys, own_values = own_keys[:, : self.room], own_values[:, : self.room]
+        own_keys, own_values = (
+            buffers[layer][: len(self.rows), : self.room]
+            for buffers in (cache.own_keys, cache.own_values)
+        )
         # (slots, K, G, heads that a key-value head serves, D)
-        q = q[0].view(heads, -1, self.slots, self.group_size, q.shape[3]).permute(2, 0, 3, 1, 4)
-        groups, rows = q.flatten(2, 3).flatten(0, 1), q.flatten(0, 2)
-        shape = q.shape[:4]
-        on_prompt = _matmul(groups, prompt_keys.mT).view(*shape, -1) * scaling
-        on_own = _matmul(rows, own_keys.mT).view(*shape, -1) * scaling
+        shape = (cache.heads, -1, self.slots, self.group_size, q.shape[3])
+        q = q[0].view(shape).permute(2, 0, 3, 1, 4)
+        on_prompt = _matmul(q.reshape(groups, -1, q.shape[4]), prompt_keys.mT)
+        on_own = _matmul(q.flatten(0, 2), own_keys.mT)
+        on_prompt = on_prompt.view(*q.shape[:4], -1) * scaling
+        on_own = on_own.view(*q.shape[:4], -1) * scaling
         on_prompt = on_prompt.masked_fill(self.prompt_hidden, -torch.inf)
         on_own = on_own.masked_fill(self.own_hidden, -torch.inf)
         highest = torch.maximum(on_prompt.amax(-1, True), on_own.amax(-1, True))
         on_prompt, on_own = (on_prompt - highest).exp(), (on_own - highest).exp()
         total = on_prompt.sum(-1, True) + on_own.sum(-1, True)
-        output = _matmul(on_prompt.to(v.dtype).flatten(2, 3).flatten(0, 1), prompt_values)
+        output = _matmul(on_prompt.to(v.dtype).view(groups, -1, on_prompt.shape[4]), prompt_values)
         own = _matmul(on_own.to(v.dtype).flatten(0, 2), own_values)
         output = (output.view(q.shape) + own.view(q.shape)) / total
         return output.to(v.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
@@ -454,14 +474,28 @@ def draw_tokens(
     """
     logits = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
     logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-    if temperature == 0:
-        ids = logits.argmax(-1)
-    else:
-        # the first token at which the distribution function passes u; in fp64, where 152,000 small
-        # terms add up without bias. A banned token adds nothing, so it is never the first to pass.
-        cdf = logprobs.double().exp().cumsum(-1)
-        ids = torch.searchsorted(cdf, uniforms.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
+    ids = logits.argmax(-1) if temperature == 0 else _invert_cdf(logprobs, uniforms)
     return ids, logprobs.gather(1, ids[:, None])[:, 0]
+
+
+def _invert_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token of each row at which the distribution function passes u. (B, V), (B,) -> (B,)
+
+    First the block of tokens, then the token in it: one long running sum over V takes a GPU half a
+    millisecond. In fp64, where 152,000 small terms add up without bias. A banned token adds
+    nothing, so it is never the first to pass.
+    """
+    missing = -logprobs.shape[1] % DRAW_BLOCK
+    blocks = F.pad(logprobs, (0, missing), value=-torch.inf).unflatten(1, (-1, DRAW_BLOCK))
+    cdf = blocks.double().exp().sum(-1).cumsum(-1)
+    target = uniforms.double()[:, None] * cdf[:, -1:]
+    block = (cdf <= target).sum(-1, keepdim=True)
+    target = target - F.pad(cdf, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]]
+    inside = inside.double().exp().cumsum(-1)
+    # by rounding the target may lie on the block's end, behind which there is no token
+    target = torch.minimum(target, inside[:, -1:] * (1 - 2**-52))
+    return block[:, 0] * DRAW_BLOCK + (inside <= target).sum(-1)
 
 
 class Sampler:
@@ -493,7 +527,9 @@ class Sampler:
 
         self.model, self.group_size, self.end_id = model, group_size, end_id
         self.max_new_tokens, self.temperature, self.banned = max_new_tokens, temperature, banned
-        self.cache = GroupCache(model, slots, group_size, prompt_room, max_new_tokens)
+        prompt_room, self.room = (-(-n // ALIGNED) * ALIGNED for n in (prompt_room, max_new_tokens))
+        # more than is used: a step with a room as long as the buffer would be compiled apart
+        self.cache = GroupCache(model, slots, group_size, prompt_room, self.room + ALIGNED)
         self.prompt_lengths, self.first_positions = state(), state()
         self.ids = state(group_size, max_new_tokens)
         self.logprobs = state(group_size, max_new_tokens, dtype=torch.float32)
@@ -503,7 +539,8 @@ class Sampler:
         self.owners: list[int | None] = [None] * slots  # the prompt in each slot, by its number
         self.longest = [0] * slots  # no row of a slot has drawn more tokens
         self.active = slots  # a step computes so many slots, from the first
-        self.graphs: dict[int, torch.cuda.CUDAGraph] = {}  # of a step, by the room for own tokens
+        # of a step, by the room for own tokens, each with the tensor of places that it reads
+        self.graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
     @torch.no_grad()
     def run(
@@ -537,7 +574,7 @@ class Sampler:
         """Prefill prompts into free slots and draw the first token of each of their rows."""
         prompts, seeds = zip(*arrived)
         batch = pack(self.model, list(prompts), [[]] * len(prompts))
-        lengths, room = batch.layout.prompt_lengths, self.cache.prompt_keys[0].shape[2]
+        lengths, room = batch.layout.prompt_lengths, self.cache.prompt_keys[0].shape[1]
         if max(lengths) > room:
             raise ValueError(f"a prompt of {max(lengths)} tokens, where prompt_room is {room}")
         hidden = _hidden_states(self.model, batch, _Prefill(self.cache, slots, lengths))
@@ -613,7 +650,8 @@ class Sampler:
     def compact(self) -> None:
         """Bring the busy slots to the front and compute no others: on a CPU rows cost time."""
         busy, cache = self.slots(busy=True), self.cache
-        tensors = [*cache.prompt_keys, *cache.prompt_values, *cache.own_keys, *cache.own_values]
+        cached = [*cache.prompt_keys, *cache.prompt_values, *cache.own_keys, *cache.own_values]
+        tensors = [buffer.unflatten(0, (len(self.owners), -1)) for buffer in cached]
         tensors += [self.prompt_lengths, self.first_positions, self.ids, self.logprobs]
         tensors += [self.uniforms, self.counts, self.done]
         for to, slot in enumerate(busy):
@@ -626,12 +664,12 @@ class Sampler:
 
     def replay(self, room: int) -> None:
         """One step as a CUDA graph; there is one for each power of two of own tokens."""
-        room = min(max(GRAPH_ROOM, 2 ** (room - 1).bit_length()), self.max_new_tokens)
+        room = min(max(GRAPH_ROOM, 2 ** (room - 1).bit_length()), self.room)
         if room not in self.graphs:
             self.graphs[room] = self.capture(room)
-        self.graphs[room].replay()
+        self.graphs[room][0].replay()
 
-    def capture(self, room: int) -> torch.cuda.CUDAGraph:
+    def capture(self, room: int) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """Compile a step and record its kernels.
 
         Trial steps change nothing: where all rows are done, none is written but in the cache, and
@@ -646,7 +684,7 @@ class Sampler:
         with torch.cuda.graph(graph):
             step(places)
         self.done.copy_(done)
-        return graph
+        return graph, places
 
     def leave(self) -> Iterator[tuple[int, Rollout]]:
         """Free the slots in which every row is done, and yield what they hold."""

@@ -38,7 +38,6 @@ from tests.bench_models import (
 ANSWER_LENGTHS = [100, 101, 102, 103, 104, 105, 106, 106, 107, 108, 109, 110, 111, 113, 115, 116,
                   118, 122, 127, 157, 163, 167, 171, 174, 180, 197, 228, 246, 298, 365, 499, 888]
 TEST_IMAGES = 9658
-STEP_OPTIONS = {}
 
 
 @dataclass(frozen=True)
@@ -274,7 +273,7 @@ def bench_step(size: Size, device: torch.device, repeats: int) -> Result:
     of generate() and separate rows."""
     ranks = hoi_r1.start_ranks()
     options = {"batch_size": size.prompts, "group_size": size.group_size,
-               "max_new_tokens": size.sampled, **STEP_OPTIONS}
+               "max_new_tokens": size.sampled, **size.step}
     config = hoi_r1.GRPOConfig(model="random", data="", out="", **options)
     policy = hoi_r1.shard_policy(
         random_model(size, device, torch.float32), device,

@@ -29,6 +29,7 @@ class Size:
     grid: tuple[int, int]  # image tokens, rows x columns
     sampled: int  # tokens a completion in sampling
     trained: int  # tokens a completion in the update
+    step: dict  # options of `hoi_r1.py grpo` in a whole step
 
     @property
     def prompt_length(self) -> int:
@@ -43,7 +44,7 @@ SIZES = {
               "rope_parameters": {"rope_theta": 1e6, "mrope_section": [8, 12, 12]}},
         vision={"hidden_size": 128, "depth": 4, "num_heads": 4, "intermediate_size": 256,
                 "fullatt_block_indexes": [3]},
-        prompts=8, group_size=8, text_tokens=936, grid=(8, 8), sampled=100, trained=150),
+        prompts=8, group_size=8, text_tokens=936, grid=(8, 8), sampled=100, trained=150, step={}),
     # config.json of Qwen2.5-VL-3B-Instruct; the prompt of Fig. 4 and an image of the mean size
     "3b": Size(
         text={"hidden_size": 2048, "num_hidden_layers": 36, "num_attention_heads": 16,
@@ -52,7 +53,8 @@ SIZES = {
               "max_position_embeddings": 128000, "rms_norm_eps": 1e-6},
         vision={"hidden_size": 1280, "depth": 32, "num_heads": 16, "intermediate_size": 3420,
                 "fullatt_block_indexes": [7, 15, 23, 31]},
-        prompts=16, group_size=4, text_tokens=1970, grid=(16, 23), sampled=400, trained=400),
+        prompts=16, group_size=4, text_tokens=1970, grid=(16, 23), sampled=400, trained=400,
+        step={"tokens_per_microbatch": 12288, "gradient_checkpointing": False}),
 }
 
 
