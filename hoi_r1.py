@@ -479,8 +479,9 @@ def shard_policy(policy, device: torch.device, *, gradient_checkpointing: bool):
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for block in [*policy.model.visual.blocks, *policy.model.language_model.layers, policy]:
-        fully_shard(block, mesh=mesh, mp_policy=precision)
+    # the vision tower whole: gathered block by block, its small layers would wait for the gathering
+    for part in [policy.model.visual, *policy.model.language_model.layers, policy]:
+        fully_shard(part, mesh=mesh, mp_policy=precision)
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
     policy.token_logprobs = types.MethodType(grpo.token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")

@@ -38,6 +38,7 @@ from tests.bench_models import (
 ANSWER_LENGTHS = [100, 101, 102, 103, 104, 105, 106, 106, 107, 108, 109, 110, 111, 113, 115, 116,
                   118, 122, 127, 157, 163, 167, 171, 174, 180, 197, 228, 246, 298, 365, 499, 888]
 TEST_IMAGES = 9658
+ORDINARY = 3000  # ids below it are ordinary tokens in every model here
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,22 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def measure(device: torch.device, repeats: int, **functions: Callable) -> dict:
+@dataclass(frozen=True)
+class Runs:
+    """How often each function is called, and whether the baseline is."""
+
+    repeats: int
+    baseline: bool
+
+
+def measure(device: torch.device, runs: Runs, **functions: Callable) -> dict:
     """The best time of each function, called in turn so that a busy machine hits all alike.
 
     Each is called once before, for compiling and warming up. Returns {name: (seconds, bytes)}.
     """
+    functions = {name: f for name, f in functions.items() if runs.baseline or name != "baseline"}
     times: dict[str, list[tuple[float, int]]] = {name: [] for name in functions}
-    for repeat in range(repeats + 1):
+    for repeat in range(runs.repeats + 1):
         for name, function in functions.items():
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -105,19 +115,21 @@ def with_library(model, function: Callable) -> Callable:
     return run
 
 
-def bench_sampler(size: Size, device: torch.device, repeats: int) -> Result:
+def bench_sampler(size: Size, device: torch.device, runs: Runs) -> Result:
     """G completions of each prompt: Sampler against transformers' generate(), which samples too."""
     model = random_model(size, device, hoi_r1.compute_dtype(device))
     prompts, rows = random_prompts(model, size, size.prompts), size.prompts * size.group_size
+    vocabulary = model.config.text_config.vocab_size
+    banned = (torch.arange(vocabulary) >= ORDINARY).to(device)
     samplers = {
         new: grpo.Sampler(
             model, slots=size.prompts, group_size=size.group_size, prompt_room=size.prompt_length,
-            max_new_tokens=new, end_id=-1)
+            max_new_tokens=new, end_id=-1, banned=banned)
         for new in (1, size.sampled)
     }
     with torch.no_grad():
         measured = measure(
-            device, repeats,
+            device, runs,
             prefill=lambda: samplers[1].collect(prompts, list(range(rows))),
             ours=lambda: samplers[size.sampled].collect(prompts, list(range(rows))),
             baseline=with_library(
@@ -132,7 +144,7 @@ def bench_sampler(size: Size, device: torch.device, repeats: int) -> Result:
     return result(device, measured, "Sampler / generate()", floor, **details)
 
 
-def bench_update(size: Size, device: torch.device, repeats: int) -> Result:
+def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
     """Forward and backward of one group's log-probs: packed against G separate rows."""
     group = 4
     model = random_model(size, device, hoi_r1.compute_dtype(device)).train()
@@ -153,8 +165,8 @@ def bench_update(size: Size, device: torch.device, repeats: int) -> Result:
     def baseline():
         step("baseline", separate_logprobs(model, prompts[0], torch.stack(completions[0])))
 
-    measured = measure(device, repeats, ours=ours, baseline=with_library(model, baseline))
-    scale = max((g.abs().max().item() for g in gradients["baseline"]), default=1.0)
+    measured = measure(device, runs, ours=ours, baseline=with_library(model, baseline))
+    scale = max((g.abs().max().item() for g in gradients["ours"]), default=1.0)
     pairs = zip(gradients["ours"], gradients["baseline"])
     off = max(((a - b).abs().max().item() for a, b in pairs), default=None)
     details = {} if off is None else {"gradient_off_relative": off / scale}
@@ -165,7 +177,7 @@ def bench_update(size: Size, device: torch.device, repeats: int) -> Result:
     return result(device, measured, what, floor, **details)
 
 
-def bench_logprobs(size: Size, device: torch.device, repeats: int) -> Result:
+def bench_logprobs(size: Size, device: torch.device, runs: Runs) -> Result:
     """The head: completion tokens in chunks against full fp32 logits of every token."""
     vocabulary, width = 151936, size.text["hidden_size"]
     own = 4 * size.trained
@@ -182,12 +194,12 @@ def bench_logprobs(size: Size, device: torch.device, repeats: int) -> Result:
         logprobs = torch.log_softmax(head(hidden).float(), dim=-1)
         logprobs.gather(1, ids[:, None])[-own:].sum().backward()
 
-    measured = measure(device, repeats, ours=ours, baseline=baseline)
-    details = {"baseline_peak_memory": measured["baseline"][1], "tokens": total}
+    measured = measure(device, runs, ours=ours, baseline=baseline)
+    details = {f"peak_memory_of_{name}": memory for name, (_, memory) in measured.items()}
     return result(device, measured, "chunks of completion tokens / full fp32 logits", **details)
 
 
-def bench_vision(size: Size, device: torch.device, repeats: int) -> Result:
+def bench_vision(size: Size, device: torch.device, runs: Runs) -> Result:
     """The vision tower forward and backward: windows of one length at a time against a loop."""
     model = random_model(size, device, hoi_r1.compute_dtype(device)).train()
     visual, prompts = model.model.visual, random_prompts(model, size, 4)
@@ -198,11 +210,11 @@ def bench_vision(size: Size, device: torch.device, repeats: int) -> Result:
         visual.zero_grad()
         visual(pixels, grid).pooler_output.sum().backward()
 
-    measured = measure(device, repeats, ours=run, baseline=with_library(model, run))
+    measured = measure(device, runs, ours=run, baseline=with_library(model, run))
     return result(device, measured, f"vision, {len(prompts)} images / the library's loop")
 
 
-def bench_sft(size: Size, device: torch.device, repeats: int) -> Result:
+def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
     """SFT's forward and backward on 32 samples: packed rows against the library's padded batches.
 
     Answers are as long as on the real annotations, both have 8 samples a forward.
@@ -246,7 +258,7 @@ def bench_sft(size: Size, device: torch.device, repeats: int) -> Result:
         return model(**inputs, use_cache=False).loss * sum(map(len, targets))
 
     measured = measure(
-        device, repeats,
+        device, runs,
         ours=lambda: run("ours", ours),
         baseline=with_library(model, lambda: run("baseline", padded)))
     return result(device, measured, "SFT packed / padded batches of 8", **losses)
@@ -259,16 +271,16 @@ class BenchExamples:
         self.size, self.end_id = size, -1  # no completion ends by itself
 
     def banned(self, vocabulary: int) -> torch.Tensor:
-        return torch.arange(vocabulary) >= 3000
+        return torch.arange(vocabulary) >= ORDINARY
 
     def longest_prompt(self) -> int:
         return self.size.prompt_length
 
     def decode(self, ids: torch.Tensor) -> str:
-        return bench_cpu.ANSWER
+        return bench_cpu.ANSWERS[int(ids[0]) % len(bench_cpu.ANSWERS)]
 
 
-def bench_step(size: Size, device: torch.device, repeats: int) -> Result:
+def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     """A whole step of GRPO: sample, reward, pi_ref, update, AdamW, refresh, against the same made
     of generate() and separate rows."""
     ranks = hoi_r1.start_ranks()
@@ -295,7 +307,7 @@ def bench_step(size: Size, device: torch.device, repeats: int) -> Result:
     def baseline():
         prompts = [example.prompt for example in batch]
         library_attention(replica)
-        special = list(range(3000, replica.config.text_config.vocab_size))
+        special = list(range(ORDINARY, replica.config.text_config.vocab_size))
         options = {"suppress_tokens": special}  # an image token would be read as an image
         ids = generate(replica, prompts, size.group_size, size.sampled, **options)
         grpo.use_group_attention(replica)
@@ -315,7 +327,7 @@ def bench_step(size: Size, device: torch.device, repeats: int) -> Result:
             grpo.use_group_attention(model)
         hoi_r1.refresh(replica, policy)
 
-    measured = measure(device, repeats, ours=ours, baseline=baseline)
+    measured = measure(device, runs, ours=ours, baseline=baseline)
     rates = peaks(device)
     floor = Work(replica, size).step(rates) if rates else None
     shown = ("seconds_sample", "seconds_reward", "seconds_update", "logprob_gap", "kl", "grad_norm")
@@ -323,8 +335,8 @@ def bench_step(size: Size, device: torch.device, repeats: int) -> Result:
     return result(device, measured, "GRPO step / generate() and separate rows", floor, **details)
 
 
-def bench_predict(size: Size, device: torch.device, repeats: int) -> Result:
-    """Completions of unequal length: a stream through slots against generate() batch by batch.
+def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
+    """Completions of unequal length: a stream through slots against a batch of generate().
 
     An end is drawn with probability 1/243 at each token, so lengths are geometric around the mean
     of the real answers, and cut at 2,048 (tiny: a tenth of both).
@@ -346,27 +358,26 @@ def bench_predict(size: Size, device: torch.device, repeats: int) -> Result:
         tokens["ours"] = sum(len(ids) for ids in found.completion_ids)
 
     def baseline():
-        tokens["baseline"] = 0
         options = {"eos_token_id": 7, "suppress_tokens": banned.nonzero()[:, 0].tolist()}
-        for i in range(0, count, slots):
-            ids = generate(model, prompts[i : i + slots], 1, longest, min_new_tokens=0, **options)
-            tokens["baseline"] += int((ids != 0).sum())
+        ids = generate(model, prompts[:slots], 1, longest, min_new_tokens=0, **options)
+        tokens["baseline"] = int((ids != 0).sum())
 
     with torch.no_grad():
-        measured = measure(device, repeats, ours=ours, baseline=with_library(model, baseline))
+        measured = measure(device, runs, ours=ours, baseline=with_library(model, baseline))
     rates = {name: tokens[name] / measured[name][0] for name in tokens}
     details = {"tokens_per_second": rates["ours"], "images_per_second": count / measured["ours"][0],
-               "test_set_minutes": TEST_IMAGES / count * measured["ours"][0] / 60,
-               "baseline_tokens_per_second": rates["baseline"]}
-    found = result(device, measured, "prediction / generate() in batches", **details)
-    return replace(found, ratio=rates["ours"] / rates["baseline"])  # other draws, other lengths
+               "test_set_minutes": TEST_IMAGES / count * measured["ours"][0] / 60}
+    found = result(device, measured, "prediction / generate() in a batch", **details)
+    if "baseline" in rates:  # of tokens a second: other draws, other lengths
+        found = replace(found, ratio=rates["ours"] / rates["baseline"])
+    return found
 
 
-def bench_without_model(name: str, repeats: int) -> Result:
+def bench_without_model(name: str, runs: Runs) -> Result:
     """One of tests/bench_cpu.py."""
     make, what = bench_cpu.BENCHES[name]
     cpu = torch.device("cpu")
-    return result(cpu, measure(cpu, repeats, **make()), what)
+    return result(cpu, measure(cpu, runs, **make()), what)
 
 
 MODEL_BENCHES = {"sampler": bench_sampler, "update": bench_update, "logprobs": bench_logprobs,
@@ -379,17 +390,20 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=[*MODEL_BENCHES, *bench_cpu.BENCHES])
     parser.add_argument("--model-size", choices=list(SIZES), default="tiny",
-                        help="tiny, or Qwen2.5-VL-3B's configuration, for a GPU (default: tiny)")
+                        help="tiny, or Qwen2.5-VL-3B's configuration, for a GPU; 3b-80gb: "
+                        "with the options of a step that fit 80 GB (default: tiny)")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
+    parser.add_argument("--no-baseline", action="store_true", help="ours only")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
-    if args.model_size == "3b" and not torch.cuda.is_available():
+    if args.model_size != "tiny" and not torch.cuda.is_available():
         parser.error("--model-size 3b needs a GPU, and torch finds none here")
+    runs = Runs(args.repeats, not args.no_baseline)
     if args.what in bench_cpu.BENCHES:
-        found = bench_without_model(args.what, args.repeats)
+        found = bench_without_model(args.what, runs)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        found = MODEL_BENCHES[args.what](SIZES[args.model_size], device, args.repeats)
+        found = MODEL_BENCHES[args.what](SIZES[args.model_size], device, runs)
     print(report(found))
     if args.json:
         args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")

@@ -31,7 +31,7 @@ def random_hois(rng: np.random.Generator, count: int) -> tuple[hicodet.HOI, ...]
 
 
 HOIS = random_hois(np.random.default_rng(0), 3)
-ANSWER = hicodet.format_completion(HOIS, "A person stands there.")
+ANSWERS = [hicodet.format_completion(HOIS[:n], "A person stands there.") for n in (1, 2, 3)]
 
 
 def bench_rewards() -> dict:

@@ -3,7 +3,7 @@
 Axes are those of grpo.py: P prompts, G completions per prompt, S prompt and C completion length.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -56,6 +56,11 @@ SIZES = {
         prompts=16, group_size=4, text_tokens=1970, grid=(16, 23), sampled=400, trained=400,
         step={"tokens_per_microbatch": 12288, "gradient_checkpointing": False}),
 }
+
+
+# what `step` needs to fit a GPU of 80 GB
+SIZES["3b-80gb"] = replace(
+    SIZES["3b"], step={"tokens_per_microbatch": 4096, "gradient_checkpointing": True})
 
 
 def random_model(size: Size, device: torch.device, dtype: torch.dtype):

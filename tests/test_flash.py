@@ -1,0 +1,132 @@
+"""What a GPU computes with flash attention over unequal rows, on a CPU with a slow double of it."""
+# ruff: noqa: F811
+
+import copy
+
+import pytest
+import torch
+from torch.nn.attention.varlen import AuxRequest
+
+import grpo
+from tests.test_grpo import (  # noqa: F401  fixtures, and tests that hold for it as well
+    completions,
+    model,
+    prompts,
+    reference,
+    seed,
+    test_a_sample_depends_on_its_seed_alone,
+    test_gradients_equal_separate_forwards,
+    test_greedy_ids_equal_generate,
+    test_rows_that_are_done_leave_and_others_stay_themselves,
+    test_sampled_logprobs_equal_a_fresh_forward,
+    test_token_logprobs_equal_separate_forwards,
+)
+
+
+def slow_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
+    *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
+):
+    """`torch.nn.attention.varlen.varlen_attn` as documented, one sequence after the other.
+
+    A sequence without keys gives zeros and the log-sum-exp +inf, as flash attention does.
+    """
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    outputs, lses = torch.zeros_like(query), query.new_full(query.shape[:2], torch.inf).float()
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    pieces = []
+    for row in range(len(cu_seq_q) - 1):
+        at, of = (slice(int(c[row]), int(c[row + 1])) for c in (cu_seq_q, cu_seq_k))
+        q, k, v = (x[s].transpose(0, 1) for x, s in ((query, at), (key, of), (value, of)))
+        assert q.shape[1] <= max_q
+        if q.shape[1] and k.shape[1]:
+            assert k.shape[1] <= max_k
+            scores = (q @ k.mT).float() * (scale or q.shape[2] ** -0.5)
+            if window_size == (-1, 0):
+                hidden = torch.ones_like(scores).tril(k.shape[1] - q.shape[1]) == 0
+                scores = scores.masked_fill(hidden, -torch.inf)
+            lses[at] = scores.logsumexp(-1).T.detach()
+            pieces.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+        else:
+            pieces.append(outputs[at])
+    output = torch.cat(pieces)
+    return (output, lses) if return_aux is not None and return_aux.lse else output
+
+
+@pytest.fixture(autouse=True)
+def flash(monkeypatch):
+    """The paths of a GPU."""
+    calls = []
+
+    def varlen(*args, **options):
+        calls.append(args)
+        return slow_varlen(*args, **options)
+
+    monkeypatch.setattr(grpo, "_has_flash", lambda x: True)
+    monkeypatch.setattr(grpo, "varlen_attn", varlen)
+    monkeypatch.setattr(grpo, "PIECE", 7)
+    yield
+    assert calls
+
+
+@torch.library.custom_op("tests::varlen", mutates_args=())
+def traceable_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends: torch.Tensor,
+    longest_q: int, longest: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    lse = AuxRequest(lse=True)
+    return slow_varlen(q, k, v, ends_q, ends, longest_q, longest, return_aux=lse, scale=scale)
+
+
+@traceable_varlen.register_fake
+def _(q, k, v, ends_q, ends, longest_q, longest, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkeypatch):
+    """As a GPU runs it: flash attention, shared products, trial steps, no break in the graph."""
+    options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
+    plain = grpo.Sampler(model, **options).collect(prompts, list(range(6)))
+
+    def varlen(*args, return_aux=None, **options):
+        if return_aux is None:  # of the prefill, which is not compiled
+            return slow_varlen(*args, **options)
+        return traceable_varlen(*args, options["scale"])
+
+    monkeypatch.setattr(grpo, "varlen_attn", varlen)
+    replica = copy.deepcopy(model)
+    grpo.prepare_for_decoding(replica)
+    grpo.prepare_for_decoding(replica)  # a second sampler on the same model
+    sampler = grpo.Sampler(replica, **options)
+    step = torch.compile(sampler.step, dynamic=False, fullgraph=True, backend="aot_eager")
+
+    def with_trial(room):
+        """A trial before each step, as before a CUDA graph is recorded."""
+        done = sampler.done.clone()
+        sampler.done.fill_(True)
+        step(sampler.max_new_tokens)
+        sampler.done.copy_(done)
+        step(sampler.max_new_tokens)
+
+    monkeypatch.setattr(sampler, "step", with_trial)
+    monkeypatch.setattr(sampler, "compact", lambda: None)
+    found = sampler.collect(prompts, list(range(6)))
+    for mine, other in zip(found.completion_ids, plain.completion_ids, strict=True):
+        assert mine.tolist() == other.tolist()
+    for mine, other in zip(found.logprobs, plain.logprobs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+
+
+def test_shared_products_follow_the_weights_that_are_copied_in(model, prompts, completions):
+    replica, other = copy.deepcopy(model), copy.deepcopy(model)
+    grpo.prepare_for_decoding(replica)
+    with torch.no_grad():
+        for mine, new in zip(replica.parameters(), other.parameters(), strict=True):
+            new.add_(0.1 * torch.randn_like(new))
+            mine.copy_(new)
+        packed = grpo.pack(model, prompts, completions)
+        expected = grpo.token_logprobs(other, packed)
+        torch.testing.assert_close(grpo.token_logprobs(replica, packed), expected)
+        assert not torch.allclose(grpo.token_logprobs(model, packed), expected)
+    assert list(replica.state_dict()) == list(other.state_dict())
