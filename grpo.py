@@ -330,13 +330,21 @@ def pack(model: nn.Module, prompts: list[Prompt], completions: list[list[Tensor]
     return PackedBatch(
         input_ids=torch.cat(ids)[None].to(device),
         position_ids=torch.cat(positions, dim=1)[:, None].to(device),
-        pixel_values=torch.cat([prompt.pixel_values for prompt in prompts]).to(device),
+        pixel_values=_on_device([prompt.pixel_values for prompt in prompts], device),
         image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]).to(device),
         layout=GroupLayout(tuple(len(p.prompt_ids) for p in prompts), lengths, device),
         predicted_from=torch.cat(sources).to(device),
         completion_ids=torch.cat([sources[0], *flat]).to(device),
         completion_mask=mask_from_lengths(torch.tensor(sum(lengths, ()))).to(device),
     )
+
+
+def _on_device(rows: list[Tensor], device: torch.device) -> Tensor:
+    """Rows joined on the device; a GPU copies them from pinned memory while Python goes on."""
+    joined = torch.cat(rows)
+    if device.type == "cuda":
+        return joined.pin_memory().to(device, non_blocking=True)
+    return joined.to(device)
 
 
 def mask_from_lengths(lengths: Tensor) -> Tensor:

@@ -473,7 +473,8 @@ def shard_policy(policy, device: torch.device, *, gradient_checkpointing: bool):
     """pi_theta from a model in fp32, which it changes: sharded, on the device, in train mode."""
     if gradient_checkpointing:
         checkpoint_activations(policy)
-    compile_layers(policy, device)
+    else:  # under checkpointing what is compiled may have no break, as there is at our attention
+        compile_layers(policy, device)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     # inputs stay as they are: cast, the vision tower's rotary angles would be coarser than pi_old's
     precision = MixedPrecisionPolicy(
@@ -928,7 +929,9 @@ def train(config: SFTConfig | GRPOConfig) -> None:
             values = sft_update(policy, stepper, batch, weights, **options)
         else:
             values = trainer.update(step, batch, weights, lr)
-        values |= {"seconds_waiting": waited, "seconds": time.perf_counter() - started}
+        seconds = time.perf_counter() - started
+        values |= {"seconds": seconds, "seconds_waiting": waited}
+        values |= {"share_waiting": waited / seconds}  # for images: more --workers if it is large
         values |= {"learning_rate": lr, "skipped": stepper.bad_in_a_row > 0}
         if judge and (step + 1) % config.eval_every == 0:
             refresh(replica, policy)

@@ -10,8 +10,13 @@ import hicodet
 import teacher
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, and two ranks fit on two cores
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # bit for bit is a promise for the CPU
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a hub
+
+def pytest_configure(config):
+    """No GPU for the tests that are not about one: bit for bit is a promise for the CPU."""
+    if config.getoption("-m") != "cuda":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 HICO_DET = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
 

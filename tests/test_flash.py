@@ -14,12 +14,14 @@ from tests.test_grpo import (  # noqa: F401  fixtures, and tests that hold for i
     prompts,
     reference,
     seed,
-    test_a_sample_depends_on_its_seed_alone,
     test_gradients_equal_separate_forwards,
+    test_token_logprobs_equal_separate_forwards,
+)
+from tests.test_sampler import (  # noqa: F401
+    test_a_sample_depends_on_its_seed_alone,
     test_greedy_ids_equal_generate,
     test_rows_that_are_done_leave_and_others_stay_themselves,
     test_sampled_logprobs_equal_a_fresh_forward,
-    test_token_logprobs_equal_separate_forwards,
 )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.distributed.tensor import distribute_tensor
 from transformers import (
     AutoTokenizer,
@@ -171,6 +172,23 @@ def test_unreadable_images_are_named(folder, tmp_path):
         hoi_r1.read_image(replace(sample, width=99))
 
 
+def test_the_longest_prompt_is_known_before_an_image_is_read(folder, tmp_path):
+    samples = []
+    for width, height in ((112, 60), (300, 40), (84, 112)):
+        path = tmp_path / f"{width}.png"
+        Image.new("RGB", (width, height)).save(path)
+        hois = ()
+        samples.append(hicodet.Sample(path.name, path, width, height, hois, (), frozenset()))
+    for thinking in (True, False):
+        config = config_of("predict", folder, "x", thinking=thinking)
+        examples = examples_of(config, samples)
+        lengths = [len(examples[i].prompt.prompt_ids) for i in range(3)]
+        assert len(set(lengths)) == 3
+        longest_text = max(len(ids) for ids in examples.questions.values())
+        asked = len(examples.questions[thinking])
+        assert examples.longest_prompt() == max(lengths) + longest_text - asked
+
+
 # Batches, rates and steps
 
 
@@ -201,6 +219,32 @@ def test_bf16_policy_is_the_same_function_as_its_replica(folder, ranks, monkeypa
     assert torch.equal(mine.detach(), other)
     mine.sum().backward()
     assert {p.grad.dtype for p in policy.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, checkpointing):
+    """As on a GPU, without its code generator; under checkpointing layers are not compiled."""
+    config = config_of("sft", folder, "x", gradient_checkpointing=checkpointing)
+    examples = hoi_r1.training_examples(config, ranks)
+    plain, compiled = policy_of(config, ranks), []
+
+    def compile_layers(model, device):
+        for layer in model.model.language_model.layers:
+            layer.compile(backend="aot_eager")
+            compiled.append(layer)
+
+    monkeypatch.setattr(hoi_r1, "compile_layers", compile_layers)
+    policy = policy_of(config, ranks)
+    assert bool(compiled) is not checkpointing
+    for count in (1, 3):  # rows of another length
+        batch = [examples[i] for i in range(count)]
+        targets = [[e.target_ids, e.target_ids[:5]] for e in batch]
+        packed = grpo.pack(policy, [e.prompt for e in batch], targets)
+        for model in (plain, policy):
+            model.token_logprobs(packed).sum().backward()
+    for mine, other in zip(policy.parameters(), plain.parameters(), strict=True):
+        mine, other = mine.grad.full_tensor(), other.grad.full_tensor()
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
 
 
 def test_batch_order_is_pure_and_takes_each_sample_once_an_epoch():

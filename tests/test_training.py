@@ -14,6 +14,7 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+import grpo
 import hicodet
 import hoi_r1
 from tests.runs import config_of, metrics, policy_of, weights
@@ -193,6 +194,8 @@ def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
     saved = json.loads((path / "preprocessor_config.json").read_text())
     assert saved["image_processor_type"] == "Qwen2VLImageProcessor"  # the name that servers know
     assert not list(path.glob("*.bin")) and not (tmp_path / "run" / "model.tmp").exists()
+    names = {grpo.GROUP_ATTENTION, grpo.WINDOW_ATTENTION}  # which mean nothing to others
+    assert not any(name in (path / "config.json").read_text() for name in names)
 
 
 def test_weights_in_pickles_are_refused(folder, tmp_path):

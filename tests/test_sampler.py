@@ -1,0 +1,214 @@
+"""grpo.py's sampler: the same tokens as plain loops, whatever the slots and the neighbours."""
+# ruff: noqa: F811  (pytest hands fixtures to parameters of their names)
+
+import math
+
+import pytest
+import torch
+
+import grpo
+from tests.test_grpo import (  # noqa: F401  fixtures
+    make_prompt,
+    model,
+    plain_logprobs,
+    prompts,
+    reference,
+    seed,
+)
+
+
+def generate(reference, prompt, max_new_tokens, end_id):
+    """The library's own greedy decoding of one prompt."""
+    ids = prompt.prompt_ids[None]
+    output = reference.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        pixel_values=prompt.pixel_values,
+        image_grid_thw=prompt.image_grid_thw,
+        mm_token_type_ids=(ids == reference.config.image_token_id).int(),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=end_id,
+        pad_token_id=0,
+    )
+    return output[0, ids.shape[1] :]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 64])
+def test_greedy_ids_equal_generate(model, reference, prompts, slots):
+    """Unequal prompts in one batch; the end token is one that the first prompt really reaches."""
+    end_id = int(generate(reference, prompts[0], 12, -1)[5])
+    rollout = grpo.sample(
+        model, prompts, group_size=1, max_new_tokens=12, end_id=end_id, temperature=0, slots=slots
+    )
+    for prompt, ids, finished in zip(prompts, rollout.completion_ids, rollout.finished):
+        expected = generate(reference, prompt, 12, end_id)
+        assert ids.tolist() == expected.tolist()
+        assert bool(finished) == (expected[-1] == end_id)
+    assert rollout.finished[0] and len(rollout.completion_ids[0]) <= 6
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0, 0.6])
+def test_sampled_logprobs_equal_a_fresh_forward(model, reference, prompts, temperature):
+    banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
+    banned[300:] = True
+    rollout = grpo.sample(
+        model,
+        prompts,
+        group_size=3,
+        max_new_tokens=10,
+        end_id=7,
+        temperature=temperature,
+        banned=banned,
+        seeds=list(range(9)) if temperature else None,
+        slots=2,
+    )
+    for row, (ids, logprobs) in enumerate(zip(rollout.completion_ids, rollout.logprobs)):
+        expected = plain_logprobs(reference, prompts[row // 3], ids, temperature or 1.0, banned)
+        torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
+        assert ids.max() < 300
+    distinct = {tuple(ids.tolist()) for ids in rollout.completion_ids[:3]}
+    assert len(distinct) == (1 if temperature == 0 else 3)
+
+
+def test_a_sample_depends_on_its_seed_alone(model, prompts):
+    options = {"max_new_tokens": 10, "end_id": 7}
+    seeds = [11, 12, 13, 14, 15, 16]
+    together = grpo.sample(model, prompts, group_size=2, seeds=seeds, **options)
+    few_slots = grpo.sample(model, prompts, group_size=2, seeds=seeds, slots=1, **options)
+    alone = grpo.sample(model, prompts[1:2], group_size=2, seeds=[13, 14], **options)
+    for row in range(6):
+        assert together.completion_ids[row].tolist() == few_slots.completion_ids[row].tolist()
+    for row in range(2):
+        assert together.completion_ids[2 + row].tolist() == alone.completion_ids[row].tolist()
+    with pytest.raises(ValueError, match="seeds"):
+        grpo.sample(model, prompts, group_size=2, seeds=seeds[:5], **options)
+
+
+def test_rows_that_are_done_leave_and_others_stay_themselves(model, prompts):
+    """Ten ids to draw from, the end among them: lengths differ, slots are dropped and reused."""
+    banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
+    banned[:10] = False
+    many = [prompts[i % 3] for i in range(7)]
+    options = {"group_size": 2, "max_new_tokens": 40, "end_id": 7, "banned": banned}
+    together = grpo.sample(model, many, seeds=list(range(14)), slots=5, **options)
+    lengths = [len(ids) for ids in together.completion_ids]
+    assert len(set(lengths)) > 4
+    for i, prompt in enumerate(many):
+        alone = grpo.sample(model, [prompt], seeds=[2 * i, 2 * i + 1], **options)
+        for mine, other in zip(alone.completion_ids, together.completion_ids[2 * i :]):
+            assert mine.tolist() == other.tolist()
+
+
+def test_first_token_follows_the_exact_softmax():
+    """20,000 draws against softmax(logits / T): no top-k, no top-p, no other temperature."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -3.0, 0.5])
+    banned = torch.tensor([False, False, False, False, False, True])
+    draws = 20_000
+    uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(3))
+    ids, logprobs = grpo.draw_tokens(
+        logits.expand(draws, -1), temperature=2.0, uniforms=uniforms, banned=banned
+    )
+    expected = torch.softmax(logits[:5] / 2.0, 0)
+    observed = torch.bincount(ids, minlength=6)[:5] / draws
+    # five standard errors of a share
+    assert (observed - expected).abs().max() < 5 * 0.5 / math.sqrt(draws)
+    assert observed.sum() == 1
+    torch.testing.assert_close(logprobs, expected.log()[ids])
+
+
+def test_draw_tokens_never_draws_what_is_banned_at_the_ends():
+    banned = torch.tensor([True, False, True])
+    uniforms = torch.tensor([0.0, 1 - 2**-24])
+    ids, _ = grpo.draw_tokens(
+        torch.zeros(2, 3), temperature=1.0, uniforms=uniforms, banned=banned
+    )
+    assert ids.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("vocabulary", [5, 512, 513, 3000])
+def test_draw_tokens_inverts_the_distribution_function(vocabulary):
+    """Against one running sum over the whole vocabulary; the first and last blocks are banned."""
+    logits = 4 * torch.randn(300, vocabulary)
+    banned = torch.rand(vocabulary) < 0.3
+    banned[: vocabulary // 3] = banned[-vocabulary // 4 :] = True
+    banned[vocabulary // 2] = False
+    uniforms = torch.rand(300)
+    uniforms[:20], uniforms[20:40] = 0, 1 - 2**-24
+    ids, logprobs = grpo.draw_tokens(logits, temperature=0.7, uniforms=uniforms, banned=banned)
+    expected = torch.log_softmax(logits.masked_fill(banned, -torch.inf) / 0.7, -1)
+    cdf = expected.double().exp().cumsum(-1)
+    first = torch.searchsorted(cdf, uniforms.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
+    assert (ids != first).sum() <= 1  # the sums are in another order
+    assert not banned[ids].any()
+    torch.testing.assert_close(logprobs, expected.gather(1, ids[:, None])[:, 0])
+
+
+def test_a_prompt_arrives_as_soon_as_a_slot_is_free(model, prompts):
+    """Nobody waits for the longest row: with one slot free the next prompt is asked for."""
+    banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
+    banned[:10] = False
+    sampler = grpo.Sampler(
+        model, slots=2, group_size=1, prompt_room=40, max_new_tokens=60, end_id=7, banned=banned
+    )
+    order = []
+
+    def arriving():
+        for number in range(6):
+            order.append(("asked", number))
+            yield prompts[number % 3], [number]
+
+    for number, rollout in sampler.run(arriving()):
+        order.append(("done", number))
+        assert len(rollout.completion_ids) == 1
+    assert sorted(number for what, number in order if what == "done") == list(range(6))
+    waiting = 0
+    for what, _ in order:
+        waiting += 1 if what == "asked" else -1
+        assert 0 <= waiting <= 2
+    # were slots filled two by two, prompts would be asked for two by two
+    asked = "".join(what[0] for what, _ in order)
+    assert asked.startswith("aad") and "aaddaaddaadd" != asked
+
+
+def test_a_prompt_that_is_too_long_is_refused(model, prompts):
+    longest = max(len(prompt.prompt_ids) for prompt in prompts)
+    options = {"slots": 3, "group_size": 1, "max_new_tokens": 3, "end_id": 7, "temperature": 0}
+    sampler = grpo.Sampler(model, prompt_room=longest - 1, **options)
+    with pytest.raises(ValueError, match=f"{longest} tokens.*prompt_room is {longest - 1}"):
+        sampler.collect(prompts, None)
+
+
+def test_a_sampler_can_be_used_again(model, prompts):
+    """As by a trainer, step after step; what the slots held before is gone."""
+    options = {"group_size": 2, "max_new_tokens": 12, "end_id": 7}
+    sampler = grpo.Sampler(model, slots=2, prompt_room=40, **options)
+    for step in range(3):
+        seeds = list(range(6 * step, 6 * step + 6))
+        again = sampler.collect(prompts, seeds)
+        fresh = grpo.sample(model, prompts, seeds=seeds, **options)
+        for mine, other in zip(again.completion_ids, fresh.completion_ids, strict=True):
+            assert mine.tolist() == other.tolist()
+
+
+def test_windows_of_the_vision_tower_equal_the_library(model, reference, monkeypatch):
+    """Images of unequal sizes, ragged windows at their edges, values and gradients."""
+    generator = torch.Generator().manual_seed(5)
+    images = [make_prompt(model, *size, 1, 1, generator) for size in ((5, 3), (2, 7), (4, 4))]
+    pixels = torch.cat([image.pixel_values for image in images])
+    grid = torch.cat([image.image_grid_thw for image in images])
+    calls, windows = [], grpo._windows_by_length
+    monkeypatch.setattr(
+        grpo, "_windows_by_length", lambda *args: calls.append(args) or windows(*args)
+    )
+    weights = torch.randn(15 + 14 + 16, model.config.text_config.hidden_size)
+    gradients = []
+    for tower in (model.model.visual, reference.model.visual):
+        tower.zero_grad()
+        features = tower(pixels, grid).pooler_output
+        (features * weights).sum().backward()
+        gradients.append([features.detach(), *(p.grad.clone() for p in tower.parameters())])
+        tower.zero_grad()
+    assert len(calls) == model.config.vision_config.depth  # of ours; the library's makes none
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-5)
