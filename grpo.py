@@ -214,10 +214,10 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
 
     if len(completion_lengths) <= 1:  # with one completion or none the group is an ordinary row
         return attend(q, k, v, is_causal=True)
-    lengths = [prompt_length, *completion_lengths]
-    (q_prompt, *q), (k_prompt, *k), (v_prompt, *v) = (x[0].split(lengths, dim=1) for x in (q, k, v))
-    prompt = attend(q_prompt[None], k_prompt[None], v_prompt[None], is_causal=True)[0]
-    q, k, v = _stack_padded(q), _stack_padded(k), _stack_padded(v)  # (G, heads, C, D)
+    q_prompt, k_prompt, v_prompt = (x[:, :, :prompt_length] for x in (q, k, v))
+    prompt = attend(q_prompt, k_prompt, v_prompt, is_causal=True)[0]
+    # (G, heads, C, D)
+    q, k, v = (_stack_padded(x[0, :, prompt_length:], completion_lengths) for x in (q, k, v))
     k = torch.cat([k_prompt.expand(len(k), -1, -1, -1), k], dim=2)
     v = torch.cat([v_prompt.expand(len(v), -1, -1, -1), v], dim=2)
     # token i of a completion sees the first S + i + 1 keys, so the padding behind them stays unseen
@@ -225,10 +225,12 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
     return torch.cat([prompt, *(o[:, :n] for o, n in zip(own, completion_lengths))], dim=1)[None]
 
 
-def _stack_padded(rows: list[Tensor]) -> Tensor:
-    """(heads, C_i, D) each -> (rows, heads, longest C, D), zeros behind the shorter ones."""
-    longest = max(row.shape[1] for row in rows)
-    return torch.stack([F.pad(row, (0, 0, 0, longest - row.shape[1])) for row in rows])
+def _stack_padded(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    """(heads, C_1 + .. + C_G, D) -> (G, heads, longest C, D), zeros behind the shorter ones."""
+    if len(set(lengths)) == 1:
+        return rows.unflatten(1, (len(lengths), -1)).transpose(0, 1)
+    cut, longest = rows.split(lengths, dim=1), max(lengths)
+    return torch.stack([F.pad(row, (0, 0, 0, longest - row.shape[1])) for row in cut])
 
 
 def _group_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -258,17 +260,18 @@ def _window_attention(
 def _windows_by_length(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scaling: float) -> Tensor:
     """Attention within windows, those of one length in one call. (H, L, D) -> (L, H, D)"""
     lengths = ends.diff().long()
+    counts, outputs, start = Counter(lengths.tolist()), [], 0
     # patches with those of short windows first; a window's own stay together and in order
     order = lengths.repeat_interleave(lengths, output_size=q.shape[1]).argsort(stable=True)
-    q, k, v = (x.index_select(1, order) for x in (q, k, v))
-    counts, outputs, start = Counter(lengths.tolist()), [], 0
+    if len(counts) > 1:
+        q, k, v = (x.index_select(1, order) for x in (q, k, v))
     for length, count in sorted(counts.items()):
         cut = (x[:, start : start + length * count] for x in (q, k, v))
         windows = (x.unflatten(1, (count, length)).transpose(0, 1) for x in cut)
         output = F.scaled_dot_product_attention(*windows, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (patches, H, D)
         start += length * count
-    return torch.cat(outputs).index_select(0, order.argsort())
+    return outputs[0] if len(counts) == 1 else torch.cat(outputs)[order.argsort()]
 
 
 AttentionInterface.register(GROUP_ATTENTION, _group_attention)
@@ -372,8 +375,11 @@ def head_logprobs(
 ) -> Tensor:
     """Log-prob of each id where its last hidden state predicts it. (N, width), (N,) -> (N,) fp32.
 
-    In chunks, which backward computes again: (N, V) logits in fp32 are never kept.
+    In chunks, and where there are several backward computes each again: (N, V) logits in fp32 are
+    never kept.
     """
+    if len(ids) <= HEAD_CHUNK:
+        return _chunk_logprobs(head, hidden, ids, temperature, banned)
     chunks = zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK))
     options = (temperature, banned)
     return torch.cat(

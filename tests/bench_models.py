@@ -37,12 +37,12 @@ class Size:
 
 
 SIZES = {
-    # width and depth of a toy; lengths that are real enough for the prompt to be most of the work
+    # a toy's width and depth; the 3B's heads and proportions; prompts that are most of the work
     "tiny": Size(
-        text={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
-              "num_key_value_heads": 2, "intermediate_size": 1024, "vocab_size": 4096,
-              "rope_parameters": {"rope_theta": 1e6, "mrope_section": [8, 12, 12]}},
-        vision={"hidden_size": 128, "depth": 4, "num_heads": 4, "intermediate_size": 256,
+        text={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2,
+              "num_key_value_heads": 1, "intermediate_size": 1376, "vocab_size": 4096,
+              "rope_parameters": {"rope_theta": 1e6, "mrope_section": [16, 24, 24]}},
+        vision={"hidden_size": 160, "depth": 4, "num_heads": 2, "intermediate_size": 428,
                 "fullatt_block_indexes": [3]},
         prompts=8, group_size=8, text_tokens=936, grid=(8, 8), sampled=100, trained=150, step={}),
     # config.json of Qwen2.5-VL-3B-Instruct; the prompt of Fig. 4 and an image of the mean size
