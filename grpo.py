@@ -168,8 +168,8 @@ class GroupLayout:
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Group attention over the row. q: (1, H, L, D); k, v: (1, K, L, D). Returns (1, H, L, D).
 
-        No mask over (L, L): two calls a group, or on a GPU one flash attention of everything, in
-        5/6 of the time and a tenth of the launches.
+        No mask over (L, L): two calls a group, or on a GPU one flash attention of everything, which
+        took 0.84 of the time.
         """
         if _has_flash(q):
             keys, *ends = self.sequences
@@ -249,7 +249,7 @@ def _window_attention(
     query, key, value: (1, H, L, D). cu_seq_lens_q: (windows + 1,), where each begins and the last
     ends. The library's own way with SDPA is a call for each window, some 40 an image and layer.
     """
-    if _has_flash(query):  # at 16 images a quarter of the time
+    if _has_flash(query):  # with 16 images 0.3 of the time of the way below
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         return varlen_attn(q, k, v, *ends, scale=scaling)[None], None
@@ -375,8 +375,8 @@ def head_logprobs(
 ) -> Tensor:
     """Log-prob of each id where its last hidden state predicts it. (N, width), (N,) -> (N,) fp32.
 
-    In chunks, and where there are several backward computes each again: (N, V) logits in fp32 are
-    never kept.
+    In chunks, and where there are several backward computes each again: of logits in fp32 no more
+    than (HEAD_CHUNK, V) exist at a time.
     """
     if len(ids) <= HEAD_CHUNK:
         return _chunk_logprobs(head, hidden, ids, temperature, banned)
@@ -560,6 +560,7 @@ class _Pieces:
             return_aux=AuxRequest(lse=True),
             scale=scaling,
         )
+        # an empty piece weighs nothing, but nothing times NaN would be NaN
         outputs = outputs.view(q.shape).masked_fill(self.empty[..., None], 0)
         lse = lse.reshape(q.shape[:-1]).float().masked_fill(self.empty, -torch.inf)
         return outputs, lse
@@ -568,8 +569,9 @@ class _Pieces:
 class _Shared:
     """Linear layers that are called one after the other on the same input, as one product.
 
-    A product of 64 rows with a small matrix takes a GPU as long as with one three times as wide.
-    The layers' parameters become views of the whole, so what is copied into them reaches it.
+    With few rows a product is a matter of launches: keys, values and queries together take a GPU
+    less than apart. The layers' parameters become views of the whole: what is copied into them
+    reaches it, but they get no gradient, and a copy of the model would part from the whole.
     """
 
     def __init__(self, *layers: nn.Linear):
@@ -596,15 +598,21 @@ class _Shared:
 
 @torch.no_grad()
 def prepare_for_decoding(model: nn.Module) -> None:
-    """Make a model's step on a GPU one of fewer and larger kernels. Done twice, it does nothing."""
-    language_model = model.model.language_model
-    if language_model.rotary_emb._forward_hooks:
+    """Make a model's step on a GPU one of fewer and larger kernels. Done twice, it does nothing.
+
+    Changes the model: from then on it is for inference, where it is, though its parameters may be
+    written to. Layers that are not plain, as in a quantised model, are left alone.
+    """
+    if getattr(model, "prepared_for_decoding", False):
         return
-    language_model.rotary_emb.register_forward_hook(_hold_angles)
-    for layer in language_model.layers:
+    model.prepared_for_decoding = True
+    model.model.language_model.rotary_emb.register_forward_hook(_hold_angles)
+    for layer in model.model.language_model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        _Shared(attention.q_proj, attention.k_proj, attention.v_proj)
-        _Shared(mlp.gate_proj, mlp.up_proj)
+        queries_keys_values = (attention.q_proj, attention.k_proj, attention.v_proj)
+        for layers in (queries_keys_values, (mlp.gate_proj, mlp.up_proj)):
+            if all(type(layer) is nn.Linear for layer in layers):
+                _Shared(*layers)
 
 
 @torch.library.custom_op("hoi_r1::hold", mutates_args=())
@@ -639,9 +647,9 @@ def draw_tokens(
 def _invert_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """The first token of each row at which the distribution function passes u. (B, V), (B,) -> (B,)
 
-    First the block of tokens, then the token in it: one long running sum over V takes a GPU half a
-    millisecond. In fp64, where 152,000 small terms add up without bias. A banned token adds
-    nothing, so it is never the first to pass.
+    First the block of tokens, then the token in it: one running sum over V is slow on a GPU, which
+    adds up blocks side by side. In fp64, where 152,000 small terms add up without bias. A banned
+    token adds nothing, so it is never the first to pass.
     """
     missing = -logprobs.shape[1] % DRAW_BLOCK
     blocks = F.pad(logprobs, (0, missing), value=-torch.inf).unflatten(1, (-1, DRAW_BLOCK))
@@ -657,15 +665,15 @@ def _invert_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
 
 
 class Sampler:
-    """Samples G completions of every prompt of a stream, in slots that never wait for each other.
+    """Samples G completions of every prompt of a stream, in slots that do not wait for each other.
 
     A slot holds a prompt and its G rows, each row with a length of its own; when all of them are
     done, the slot goes to the next prompt. A step is one function of tensors that stay where they
     are, and nothing of it is read back: on a GPU it is compiled and replayed as a CUDA graph.
 
-    model: in eval mode. slots: groups held at a time. prompt_room: tokens of the longest prompt. A
-    completion ends with end_id or at max_new_tokens. temperature 0 is greedy decoding. banned: (V,)
-    bool, ids that are never drawn.
+    model: in eval mode; on a GPU `prepare_for_decoding` changes it. slots: groups held at a time.
+    prompt_room: tokens of the longest prompt. A completion ends with end_id or at max_new_tokens.
+    temperature 0 is greedy decoding. banned: (V,) bool, ids that are never drawn.
     """
 
     def __init__(
@@ -693,7 +701,6 @@ class Sampler:
         self.counts = state(group_size)  # tokens drawn; all but the last are in the cache
         self.done = state(group_size, dtype=torch.bool).fill_(True)
         self.owners: list[int | None] = [None] * slots  # the prompt in each slot, by its number
-        self.longest = [0] * slots  # no row of a slot has drawn more tokens
         self.active = slots  # a step computes so many slots, from the first
         self.graph: torch.cuda.CUDAGraph | None = None  # of a step, made when first needed
 
@@ -707,6 +714,7 @@ class Sampler:
         come free. Raises ValueError if a prompt is too long, or its seeds do not fit.
         """
         arriving, more, self.active = enumerate(prompts), True, len(self.owners)
+        self.owners = [None] * self.active  # nothing stays of a run that was broken off
         while True:
             free = self.slots(busy=False)
             if more and len(free) * 4 >= len(self.owners):  # prefill several prompts at a time
@@ -728,6 +736,9 @@ class Sampler:
     def admit(self, slots: list[int], numbers, arrived) -> None:
         """Prefill prompts into free slots and draw the first token of each of their rows."""
         prompts, seeds = zip(*arrived)
+        needed = self.group_size if self.temperature else 0
+        if any(len(group or ()) != needed for group in seeds):
+            raise ValueError(f"a prompt's {self.group_size} rows need {needed} seeds")
         batch = pack(self.model, list(prompts), [[]] * len(prompts))
         lengths, room = batch.layout.prompt_lengths, self.cache.prompt_keys[0].shape[1]
         if max(lengths) > room:
@@ -741,7 +752,7 @@ class Sampler:
             self.uniforms[at] = self.random_numbers(seeds).to(at.device)
         self.counts[at], self.done[at] = 0, False
         for slot, number in zip(slots, numbers):
-            self.owners[slot], self.longest[slot] = number, 1
+            self.owners[slot] = number
         ends = torch.tensor(lengths, device=at.device).cumsum(0) - 1
         self.draw(at, self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0))
 
@@ -793,14 +804,12 @@ class Sampler:
         cuda = self.model.device.type == "cuda"
         if compact and not cuda and len(self.slots(busy=True)) * 2 <= self.active:
             self.compact()
-        busy = self.slots(busy=True)
         for _ in range(LOOK_EVERY if cuda else 1):
             if cuda:
                 self.graph = self.graph or self.capture()
                 self.graph.replay()
             else:
-                self.step(min(max(self.longest[slot] for slot in busy), self.max_new_tokens))
-            self.longest = [count + 1 for count in self.longest]
+                self.step(int(self.counts[self.slots(busy=True)].max()))
 
     def compact(self) -> None:
         """Bring the busy slots to the front and compute no others: on a CPU rows cost time."""
@@ -814,7 +823,6 @@ class Sampler:
                 tensor[to] = tensor[slot]
         free = [None] * (len(self.owners) - len(busy))
         self.owners = [self.owners[slot] for slot in busy] + free
-        self.longest = [self.longest[slot] for slot in busy] + [0] * len(free)
         self.active = len(busy)
 
     def capture(self) -> torch.cuda.CUDAGraph:
@@ -853,7 +861,7 @@ class Sampler:
     def collect(self, prompts: list[Prompt], seeds: list[int] | None) -> Rollout:
         """The completions of all prompts, in their order. seeds: P * G, None when greedy."""
         size, rows = self.group_size, len(prompts) * self.group_size
-        if (self.temperature == 0) != (seeds is None) or (seeds and len(seeds) != rows):
+        if (self.temperature == 0) != (seeds is None) or len(seeds or range(rows)) != rows:
             raise ValueError(f"sampling {rows} completions needs as many seeds, greedy none")
         groups = [seeds and seeds[i * size : (i + 1) * size] for i in range(len(prompts))]
         found = dict(self.run(zip(prompts, groups, strict=True)))

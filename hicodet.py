@@ -212,7 +212,11 @@ def _kept(root: Path, name: str, read: Callable[[], list]) -> list:
     The file is JSON, so tuples come back as lists, below a line with a hash of the .mat files and
     the JSON itself: a file that is out of date, cut, damaged or not ours fails it, and is replaced.
     """
-    path, sources = root / f"anno_bbox.{name}.cache.json", _hash_sources(root, name)
+    path = root / f"anno_bbox.{name}.cache.json"
+    try:
+        sources = _hash_sources(root, name)
+    except OSError:  # a .mat file that cannot be read, which `read` has words for
+        return read()
     with contextlib.suppress(OSError):  # missing, most likely
         seal, _, kept = path.read_bytes().partition(b"\n")
         if seal == _seal(sources, kept):

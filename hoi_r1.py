@@ -1073,7 +1073,8 @@ class Judge:
     def __call__(self, model) -> dict[str, float]:
         samples = self.examples.samples
         indices, limit = list(range(len(samples))), self.max_new_tokens
-        mine = predict_rows(model, self.examples, indices, self.ranks, max_new_tokens=limit)
+        options = {"max_new_tokens": limit, "slots": 32}  # in the memory that training leaves
+        mine = predict_rows(model, self.examples, indices, self.ranks, **options)
         rows = sorted(self.ranks.gather(list(mine)), key=lambda row: row["index"])
         lines, summary = [row["line"] for row in rows], summarise(rows)
         result = evaluate.evaluate(lines, samples, self.counts, classes="present")

@@ -43,7 +43,7 @@ ORDINARY = 3000  # ids below it are ordinary tokens in every model here
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds, and what they are of; peak_memory in bytes, of ours."""
+    """Seconds, and what they are of; peak_memory in bytes, of ours (on a CPU of the process)."""
 
     ours: float
     baseline: float | None
@@ -195,12 +195,14 @@ def bench_logprobs(size: Size, device: torch.device, runs: Runs) -> Result:
         logprobs.gather(1, ids[:, None])[-own:].sum().backward()
 
     measured = measure(device, runs, ours=ours, baseline=baseline)
-    details = {f"peak_memory_of_{name}": memory for name, (_, memory) in measured.items()}
+    details = {}
+    if device.type == "cuda":
+        details = {f"peak_memory_of_{name}": memory for name, (_, memory) in measured.items()}
     return result(device, measured, "chunks of completion tokens / full fp32 logits", **details)
 
 
 def bench_vision(size: Size, device: torch.device, runs: Runs) -> Result:
-    """The vision tower forward and backward: windows of one length at a time against a loop."""
+    """The vision tower forward and backward: windows together against a loop over them."""
     model = random_model(size, device, hoi_r1.compute_dtype(device)).train()
     visual, prompts = model.model.visual, random_prompts(model, size, 4)
     pixels = torch.cat([p.pixel_values for p in prompts]).to(device, model.dtype)
@@ -281,8 +283,11 @@ class BenchExamples:
 
 
 def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
-    """A whole step of GRPO: sample, reward, pi_ref, update, AdamW, refresh, against the same made
-    of generate() and separate rows."""
+    """A whole step of GRPO: sample, reward, pi_ref, update, AdamW, refresh.
+
+    Against generate(), separate rows in pi_ref and pi_theta, and the same AdamW and refresh;
+    without rewards, which take milliseconds.
+    """
     ranks = hoi_r1.start_ranks()
     options = {"batch_size": size.prompts, "group_size": size.group_size,
                "max_new_tokens": size.sampled, **size.step}
@@ -292,6 +297,7 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
         gradient_checkpointing=config.gradient_checkpointing)
     replica, reference = (
         random_model(size, device, hoi_r1.compute_dtype(device)) for _ in range(2))
+    hoi_r1.compile_layers(reference, device)
     stepper = hoi_r1.Stepper(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
     examples = BenchExamples(replica, size)
     trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)

@@ -64,8 +64,8 @@ def test_floor_by_hand():
     assert head == 4096 * 256
     assert layers + head + vision == sum(p.numel() for p in model.parameters())
     # two prompts of 26 tokens, each read once, and four rows with two tokens at the mean;
-    # keys and values of 4 layers, 2 heads of 64, 2 bytes each
-    cached = (2 * 26 + 4 * 2) * 4 * 2 * 2 * 64 * 2
+    # keys and values of 4 layers, one head of 128, 2 bytes each
+    cached = (2 * 26 + 4 * 2) * 4 * 2 * 128 * 2
     assert work.decode_bytes() == 2 * (layers + head) + cached
     seen = 26**2 / 2 + 10 * (26 + 2.5)
     each = 2 * (36 * layers + 10 * head + 24 * vision) + 4 * seen * 256 * 4

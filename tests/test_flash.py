@@ -132,3 +132,48 @@ def test_shared_products_follow_the_weights_that_are_copied_in(model, prompts, c
         torch.testing.assert_close(grpo.token_logprobs(replica, packed), expected)
         assert not torch.allclose(grpo.token_logprobs(model, packed), expected)
     assert list(replica.state_dict()) == list(other.state_dict())
+
+
+def test_steps_beyond_the_end_change_nothing(model, prompts, monkeypatch):
+    """A GPU looks once in many steps which rows are done: they go on and must not be written."""
+    options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
+    banned = torch.arange(model.config.text_config.vocab_size) >= 20
+    sampler = grpo.Sampler(model, banned=banned, **options)
+    plain = grpo.Sampler(model, banned=banned, **options)
+
+    def advance(compact):
+        for _ in range(grpo.LOOK_EVERY):
+            sampler.step(sampler.max_new_tokens)
+
+    monkeypatch.setattr(sampler, "advance", advance)
+    for first in range(0, 60, 6):
+        seeds = list(range(first, first + 6))
+        found, expected = (s.collect(prompts, seeds) for s in (sampler, plain))
+        for mine, other in zip(found.completion_ids, expected.completion_ids, strict=True):
+            assert mine.tolist() == other.tolist()
+        for mine, other in zip(found.logprobs, expected.logprobs, strict=True):
+            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+        assert torch.equal(found.finished, expected.finished)
+
+
+def test_quantised_layers_are_left_alone(model, prompts):
+    class Quantised(torch.nn.Module):
+        """Has no `weight`."""
+
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x):
+            return self.layer(x)
+
+    replica = copy.deepcopy(model)
+    for layer in replica.model.language_model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
+    grpo.prepare_for_decoding(replica)
+    options = {"group_size": 1, "max_new_tokens": 5, "end_id": -1, "temperature": 0}
+    mine, other = (grpo.sample(m, prompts, **options) for m in (replica, model))
+    assert [ids.tolist() for ids in mine.completion_ids] == [
+        ids.tolist() for ids in other.completion_ids
+    ]

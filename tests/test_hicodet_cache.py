@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +150,17 @@ def test_real_annotations_are_kept_as_read(real_samples, tmp_path, reads):
         for sample, expected in zip(samples, real_samples, strict=True):
             assert replace(sample, path=folder / sample.path.name) == expected
     assert reads == ["anno_bbox.mat", "anno.mat"]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    (tmp_path / "anno_bbox.mat").write_bytes(b"x")
+    read = Path.read_bytes
+
+    def denied(path):
+        if path.suffix == ".mat":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(ValueError, match="anno_bbox.mat is not a readable .mat file"):
+        hicodet.load_split(tmp_path, "train")

@@ -212,3 +212,30 @@ def test_windows_of_the_vision_tower_equal_the_library(model, reference, monkeyp
     assert len(calls) == model.config.vision_config.depth  # of ours; the library's makes none
     for mine, other in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-5)
+
+
+def test_seeds_must_fit_the_rows(model, prompts):
+    options = {"slots": 2, "group_size": 2, "prompt_room": 40, "max_new_tokens": 3, "end_id": 7}
+    sampler = grpo.Sampler(model, **options)
+    for seeds in ([[1], [2, 3, 4]], [[1, 2], None]):
+        with pytest.raises(ValueError, match="2 rows need 2 seeds"):
+            list(sampler.run(zip(prompts, seeds)))
+    for seeds in ([], [1, 2, 3], None):
+        with pytest.raises(ValueError, match="seeds"):
+            sampler.collect(prompts, seeds)
+    greedy = grpo.Sampler(model, temperature=0, **options)
+    with pytest.raises(ValueError, match="need 0 seeds"):
+        list(greedy.run([(prompts[0], [1, 2])]))
+
+
+def test_a_run_that_is_broken_off_leaves_nothing_behind(model, prompts):
+    options = {"slots": 2, "group_size": 1, "prompt_room": 40, "max_new_tokens": 12, "end_id": 7}
+    sampler = grpo.Sampler(model, **options)
+    broken = sampler.run(zip(prompts, [[1], [2], [3]]))
+    next(broken)
+    broken.close()
+    found, expected = (
+        s.collect(prompts, [4, 5, 6]) for s in (sampler, grpo.Sampler(model, **options))
+    )
+    for mine, other in zip(found.completion_ids, expected.completion_ids, strict=True):
+        assert mine.tolist() == other.tolist()
