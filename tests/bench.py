@@ -22,23 +22,25 @@ import grpo
 import hoi_r1
 from tests import bench_cpu
 from tests.bench_models import (
+    ORDINARY,
     SIZES,
     Size,
     Work,
     generate,
     library_attention,
+    padded_loss,
     peaks,
     random_completions,
     random_model,
     random_prompts,
     separate_logprobs,
+    separate_step,
 )
 
 # tokens of trace and answer on the real annotations: 32 quantiles over images
 ANSWER_LENGTHS = [100, 101, 102, 103, 104, 105, 106, 106, 107, 108, 109, 110, 111, 113, 115, 116,
                   118, 122, 127, 157, 163, 167, 171, 174, 180, 197, 228, 246, 298, 365, 499, 888]
 TEST_IMAGES = 9658
-ORDINARY = 3000  # ids below it are ordinary tokens in every model here
 
 
 @dataclass(frozen=True)
@@ -221,8 +223,8 @@ def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
 
     Answers are as long as on the real annotations, both have 8 samples a forward.
     """
-    lengths = [ANSWER_LENGTHS[i] for i in torch.randperm(32, generator=torch.Generator()
-                                                        .manual_seed(0)).tolist()]
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    lengths = [ANSWER_LENGTHS[i] for i in order.tolist()]
     model = random_model(size, device, hoi_r1.compute_dtype(device)).train()
     hoi_r1.checkpoint_activations(model)
     prompts = random_prompts(model, size, 8)
@@ -241,28 +243,11 @@ def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
     def ours(targets):
         return -grpo.token_logprobs(model, grpo.pack(model, prompts, [[t] for t in targets])).sum()
 
-    def padded(targets):
-        length = size.prompt_length + max(map(len, targets))
-        ids = torch.zeros(len(targets), length, dtype=torch.long)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for row, (prompt, target) in enumerate(zip(prompts, targets)):
-            end = size.prompt_length + len(target)
-            ids[row, :end] = torch.cat([prompt.prompt_ids, target])
-            mask[row, :end] = 1
-            labels[row, size.prompt_length : end] = target
-        inputs = {
-            "input_ids": ids, "attention_mask": mask, "labels": labels,
-            "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-            "pixel_values": torch.cat([p.pixel_values for p in prompts]),
-            "image_grid_thw": torch.cat([p.image_grid_thw for p in prompts]),
-        }
-        inputs = {name: value.to(device) for name, value in inputs.items()}
-        return model(**inputs, use_cache=False).loss * sum(map(len, targets))
-
     measured = measure(
         device, runs,
         ours=lambda: run("ours", ours),
-        baseline=with_library(model, lambda: run("baseline", padded)))
+        baseline=with_library(
+            model, lambda: run("baseline", lambda targets: padded_loss(model, prompts, targets))))
     return result(device, measured, "SFT packed / padded batches of 8", **losses)
 
 
@@ -311,26 +296,8 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
         logged.update(trainer.update(0, batch, [1.0] * len(batch), 1e-6))
 
     def baseline():
-        prompts = [example.prompt for example in batch]
-        library_attention(replica)
-        special = list(range(ORDINARY, replica.config.text_config.vocab_size))
-        options = {"suppress_tokens": special}  # an image token would be read as an image
-        ids = generate(replica, prompts, size.group_size, size.sampled, **options)
-        grpo.use_group_attention(replica)
-        for model in (policy, reference):
-            library_attention(model)
-        rows = ids.split(size.group_size)
-        for prompt, group in zip(prompts, rows):
-            with torch.no_grad():
-                ref = separate_logprobs(reference, prompt, group)
-            logprobs = separate_logprobs(policy, prompt, group)
-            terms = grpo.grpo_objective(
-                logprobs, logprobs.detach(), ref, torch.randn(len(group), device=device),
-                torch.ones_like(logprobs))
-            (-terms["objective"].sum() / len(ids)).backward()
+        separate_step(policy, replica, reference, [e.prompt for e in batch], size)
         stepper.step(1e-6, 0.0)
-        for model in (policy, reference):
-            grpo.use_group_attention(model)
         hoi_r1.refresh(replica, policy)
 
     measured = measure(device, runs, ours=ours, baseline=baseline)

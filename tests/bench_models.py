@@ -15,6 +15,7 @@ import hicodet
 
 REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "qwen2.5-vl"
 IMAGE_ID, START_ID, END_ID = 151655, 151652, 151645  # of the real tokenizer
+ORDINARY = 3000  # ids below it are ordinary tokens in every model here
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def library_attention(model) -> None:
 def question_ids(length: int, vocabulary: int) -> Tensor:
     """The prompt of Fig. 4 cut or drawn out to `length` ids; random ones without a tokenizer."""
     if vocabulary < IMAGE_ID or not REAL_TOKENIZER.is_dir():
-        return torch.randint(3000, (length,), generator=torch.Generator().manual_seed(1))
+        return torch.randint(ORDINARY, (length,), generator=torch.Generator().manual_seed(1))
     ids = AutoTokenizer.from_pretrained(REAL_TOKENIZER)(hicodet.prompt_text())["input_ids"]
     return torch.tensor(ids * 2)[:length]
 
@@ -108,7 +109,7 @@ def random_prompts(model, size: Size, count: int) -> list[grpo.Prompt]:
 
 def random_completions(model, prompts: int, group_size: int, length: int) -> list[list[Tensor]]:
     """Random ordinary ids."""
-    return [list(torch.randint(3000, (group_size, length))) for _ in range(prompts)]
+    return [list(torch.randint(ORDINARY, (group_size, length))) for _ in range(prompts)]
 
 
 # The baselines: what TRL and VLM-R1 do
@@ -149,6 +150,45 @@ def separate_logprobs(model, prompt: grpo.Prompt, completions: Tensor) -> Tensor
     kept = completions.shape[1] + 1
     logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits[:, :-1].float()
     return torch.log_softmax(logits, dim=-1).gather(2, completions[..., None])[..., 0]
+
+
+def separate_step(policy, replica, reference, prompts: list[grpo.Prompt], size: Size) -> None:
+    """Sampling, pi_ref and the update's gradient by generate() and G rows a prompt."""
+    special = list(range(ORDINARY, replica.config.text_config.vocab_size))
+    for model in (policy, replica, reference):
+        library_attention(model)
+    options = {"suppress_tokens": special}  # an image token would be read as an image
+    ids = generate(replica, prompts, size.group_size, size.sampled, **options)
+    for prompt, group in zip(prompts, ids.split(size.group_size)):
+        with torch.no_grad():
+            ref = separate_logprobs(reference, prompt, group)
+        logprobs = separate_logprobs(policy, prompt, group)
+        advantages = torch.randn(len(group), device=logprobs.device)
+        mask = torch.ones_like(logprobs)
+        terms = grpo.grpo_objective(logprobs, logprobs.detach(), ref, advantages, mask)
+        (-terms["objective"].sum() / len(ids)).backward()
+    for model in (policy, replica, reference):
+        grpo.use_group_attention(model)
+
+
+def padded_loss(model, prompts: list[grpo.Prompt], targets: list[Tensor]) -> Tensor:
+    """The library's own loss of one padded batch, summed over its tokens; prompts of one length."""
+    start = len(prompts[0].prompt_ids)
+    ids = torch.zeros(len(targets), start + max(map(len, targets)), dtype=torch.long)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, (prompt, target) in enumerate(zip(prompts, targets)):
+        end = start + len(target)
+        ids[row, :end] = torch.cat([prompt.prompt_ids, target])
+        mask[row, :end] = 1
+        labels[row, start:end] = target
+    inputs = {
+        "input_ids": ids, "attention_mask": mask, "labels": labels,
+        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
+        "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]),
+        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]),
+    }
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    return model(**inputs, use_cache=False).loss * sum(map(len, targets))
 
 
 # Floors: the least time in which the work can be done, from bytes and operations
