@@ -12,7 +12,8 @@ completion attends to its group's prompt and to itself.
 - Sampling: a prompt is prefilled once, its keys and values are kept once (`sample`).
 
 Both reach the library's Qwen2.5-VL through an attention function registered as GROUP_ATTENTION, and
-the vision tower's windows through another (`use_group_attention`).
+the vision tower's windows through another (`use_group_attention`). A CPU computes both with SDPA, a
+GPU in bf16 with PyTorch's flash attention over rows of unequal lengths; tests/BENCH.md says why.
 
 Departures from the paper, or readings of it:
 
