@@ -254,7 +254,7 @@ def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
 class BenchExamples:
     """What GRPOTrainer asks of Examples."""
 
-    def __init__(self, model, size: Size):
+    def __init__(self, size: Size):
         self.size, self.end_id = size, -1  # no completion ends by itself
 
     def banned(self, vocabulary: int) -> torch.Tensor:
@@ -284,7 +284,7 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
         random_model(size, device, hoi_r1.compute_dtype(device)) for _ in range(2))
     hoi_r1.compile_layers(reference, device)
     stepper = hoi_r1.Stepper(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
-    examples = BenchExamples(replica, size)
+    examples = BenchExamples(size)
     trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)
     batch = [
         hoi_r1.Example(None, prompt, (640, 480), bench_cpu.HOIS, None)

@@ -256,3 +256,14 @@ def test_a_completion_does_not_see_its_siblings(model, prompts, completions):
     changed = [[completions[0][0], completions[0][1].flip(0)]]
     together = grpo.token_logprobs(model, grpo.pack(model, prompts[:1], changed))
     torch.testing.assert_close(alone[0], together[0, : alone.shape[1]], atol=1e-6, rtol=1e-5)
+
+
+def test_sequences_of_a_row_by_hand():
+    """Two completions behind a prompt of 3, one behind a prompt of 2, a prompt alone."""
+    layout = grpo.GroupLayout((3, 2, 1), ((2, 1), (4,), ()))
+    keys, ends_q, ends_k, longest_q, longest_k = layout.sequences
+    expected = [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 8, 9, 10, 11], [12]]
+    assert keys.tolist() == sum(expected, [])
+    assert ends_q.tolist() == [0, 3, 5, 6, 12, 13]
+    assert ends_k.tolist() == [0, 3, 8, 12, 18, 19]
+    assert (longest_q, longest_k) == (6, 6)

@@ -33,10 +33,21 @@ def any_reward(monkeypatch):
     monkeypatch.setattr(hoi_r1.GRPOTrainer, "score", score)
 
 
-def test_sft_resumes_bit_for_bit(folder, tmp_path, monkeypatch):
+def assert_resumes_bit_for_bit(stage, method, crash, folder, tmp_path, **options):
+    """A run whose `Run` method crashes, resumed, comes to the weights of one that did not."""
+    hoi_r1.main(config_of(stage, folder, tmp_path / "whole", **options))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hoi_r1.Run, method, crash)
+        with pytest.raises(KeyboardInterrupt):
+            hoi_r1.main(config_of(stage, folder, tmp_path / "cut", **options))
+    hoi_r1.main(config_of(stage, folder, tmp_path / "cut", resume=True, **options))
+    first, whole, cut = weights(folder), weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    assert any(not torch.equal(whole[name], first[name]) for name in whole)
+
+
+def test_sft_resumes_bit_for_bit(folder, tmp_path):
     """4 steps at once equal 3 steps, a crash after the checkpoint of step 2, and the rest."""
-    options = {"max_steps": 4, "save_every": 2}
-    hoi_r1.main(config_of("sft", folder, tmp_path / "whole", **options))
     log = hoi_r1.Run.log
 
     def crash(run, step, values):
@@ -45,26 +56,18 @@ def test_sft_resumes_bit_for_bit(folder, tmp_path, monkeypatch):
             run.metrics.open("a").write('{"step": 4, "lo')
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(hoi_r1.Run, "log", crash)
-    with pytest.raises(KeyboardInterrupt):
-        hoi_r1.main(config_of("sft", folder, tmp_path / "cut", **options))
-    monkeypatch.undo()
-    hoi_r1.main(config_of("sft", folder, tmp_path / "cut", resume=True, **options))
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+    options = {"max_steps": 4, "save_every": 2}
+    assert_resumes_bit_for_bit("sft", "log", crash, folder, tmp_path, **options)
     assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
-    first = weights(folder)
-    assert any(not torch.equal(whole[name], first[name]) for name in whole)
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("whole", "cut")]
     assert losses[0] == losses[1]
 
 
 def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
-    options = {"save_every": 1, "updates_per_batch": 2}
-    hoi_r1.main(config_of("grpo", folder, tmp_path / "whole", **options))
-    save, monkeypatch = hoi_r1.Run.save, pytest.MonkeyPatch()
+    """With a crash while the second checkpoint is written."""
+    save = hoi_r1.Run.save
 
-    def crash_in_mid_save(run, policy, optimizer, done):
+    def crash(run, policy, optimizer, done):
         if done == 2:
             aside = run.folder / "checkpoint-000002.tmp"
             aside.mkdir()
@@ -72,15 +75,8 @@ def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
             raise KeyboardInterrupt
         save(run, policy, optimizer, done)
 
-    monkeypatch.setattr(hoi_r1.Run, "save", crash_in_mid_save)
-    with pytest.raises(KeyboardInterrupt):
-        hoi_r1.main(config_of("grpo", folder, tmp_path / "cut", **options))
-    monkeypatch.undo()
-    hoi_r1.main(config_of("grpo", folder, tmp_path / "cut", resume=True, **options))
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    first = weights(folder)
-    assert any(not torch.equal(whole[name], first[name]) for name in whole)
+    options = {"save_every": 1, "updates_per_batch": 2}
+    assert_resumes_bit_for_bit("grpo", "save", crash, folder, tmp_path, **options)
 
 
 def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
@@ -92,9 +88,10 @@ def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
         *("reward_format", "reward_object_std", "reward_verb", "reward_iou", "reward_total"),
         *("completion_length", "truncated", "logprob_gap", "seconds_sample", "seconds_update"),
         *("sample_tokens_per_second", "update_tokens_per_second", "seconds_waiting"),
-        *("skipped", "distinct_completions"),
+        *("skipped", "distinct_completions", "share_waiting"),
     }
     assert all(names <= row.keys() for row in rows)
+    assert all(row["share_waiting"] == row["seconds_waiting"] / row["seconds"] for row in rows)
     assert max(row["logprob_gap"] for row in rows) < 1e-4
     assert all(row["clip_fraction"] == 0 for row in rows)  # one update a batch: every ratio is 1
     assert all(row["reward_total_std"] > 0 for row in rows)
