@@ -14,7 +14,6 @@ import contextlib
 import hashlib
 import json
 import math
-import secrets
 import textwrap
 import zlib
 from collections.abc import Callable, Iterable, Sequence
@@ -241,16 +240,14 @@ def _seal(sources: bytes, text: bytes) -> bytes:
 
 
 def _write_cache(path: Path, content: bytes) -> None:
-    """Writes the file if the folder lets it; several ranks may do so at once."""
+    """Writes the file if the folder lets it. Not aside first: what is cut fails its seal."""
     if not path.parent.stat().st_mode & 0o222:  # root could write, but is asked not to
         return
-    aside = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        aside.write_bytes(content)
-        aside.replace(path)
+        path.write_bytes(content)  # several ranks may do so at once, and write the same
     except OSError:  # a read-only or full disk: the next call reads the .mat files again
         with contextlib.suppress(OSError):
-            aside.unlink()
+            path.unlink()
 
 
 def _to_sample(

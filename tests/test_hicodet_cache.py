@@ -135,9 +135,32 @@ def test_a_cache_that_cannot_be_written_is_done_without(root, reads):
     assert len(reads) == 2 and sorted(root.iterdir()) == before
 
 
-def test_nothing_is_left_beside_the_cache(root):
-    hicodet.load_split(root, "test")
+def test_a_process_killed_in_writing_leaves_a_cut_file_and_no_other(root, reads, monkeypatch):
+    write = Path.write_bytes
+
+    def killed(path, content):
+        write(path, content[: len(content) // 2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "write_bytes", killed)
+        hicodet.load_split(root, "test")
     assert {path.name for path in root.iterdir()} == {"anno_bbox.mat", CACHE}
+    for _ in range(2):
+        assert len(hicodet.load_split(root, "test")) == 2
+    assert len(reads) == 2
+
+
+def test_a_full_disk_leaves_no_file(root, monkeypatch):
+    write = Path.write_bytes
+
+    def full(path, content):
+        write(path, content[: len(content) // 2])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert len(hicodet.load_split(root, "test")) == 2
+    assert {path.name for path in root.iterdir()} == {"anno_bbox.mat"}
 
 
 def test_real_annotations_are_kept_as_read(real_samples, tmp_path, reads):
