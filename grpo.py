@@ -215,10 +215,12 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
 
     if len(completion_lengths) <= 1:  # with one completion or none the group is an ordinary row
         return attend(q, k, v, is_causal=True)
-    q_prompt, k_prompt, v_prompt = (x[:, :, :prompt_length] for x in (q, k, v))
+    # split, not sliced: backward of each slice would fill a whole row with zeros
+    lengths = (prompt_length, sum(completion_lengths))
+    (q_prompt, q), (k_prompt, k), (v_prompt, v) = (x.split(lengths, dim=2) for x in (q, k, v))
     prompt = attend(q_prompt, k_prompt, v_prompt, is_causal=True)[0]
     # (G, heads, C, D)
-    q, k, v = (_stack_padded(x[0, :, prompt_length:], completion_lengths) for x in (q, k, v))
+    q, k, v = (_stack_padded(x[0], completion_lengths) for x in (q, k, v))
     k = torch.cat([k_prompt.expand(len(k), -1, -1, -1), k], dim=2)
     v = torch.cat([v_prompt.expand(len(v), -1, -1, -1), v], dim=2)
     # token i of a completion sees the first S + i + 1 keys, so the padding behind them stays unseen
