@@ -277,7 +277,8 @@ def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
     if missing:
         raise ValueError(
             f"{path}: {len(missing)} of {len(line_of)} images have no line, such as {missing[0]!r};"
-            ' predict the whole split (an image without predictions has "instances": [])'
+            ' predict the whole split, or give --limit (an image without predictions has'
+            ' "instances": [])'
         )
     return predictions
 
@@ -347,17 +348,23 @@ def main(argv: list[str] | None = None) -> None:
     add("--split", choices=("test", "train"), default="test", help="default: test")
     means = "the means are over all 600 classes (default) or those with true pairs in the split"
     add("--classes", choices=("all", "present"), default="all", help=means)
+    first = "only the first so many images, as hoi_r1.py predict --limit leaves them"
+    add("--limit", type=int, metavar="N", help=first)
     add("--json", type=Path, metavar="OUT.JSON", help="also write the result to this file")
     args = parser.parse_args(argv)
     if args.json and args.json.resolve() == args.predictions.resolve():
         parser.error("--json would overwrite the predictions")
+    if args.limit is not None and args.limit < 1:
+        parser.error(f"--limit {args.limit}: must be at least 1")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        parser.error(f"--json {args.json}: give a file in a folder that exists")
     try:
-        samples = load_split(args.data, args.split)
+        samples = load_split(args.data, args.split)[: args.limit]
         train_counts = training_counts(args.data)
         predictions = read_predictions(args.predictions, samples)
+        result = evaluate(predictions, samples, train_counts, classes=args.classes)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {error}")
-    result = evaluate(predictions, samples, train_counts, classes=args.classes)
     absent = result["true_pairs"].count(0)
     if absent and args.classes == "all":
         note = f"{absent} classes have no true pair here and count as 0; see --classes present"

@@ -34,6 +34,7 @@ is missing. Images without an accepted trace are listed at the end with the reas
 
 import argparse
 import base64
+import contextlib
 import email.utils
 import fcntl
 import http.client
@@ -47,7 +48,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,7 +72,7 @@ TASK = "Look at the image and reason about how its people interact with objects.
 REQUEST = """\
 Answer the four questions in order, in a few plain sentences, between <think> and </think>. Name \
 object classes and verbs literally. No coordinates, no lists, no <answer>."""
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
 SAME_PERSON_IOU = 0.5  # as in merging: one person is annotated anew for every verb
 
 # What a trace's words are checked against (`unanswered`).
@@ -170,8 +171,8 @@ def read_lines(path: str | Path) -> Iterator[dict]:
                 value = trace.get(key) if isinstance(trace, dict) else None
                 if not isinstance(value, str) or not value.strip():
                     raise ValueError(f'{where}: "{key}" must be a text, not {value!r}')
-            if any(tag in trace["think"] for tag in TAGS):
-                raise ValueError(f'{where}: "think" holds a tag; it is the text between the tags')
+            if held := [tag for tag in TAGS if tag in trace["think"]]:
+                raise ValueError(f'{where}: "think" holds {held[0]!r}; it is the text between tags')
             if trace["file_name"] in names:
                 raise ValueError(f"{where}: {trace['file_name']} comes twice; delete one line")
             names.add(trace["file_name"])
@@ -646,7 +647,7 @@ def make_budget(args: argparse.Namespace, spent: float) -> Budget:
 def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget) -> None:
     """Prints the first request without its image, and what all of them will take."""
     if not samples:
-        raise ValueError("no training image has ground truth, so none needs a trace")
+        raise ValueError("no training image needs a trace: none has ground truth without one")
     body = request_body(samples[0], teacher)
     image = body["messages"][0]["content"][1]["image_url"]
     image["url"] = f"data:image/jpeg;base64,({len(image['url'])} characters)"
@@ -661,7 +662,9 @@ def run(args: argparse.Namespace) -> bool:
     every = {sample.file_name: sample for sample in hicodet.load_split(args.data, "train")}
     samples = [sample for sample in every.values() if sample.hois][: args.limit]
     if args.dry_run:
-        dry_run(samples, make_teacher(args), make_budget(args, 0.0))
+        done = {trace["file_name"] for trace in read_lines(args.out)} if args.out.exists() else ()
+        todo = [sample for sample in samples if sample.file_name not in done]
+        dry_run(todo, make_teacher(args), make_budget(args, 0.0))
         return True
     with TraceFile(args.out) as file:
         if not file.names <= set(every):
@@ -696,18 +699,17 @@ def make_traces(
     return ask_all(todo, teacher, file, budget, args.attempts, args.concurrency)
 
 
-def at_least_one(text: str) -> int:
-    """A flag's whole number from 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return int(text)
+def at_least(least: float, kind: type = int) -> Callable[[str], float]:
+    """The reader of a flag's number of this kind."""
 
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if least <= kind(text) < math.inf:
+                return kind(text)
+        name = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"{text}: give a {name} from {least}")
 
-def positive(text: str) -> float:
-    """A flag's number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return float(text)
+    return read
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -721,22 +723,23 @@ def make_parser() -> argparse.ArgumentParser:
     add("--teacher", default="gpt-4o-mini", help="name of the model (default: the paper's)")
     add("--base-url", default=OPENAI_URL, help="an OpenAI-compatible server (default: %(default)s)")
     add("--lists", action="store_true", help="send the lists of valid classes of Fig. 4 too")
-    add("--max-side", type=at_least_one, default=512, metavar="PIXELS",
+    add("--max-side", type=at_least(1), default=512, metavar="PIXELS",
         help="shrink images to this; up to 512 OpenAI bills low detail (default: %(default)s)")
-    add("--max-tokens", type=at_least_one, default=512, help="of a reply (default: %(default)s)")
-    add("--attempts", type=at_least_one, default=3,
+    add("--max-tokens", type=at_least(1), default=512, help="of a reply (default: %(default)s)")
+    add("--attempts", type=at_least(1), default=3,
         help="ask so often for a trace that can be accepted (default: %(default)s)")
-    add("--concurrency", type=at_least_one, default=16, help="requests in flight (default: 16)")
-    add("--timeout", type=positive, default=60.0,
+    add("--concurrency", type=at_least(1), default=16, help="requests in flight (default: 16)")
+    add("--timeout", type=at_least(0.001, float), default=60.0,
         help="seconds without a byte (default: %(default)s)")
-    add("--retries", type=int, default=8,
+    add("--retries", type=at_least(0), default=8,
         help="after 408, 429, 5xx, time-outs and cut connections (default: %(default)s)")
-    add("--backoff", type=positive, default=1.0,
+    add("--backoff", type=at_least(0.001, float), default=1.0,
         help="seconds before the first retry, then doubled (default: %(default)s)")
-    add("--max-cost", type=positive, default=math.inf, metavar="USD", help="spend no more in all")
-    add("--input-price", type=float, metavar="USD", help="per million tokens, of other models")
-    add("--output-price", type=float, metavar="USD", help="per million tokens, of other models")
-    add("--limit", type=at_least_one, help="only the first so many images of the training set")
+    price, help_price = at_least(0, float), "per million tokens, of other models"
+    add("--max-cost", type=price, default=math.inf, metavar="USD", help="spend no more in all")
+    add("--input-price", type=price, metavar="USD", help=help_price)
+    add("--output-price", type=price, metavar="USD", help=help_price)
+    add("--limit", type=at_least(1), help="only the first so many images of the training set")
     add("--collect", type=Path, nargs="+", metavar="FILE", help="result files of a batch")
     add("--dry-run", action="store_true", help="print a request and what it all will cost; stop")
     return parser
@@ -744,7 +747,14 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; exit status 1 if an image is left without a trace."""
-    args = make_parser().parse_args(argv)
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.collect and args.backend != "batch":
+        parser.error("--collect takes the results of a batch: give --backend batch with it")
+    if args.dry_run and args.backend == "template":
+        parser.error("--dry-run shows a request; the template makes none")
+    if not args.out.absolute().parent.is_dir():
+        parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
     try:
         sys.exit(0 if run(args) else 1)
     except (OSError, ValueError) as error:
