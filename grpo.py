@@ -42,6 +42,7 @@ from transformers import AttentionInterface
 
 GROUP_ATTENTION = "group_attention"
 WINDOW_ATTENTION = "windows_as_flash"  # a name with "flash" is handed all windows in one call
+LOG_RATIO_LIMIT = 20.0  # e^20 is half a billion; more would overflow or take over all gradients
 HEAD_CHUNK = 1024  # completion tokens whose logits exist at a time: 0.6 GB with V = 151,936
 DRAW_BLOCK = 512  # tokens of the vocabulary that are looked through at a time
 PREFILL_PROMPTS = 16  # prompts of one prefill, which keeps its activations below the update's
@@ -73,14 +74,15 @@ def policy_ratio(
     """Probability ratio s_1 of the new to the old policy (Eq. 3).
 
     logprobs, old_logprobs, completion_mask: (B, C). Returns (B, C): a ratio per token, or with
-    kind="sequence" the ratio of whole outputs, repeated along the row. Padding has ratio 1.
+    kind="sequence" the ratio of whole outputs, repeated along the row. Padding has ratio 1. The
+    log-ratio is held within +-20: that of 1,000 tokens would overflow.
     """
     log_ratio = (logprobs - old_logprobs) * completion_mask
     if kind == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True).expand_as(log_ratio) * completion_mask
     elif kind != "token":
         raise ValueError(f'ratio {kind!r}: choose "token" or "sequence"')
-    return log_ratio.exp()
+    return log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
 def clipped_ratio(ratio: Tensor, clip_eps: float) -> Tensor:
@@ -103,7 +105,7 @@ def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     Any equal shapes. Never negative, and 0 exactly where the policies agree. The log-ratio is held
     within +-20, where exp would take over the whole gradient.
     """
-    log_ratio = (ref_logprobs - logprobs).clamp(-20, 20)
+    log_ratio = (ref_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return log_ratio.exp() - log_ratio - 1
 
 
