@@ -16,7 +16,10 @@ divided by counts over all ranks and micro-batches: world size and `--resume` do
 """
 
 import argparse
+import codecs
 import dataclasses
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -26,9 +29,11 @@ import time
 import traceback
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 import evaluate
 import hicodet
@@ -36,13 +41,29 @@ import rewards
 import teacher
 
 
-def option(default, text: str, least: float | None = None):
-    """A dataclass field that `add_options` turns into a flag with this help and lower bound."""
-    return field(default=default, metadata={"help": text, "least": least})
+def option(default, text: str, least: float | None = None, below: float = math.inf):
+    """A dataclass field that `add_options` turns into a flag with this help and these bounds."""
+    return field(default=default, metadata={"help": text, "least": least, "below": below})
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig:
+class Config:
+    """Flags of a stage, each within its bounds."""
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            least, value = f.metadata.get("least"), getattr(self, f.name)
+            if least is None:
+                continue
+            flag, below = f"--{f.name.replace('_', '-')} {value}", f.metadata["below"]
+            if not value >= least:
+                raise ValueError(f"{flag}: must be at least {least}")
+            if not value < below:
+                raise ValueError(f"{flag}: must be below {below}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
     """What every stage is told."""
 
     model: str = field(metadata={"help": "folder or hub name of a Qwen2.5-VL model (safetensors)"})
@@ -55,12 +76,6 @@ class RunConfig:
     dry_run: bool = option(False, "print the first sample as the model would see it, and stop")
     resume: bool = option(False, "go on with the run in --out, from its last checkpoint or image")
 
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            least, value = f.metadata.get("least"), getattr(self, f.name)
-            if least is not None and not value >= least:
-                raise ValueError(f"--{f.name.replace('_', '-')} {value}: must be at least {least}")
-
     def prompt_switches(self) -> dict[str, bool]:
         """The ablations of Table 2."""
         return {"thinking": self.thinking, "task_description": self.task_description}
@@ -72,9 +87,9 @@ class TrainConfig(RunConfig):
 
     learning_rate: float = option(1e-6, "of AdamW, at its highest", least=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises", least=0)
-    adam_beta2: float = option(0.999, "decay of AdamW's second moment")
-    weight_decay: float = option(0.0, "of AdamW")
-    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
+    adam_beta2: float = option(0.999, "decay of AdamW's second moment", least=0, below=1)
+    weight_decay: float = option(0.0, "of AdamW", least=0)
+    max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", least=1e-6)
     epochs: int = option(1, "passes over the training images, where --max-steps is 0", least=1)
     tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory", 1)
     gradient_checkpointing: bool = option(True, "slower, takes far less memory")
@@ -120,7 +135,7 @@ class PredictConfig(RunConfig):
     """Greedy prediction for a split."""
 
     split: typing.Literal["train", "test"] = option("test", "images to predict")
-    limit: int = option(0, "only the first so many images; 0: all", least=0)
+    limit: int = option(0, "only the first so many images, also in evaluate.py; 0: all", least=0)
     max_new_tokens: int = option(2048, "longest completion", least=1)
     slots: int = option(64, "images that are decoded at a time on a rank", least=1)
     scores: typing.Literal["ones", "likelihood"] = option(
@@ -129,15 +144,15 @@ class PredictConfig(RunConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoConfig:
+class DemoConfig(Config):
     """SFT, GRPO, predictions and mAP on a drawn data set with a tiny model."""
 
     out: str = option("runs/demo", "folder for all that the demo writes")
-    seed: int = option(0, "of the drawings, the first weights, data order and sampling")
-    train_images: int = option(10000, "drawn training images")
-    test_images: int = option(1000, "drawn held-out images")
-    sft_steps: int = option(500, "steps of SFT")
-    grpo_steps: int = option(150, "steps of GRPO")
+    seed: int = option(0, "of the drawings, the first weights, data order and sampling", least=0)
+    train_images: int = option(10000, "drawn training images", least=1)
+    test_images: int = option(1000, "drawn held-out images", least=1)
+    sft_steps: int = option(500, "steps of SFT", least=1)
+    grpo_steps: int = option(150, "steps of GRPO", least=1)
 
 
 STAGES = {"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig}
@@ -192,7 +207,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.distributed.checkpoint as dcp  # noqa: E402
 from PIL import Image  # noqa: E402
+from safetensors import SafetensorError  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.distributed.checkpoint.api import CheckpointException  # noqa: E402
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict  # noqa: E402
 from torch.distributed.fsdp import (  # noqa: E402
     MixedPrecisionPolicy,
@@ -207,6 +224,7 @@ from transformers import (  # noqa: E402
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLImageProcessorPil,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 import grpo  # noqa: E402
@@ -216,10 +234,12 @@ logging.disable_progress_bar()  # of the library's loading and saving
 END_OF_TURN = "<|im_end|>"
 # what does not change the weights a run comes to, beyond the rounding of sums
 FREE_ON_RESUME = {
-    *("resume", "out", "data", "workers", "dry_run", "save_every", "slots"),
+    *("resume", "out", "data", "traces", "workers", "dry_run", "save_every", "slots"),
     *("tokens_per_microbatch", "gradient_checkpointing"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
 }
+# what a run has in its folder before its first result
+BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png"}
 MAX_BAD_STEPS = 10  # steps in a row with a non-finite loss or gradient before a run stops
 
 
@@ -304,14 +324,18 @@ class Examples(torch.utils.data.Dataset):
         task_description: bool = True,
     ):
         self.samples, self.thinks, self.thinking = samples, thinks, thinking
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(model)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--model {model}: no tokenizer there ({error})") from None
+        config = from_model(AutoConfig.from_pretrained, model, "configuration")
+        if config.model_type != "qwen2_5_vl":
+            raise ValueError(f"--model {model}: a {config.model_type}, which is no Qwen2.5-VL")
+        self.tokenizer = from_model(AutoTokenizer.from_pretrained, model, "tokenizer")
         # by name: AutoImageProcessor may ask for torchvision, and takes its resize where it is
-        self.processor = Qwen2VLImageProcessorPil.from_pretrained(model)
-        self.image_id = AutoConfig.from_pretrained(model).image_token_id
+        self.processor = from_model(
+            Qwen2VLImageProcessorPil.from_pretrained, model, "image processor"
+        )
+        self.image_id = config.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
+        if END_OF_TURN not in self.tokenizer.get_vocab() or not self.tokenizer.chat_template:
+            raise ValueError(f"--model {model}: its tokenizer lacks {END_OF_TURN} or the template")
         self.questions = {think: self.question(think, task_description) for think in (True, False)}
 
     def question(self, thinking: bool, task_description: bool) -> Tensor:
@@ -321,10 +345,21 @@ class Examples(torch.utils.data.Dataset):
         text = self.tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, tokenize=False
         )
-        return self.tokenizer(text, return_tensors="pt")["input_ids"][0]
+        ids = self.tokenizer(text, return_tensors="pt")["input_ids"][0]
+        if (images := int((ids == self.image_id).sum())) != 1:
+            raise ValueError(f"the model's chat template makes {images} placeholders of one image")
+        return ids
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def fingerprint(self) -> str:
+        """How many images these are, and a hash of names, ground truth and traces in this order."""
+        digest, thinks = hashlib.sha256(), self.thinks or {}
+        for s in self.samples:
+            row = (s.file_name, s.width, s.height, s.hois, thinks.get(s.file_name))
+            digest.update(repr(row).encode())
+        return f"{len(self.samples)} images, {digest.hexdigest()[:16]}"
 
     def __getitem__(self, index: int) -> Example:
         sample = self.samples[index]
@@ -408,13 +443,31 @@ def batch_order(count: int, batch_size: int, steps: int, seed: int) -> list[list
     return order[:steps]
 
 
+class Attempts(torch.utils.data.Dataset):
+    """Examples, with the error in the place of one that cannot be read.
+
+    What a worker process raises comes out of a DataLoader wrapped in its traceback.
+    """
+
+    def __init__(self, examples: Examples):
+        self.examples = examples
+
+    def __getitem__(self, index: int) -> Example | ValueError:
+        try:
+            return self.examples[index]
+        except ValueError as error:
+            return error
+
+
 def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator[Example]:
     """The examples in this order, read and resized by worker processes before they are needed."""
     options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
     loader = DataLoader(
-        examples, sampler=indices, batch_size=None, **(options if workers else {})
+        Attempts(examples), sampler=indices, batch_size=None, **(options if workers else {})
     )
     for example in loader:
+        if isinstance(example, ValueError):
+            raise example
         # copies: what a worker sends holds shared memory and an open file as long as it lives
         prompt = grpo.Prompt(*(part.clone() for part in vars(example.prompt).values()))
         yield dataclasses.replace(example, prompt=prompt)
@@ -428,13 +481,29 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
+def from_model(read: Callable, path: str, what: str):
+    """What the library reads from --model. Raises ValueError naming the folder if it cannot."""
+    try:
+        return read(path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        inside = Path(path) / "model"
+        hint = f"; is {inside} meant?" if inside.is_dir() else ""
+        raise ValueError(f"--model {path}: no {what} that can be read ({error}){hint}") from None
+
+
 def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None):
-    """A Qwen2.5-VL with group attention, in eval mode: pi_old or pi_ref; safetensors only."""
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        path,
-        dtype=dtype or compute_dtype(device),
-        use_safetensors=True,
+    """A Qwen2.5-VL with group attention, in eval mode: pi_old or pi_ref; safetensors only.
+
+    Raises ValueError if there are no weights, or not all.
+    """
+    options = {"dtype": dtype or compute_dtype(device), "use_safetensors": True}
+    read = partial(
+        Qwen2_5_VLForConditionalGeneration.from_pretrained, **options, output_loading_info=True
     )
+    model, found = from_model(read, path, "weights in safetensors")
+    if found["missing_keys"]:  # the library would draw them
+        missing = sorted(found["missing_keys"])
+        raise ValueError(f"--model {path}: {len(missing)} weights are missing, as {missing[0]}")
     return grpo.use_group_attention(model).to(device).eval()
 
 
@@ -508,6 +577,13 @@ class Stepper:
             weight_decay=weight_decay,
             fused=True,  # no temporary copy of the parameters
         )
+        for parameter in self.parameters:
+            # before the first save, which would make them by a step of its own and count that
+            self.optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+            }
 
     def step(self, lr: float, loss: float) -> float:
         """Apply the accumulated gradient at this rate. Returns its norm before clipping.
@@ -642,8 +718,10 @@ class GRPOTrainer:
         )
         refresh(replica, policy)
 
-    def update(self, step: int, batch: list[Example], weights: list[float], lr: float) -> dict:
-        """One batch. Returns what is logged."""
+    def update(
+        self, step: int, batch: list[Example], weights: list[float], lr: float
+    ) -> tuple[dict, dict]:
+        """One batch. Returns what is logged, and the completions of its first image to be read."""
         times = [time.perf_counter()]
         rollout = self.sample(step, batch)
         times.append(time.perf_counter())
@@ -660,7 +738,11 @@ class GRPOTrainer:
         ]
         rows = self.ranks.gather(rows if weights[0] else [])
         seconds = dict(zip(("sample", "reward", "update"), np.diff(times).tolist()))
-        return logged | rollout_metrics(rows, self.config.group_size, seconds)
+        size = self.config.group_size
+        first = zip(rollout.completion_ids[:size], scored)
+        texts = [{"text": self.examples.decode(ids), **reward} for ids, reward in first]
+        shown = {"file_name": batch[0].sample.file_name, "completions": texts}
+        return logged | rollout_metrics(rows, size, seconds), shown
 
     def rows(self, batch: list[Example], rollout: grpo.Rollout):
         """(example, ids) of each completion."""
@@ -676,8 +758,7 @@ class GRPOTrainer:
     def score(self, hois: tuple[hicodet.HOI, ...], ids: Tensor) -> dict[str, float]:
         """The rewards of one completion (Eqs. 6-23)."""
         completion = hicodet.parse_completion(self.examples.decode(ids))
-        rule, without = self.config.duplicate_rule, self.config.without
-        return rewards.total_reward(completion, hois, duplicate_rule=rule, without=without)
+        return rewards.total_reward(completion, hois, **reward_options(self.config))
 
     def parts(self, batch, weights, rollout, advantages) -> list[Part]:
         """The batch in micro-batches, with pi_ref's log-probs."""
@@ -744,15 +825,22 @@ class GRPOTrainer:
         return found, {"loss": loss, **sums, "grad_norm": self.stepper.step(lr, loss)}
 
 
+def reward_options(config: RunConfig) -> dict:
+    """The readings and ablations of the rewards that a config names; none but GRPO's does."""
+    names = ("duplicate_rule", "without")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
 def rollout_metrics(rows: list[dict], group_size: int, seconds: dict[str, float]) -> dict:
     """Means over the completions of all ranks, G rows a group: "rewards", "ids", "finished"."""
     groups = [rows[i : i + group_size] for i in range(0, len(rows), group_size)]
     logged = {f"seconds_{name}": value for name, value in seconds.items()}
     for name in rows[0]["rewards"]:
-        values = [row["rewards"][name] for row in rows]
-        logged[f"reward_{name}"], logged[f"reward_{name}_std"] = np.mean(values), np.std(values)
-    totals = [{row["rewards"]["total"] for row in group} for group in groups]
-    logged["zero_variance_groups"] = np.mean([len(values) == 1 for values in totals])
+        values = np.array([[row["rewards"][name] for row in group] for group in groups])
+        within = values.std(1, ddof=1)  # between images it would hide that groups are all alike
+        logged[f"reward_{name}"], logged[f"reward_{name}_std"] = values.mean(), within.mean()
+        if name == "total":
+            logged["zero_variance_groups"] = np.mean(within < 1e-3)
     # a sampler that is all but greedy shows here first
     distinct = [len({row["ids"] for row in group}) for group in groups]
     logged["distinct_completions"] = np.mean(distinct) / group_size
@@ -767,35 +855,70 @@ def rollout_metrics(rows: list[dict], group_size: int, seconds: dict[str, float]
 # Both trainings
 
 
-def claim_folder(config: RunConfig, ranks: Ranks) -> Path:
-    """Make --out the folder of this run, with its config.json.
+def claim_folder(config: RunConfig, examples: Examples, ranks: Ranks) -> tuple[Path, TextIO | None]:
+    """Make --out the folder of this run, and lock it until the returned file is closed.
 
-    Raises ValueError if it holds a run, unless it is this one and to be resumed.
+    Raises ValueError if another process writes to it, if it holds anything that is not of a run,
+    or a run, unless it is this one and to be resumed.
     """
-    folder = Path(config.out)
-    path, mine = folder / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    folder, lock, refusal = Path(config.out), None, ""
     if ranks.rank == 0:
-        stored = json.loads(path.read_text()) if path.exists() else mine
-        if path.exists() and not config.resume:
-            raise ValueError(f"{folder} holds a run: --resume it, or choose another --out")
+        try:
+            lock = _lock_folder(folder)
+            _write_config(config, examples, folder)
+        except (ValueError, OSError) as error:
+            refusal = f"--out {folder}: {error}"
+    if refusal := ranks.gather([refusal])[0]:
+        if ranks.rank:
+            sys.exit(1)  # the first rank says why
+        raise ValueError(refusal)
+    return folder, lock
+
+
+def _lock_folder(folder: Path) -> TextIO:
+    """Make the folder and lock it for this process. Raises ValueError if it is in use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    if not path.exists() and any(folder.iterdir()):
+        raise ValueError("holds files that are not of a run; choose another folder")
+    lock = open(path, "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError("another process is writing there; let it end") from None
+    return lock
+
+
+def _write_config(config: RunConfig, examples: Examples, folder: Path) -> None:
+    """Write config.json. Raises ValueError if the folder holds a run, or to resume another one."""
+    path, mine = folder / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
+    mine["examples"] = examples.fingerprint()
+    if Path(config.model).is_dir():
+        mine["model"] = os.path.realpath(config.model)
+    if any(found.name not in BEFORE_RESULTS for found in folder.iterdir()):
+        if not config.resume:
+            raise ValueError("holds a run: --resume it, or choose another folder")
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"config.json is damaged ({error}); choose another folder") from None
         for name in mine.keys() - FREE_ON_RESUME:
             if stored.get(name) != mine[name]:
                 raise ValueError(
-                    f"{path}: the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; "
-                    f"--resume may change only {', '.join(sorted(FREE_ON_RESUME))}"
+                    f"the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; --resume may "
+                    f"change only {', '.join(sorted(FREE_ON_RESUME))}"
                 )
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, mine)
-    dist.barrier()
-    return folder
+    write_json(path, mine)
 
 
 class Run:
     """The folder of a training: config.json, metrics.jsonl, checkpoints and the final model."""
 
-    def __init__(self, config: TrainConfig, ranks: Ranks):
-        self.config, self.ranks, self.folder = config, ranks, claim_folder(config, ranks)
-        self.metrics = self.folder / "metrics.jsonl"
+    def __init__(self, config: TrainConfig, examples: Examples, ranks: Ranks):
+        self.config, self.ranks = config, ranks
+        self.folder, self.lock = claim_folder(config, examples, ranks)
+        if ranks.rank == 0:
+            picture(examples[0]).save(self.folder / "first_sample.png")
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -807,16 +930,21 @@ class Run:
         if self.checkpoints():
             latest = self.checkpoints()[-1]
             model, moments = get_state_dict(policy, optimizer)
-            dcp.load({"model": model, "optimizer": moments}, checkpoint_id=latest)
+            try:
+                dcp.load({"model": model, "optimizer": moments}, checkpoint_id=latest)
+            except (CheckpointException, OSError) as error:
+                cause = str(error).strip().splitlines()[-1]
+                raise ValueError(
+                    f"{latest} cannot be read ({cause}): remove it to start from the first step"
+                ) from None
             set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
             done = int(latest.name.split("-")[1])
         elif self.config.resume:
             self.ranks.print(f"{self.folder}: no checkpoint yet, starting from the first step")
-        if self.ranks.rank == 0 and self.metrics.exists():
-            # steps that will be run again, and a line that a crash cut
-            lines = self.metrics.read_text().splitlines(keepends=True)
-            kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= done]
-            write_aside(self.metrics, "".join(kept))
+        for path in self.folder.glob("*.jsonl") if self.ranks.rank == 0 else ():
+            # without steps that will be run again
+            kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= done]
+            write_aside(path, "".join(kept))
         return done
 
     def save(self, policy, optimizer, done: int) -> None:
@@ -831,10 +959,11 @@ class Run:
                 shutil.rmtree(path)
         dist.barrier()
 
-    def log(self, step: int, values: dict) -> None:
-        """One line of metrics.jsonl."""
+    def log(self, name: str, step: int, values: dict) -> None:
+        """One line of metrics.jsonl or rollouts.jsonl; what is not finite is null there."""
+        values = {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in values.items()}
         if self.ranks.rank == 0:
-            with self.metrics.open("a") as file:
+            with open(self.folder / f"{name}.jsonl", "a") as file:
                 file.write(json.dumps({"step": step, **values}) + "\n")
 
     def export(self, policy, examples: Examples) -> None:
@@ -880,6 +1009,8 @@ def training_examples(config: TrainConfig, ranks: Ranks) -> Examples:
         if config.thinking:
             if not config.traces:
                 raise ValueError("--traces: give the file of teacher.py, or --no-thinking")
+            if not Path(config.traces).is_file():
+                raise ValueError(f"--traces {config.traces}: no such file; teacher.py writes it")
             thinks = teacher.read_traces(config.traces)
             traced = [sample for sample in samples if sample.file_name in thinks]
             kept = len(traced) if config.untraced == "skip" else len(samples)
@@ -891,14 +1022,30 @@ def training_examples(config: TrainConfig, ranks: Ranks) -> Examples:
     return Examples(config.model, samples, thinks, **config.prompt_switches())
 
 
+def batches(
+    examples: Examples, config: TrainConfig, ranks: Ranks, *, done: int, steps: int
+) -> Iterator[tuple[int, list[Example], list[float], float]]:
+    """This rank's part of the batch of each step from `done` on.
+
+    Yields the step, the part, its weights, and the seconds that were waited for its images.
+    """
+    order = batch_order(len(examples), config.batch_size, steps, config.seed)
+    shares = [ranks.share(batch) for batch in order[done:]]
+    stream = read_ahead(examples, [i for share, _ in shares for i in share], config.workers)
+    for step, (share, weights) in enumerate(shares, start=done):
+        started = time.perf_counter()
+        batch = [next(stream) for _ in share]
+        yield step, batch, weights, time.perf_counter() - started
+
+
 def train(config: SFTConfig | GRPOConfig) -> None:
     """SFT or GRPO."""
     ranks, is_sft = start_ranks(), isinstance(config, SFTConfig)
     examples = training_examples(config, ranks)
     judge = Judge(config, ranks) if config.eval_every else None
     if config.dry_run:
-        return ranks.print(describe(examples[0], examples))
-    run = Run(config, ranks)
+        return ranks.print(describe(examples[0], examples, reward_options(config)))
+    run = Run(config, examples, ranks)
     checkpointing = config.gradient_checkpointing
     policy = load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
     replica = load_model(config.model, ranks.device) if judge or not is_sft else None
@@ -912,42 +1059,49 @@ def train(config: SFTConfig | GRPOConfig) -> None:
     if not is_sft:
         reference = load_reference(config, ranks.device)
         trainer = GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)
-
     steps = config.max_steps or config.epochs * math.ceil(len(examples) / config.batch_size)
-    order = batch_order(len(examples), config.batch_size, steps, config.seed)
-    shares = [ranks.share(batch) for batch in order[done:]]
-    stream = read_ahead(examples, [i for share, _ in shares for i in share], config.workers)
     name, schedule = ("sft", "cosine") if is_sft else ("grpo", "linear")
-    bar = tqdm(total=steps, initial=done, disable=ranks.rank > 0, desc=name, unit="step")
-    for step, (share, weights) in enumerate(shares, start=done):
-        started = time.perf_counter()
-        batch = [next(stream) for _ in share]
-        waited = time.perf_counter() - started
-        lr = learning_rate(step, steps, config.learning_rate, config.warmup_steps, schedule)
-        if is_sft:
-            options = {"lr": lr, "budget": config.tokens_per_microbatch, "ranks": ranks}
-            values = sft_update(policy, stepper, batch, weights, **options)
-        else:
-            values = trainer.update(step, batch, weights, lr)
-        seconds = time.perf_counter() - started
-        values |= {"seconds": seconds, "seconds_waiting": waited}
-        values |= {"share_waiting": waited / seconds}  # for images: more --workers if it is large
-        values |= {"learning_rate": lr, "skipped": stepper.bad_in_a_row > 0}
-        if judge and (step + 1) % config.eval_every == 0:
-            refresh(replica, policy)
-            values |= judge(replica)
-        run.log(step + 1, values)
-        shown = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
-        bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values})
-        bar.update()
-        if config.save_every and (step + 1) % config.save_every == 0:
-            run.save(policy, stepper.optimizer, step + 1)
+    stream = batches(examples, config, ranks, done=done, steps=steps)
+    with tqdm(total=steps, initial=done, disable=ranks.rank > 0, desc=name, unit="step") as bar:
+        for step, batch, weights, waited in stream:
+            started = time.perf_counter() - waited
+            lr = learning_rate(step, steps, config.learning_rate, config.warmup_steps, schedule)
+            if is_sft:
+                options = {"lr": lr, "budget": config.tokens_per_microbatch, "ranks": ranks}
+                values = sft_update(policy, stepper, batch, weights, **options)
+            else:
+                values, rollout = trainer.update(step, batch, weights, lr)
+                run.log("rollouts", step + 1, rollout)
+            seconds = time.perf_counter() - started
+            values |= {"seconds": seconds, "seconds_waiting": waited}
+            values |= {"share_waiting": waited / seconds}  # for images: more --workers if large
+            values |= {"learning_rate": lr, "skipped": stepper.bad_in_a_row > 0}
+            if judge and (step + 1) % config.eval_every == 0:
+                refresh(replica, policy)
+                values |= judge(replica)
+            run.log("metrics", step + 1, values)
+            shown = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
+            bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values})
+            bar.update()
+            if config.save_every and (step + 1) % config.save_every == 0:
+                run.save(policy, stepper.optimizer, step + 1)
     run.export(policy, examples)
     ranks.print(f"model: {run.folder / 'model'}")
 
 
-def describe(example: Example, examples: Examples) -> str:
-    """What --dry-run prints: the first prompt, its answer, token counts, and what is supervised."""
+def picture(example: Example) -> Image.Image:
+    """The image as large as the model sees it, with the boxes that text and rewards speak of."""
+    image = read_image(example.sample).resize(example.model_size, Image.Resampling.BICUBIC)
+    width, height = example.model_size
+    caption = f"{example.sample.file_name} as the model sees it, {width} x {height}"
+    return hicodet.draw_hois(image, example.hois, caption=caption)
+
+
+def describe(example: Example, examples: Examples, options: dict) -> str:
+    """What --dry-run prints: the first prompt, its answer, token counts, and what is supervised.
+
+    options: of the rewards.
+    """
     ids, tokenizer = example.prompt.prompt_ids, examples.tokenizer
     images = int((ids == examples.image_id).sum())
     pad = tokenizer.decode([examples.image_id])
@@ -959,7 +1113,8 @@ def describe(example: Example, examples: Examples) -> str:
     ]
     if example.target_ids is None:
         answer = hicodet.format_completion(example.hois, "...")
-        reward = rewards.total_reward(hicodet.parse_completion(answer), example.hois)
+        completion = hicodet.parse_completion(answer)
+        reward = rewards.total_reward(completion, example.hois, **options)
         lines += ["--- a perfect completion and its reward", answer, json.dumps(reward)]
     else:
         tokens = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
@@ -1008,13 +1163,13 @@ def predict_rows(
             under_way[number] = example
             yield example.prompt, None
 
-    bar = tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0)
-    for number, rollout in sampler.run(arriving()):
-        ids, finished = rollout.completion_ids[0], bool(rollout.finished[0])
-        likelihood = rollout.logprobs[0] if scores == "likelihood" else None
-        row = prediction(examples, under_way.pop(number), ids, likelihood)
-        yield {"index": mine[number], "length": len(ids), "finished": finished, **row}
-        bar.update()
+    with tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0) as bar:
+        for number, rollout in sampler.run(arriving()):
+            ids, finished = rollout.completion_ids[0], bool(rollout.finished[0])
+            likelihood = rollout.logprobs[0] if scores == "likelihood" else None
+            row = prediction(examples, under_way.pop(number), ids, likelihood)
+            yield {"index": mine[number], "length": len(ids), "finished": finished, **row}
+            bar.update()
 
 
 def prediction(examples, example: Example, ids: Tensor, logprobs: Tensor | None) -> dict:
@@ -1035,17 +1190,19 @@ def instance_scores(tokenizer, text: str, completion, ids: Tensor, logprobs: Ten
     """The probability that the model gave to the tokens of each instance.
 
     A byte-level token has a symbol for each byte, so its place in the text is known without
-    encoding the text anew, which might cut it otherwise than the model wrote it.
+    encoding the text anew, which might cut it otherwise than the model wrote it. The bytes are
+    decoded as the tokenizer does: those that are no UTF-8 become a character too.
     """
     special, symbols = set(tokenizer.all_special_ids), tokenizer.convert_ids_to_tokens(ids)
-    sizes = [0 if i in special else len(symbol) for i, symbol in zip(ids.tolist(), symbols)]
-    ends = np.cumsum(sizes)
-    scores = []
-    for instance in completion.instances:
-        start, stop = (len(text[:place].encode()) for place in instance.span)
-        inside = (ends > start) & (ends - sizes < stop)
-        scores.append(math.exp(logprobs[torch.from_numpy(inside)].sum().item()))
-    return scores
+    byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
+    decoder, ends = codecs.getincrementaldecoder("utf-8")(errors="replace"), [0]
+    for i, token in zip(ids.tolist(), symbols):
+        written = b"" if i in special else bytes(byte_of[symbol] for symbol in token)
+        ends.append(ends[-1] + len(decoder.decode(written)))
+    starts, ends = np.array(ends[:-1]), np.array(ends[1:])
+    spans = [instance.span for instance in completion.instances]
+    inside = [torch.from_numpy((ends > start) & (starts < stop)) for start, stop in spans]
+    return [math.exp(logprobs[tokens].sum().item()) for tokens in inside]
 
 
 def summarise(rows: list[dict]) -> dict:
@@ -1092,8 +1249,8 @@ def predict(config: PredictConfig) -> None:
     hicodet.require_images(samples)
     examples = Examples(config.model, samples, **config.prompt_switches())
     if config.dry_run:
-        return ranks.print(describe(examples[0], examples))
-    folder = claim_folder(config, ranks)
+        return ranks.print(describe(examples[0], examples, reward_options(config)))
+    folder, lock = claim_folder(config, examples, ranks)  # locked until this function ends
     parts = sorted(folder.glob("part-*.jsonl"))
     stored = {row["index"]: row for part in parts for row in read_rows(part)}
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
@@ -1111,19 +1268,26 @@ def predict(config: PredictConfig) -> None:
             mine.append(row)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     rows, seconds = [stored[index] for index in range(len(samples))], time.perf_counter() - started
-    tokens = sum(stored[index]["length"] for index in todo)
-    rate = {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    if ranks.rank == 0:
-        write_json(folder / "summary.json", summarise(rows) | rate)
+    summary = summarise(rows)
+    if todo:
+        tokens = sum(stored[index]["length"] for index in todo)
+        summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    if ranks.rank == 0 and (todo or not (folder / "predictions.jsonl").exists()):
+        write_json(folder / "summary.json", summary)
         lines = "".join(json.dumps(row["line"]) + "\n" for row in rows)
         write_aside(folder / "predictions.jsonl", lines)
-    ranks.print(json.dumps(summarise(rows) | rate, indent=2))
+    ranks.print(json.dumps(summary, indent=2))
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The whole lines of a part of the predictions; a crash may have cut the last one."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The whole lines of a JSON lines file of a run; a crash may have cut the last one."""
+    rows = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        try:
+            rows += [json.loads(line)] if line.endswith("\n") else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}; remove the line") from None
+    return rows
 
 
 def demo(config: DemoConfig) -> None:
@@ -1139,8 +1303,8 @@ def main(config) -> None:
     try:
         stages[type(config)](config)
     except (ValueError, OSError) as error:
-        origin = traceback.extract_tb(error.__traceback__)[-1].filename
-        if Path(origin).parent != Path(__file__).parent:
+        origin, root = traceback.extract_tb(error.__traceback__)[-1].filename, Path(__file__).parent
+        if Path(origin).parent not in (root, root / "tests"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 import grpo
+import hicodet
 import hoi_r1
 from tests import bench_cpu
 from tests.bench_models import (
@@ -286,14 +287,16 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     stepper = hoi_r1.Stepper(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
     examples = BenchExamples(size)
     trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)
+    name, hois = "random.jpg", bench_cpu.HOIS
+    sample = hicodet.Sample(name, Path(name), 640, 480, hois, (), frozenset())
     batch = [
-        hoi_r1.Example(None, prompt, (640, 480), bench_cpu.HOIS, None)
+        hoi_r1.Example(sample, prompt, (640, 480), hois, None)
         for prompt in random_prompts(replica, size, size.prompts)
     ]
     logged = {}
 
     def ours():
-        logged.update(trainer.update(0, batch, [1.0] * len(batch), 1e-6))
+        logged.update(trainer.update(0, batch, [1.0] * len(batch), 1e-6)[0])
 
     def baseline():
         separate_step(policy, replica, reference, [e.prompt for e in batch], size)
@@ -370,6 +373,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--no-baseline", action="store_true", help="ours only")
     parser.add_argument("--json", type=Path, help="file for the figures")
     args = parser.parse_args(argv)
+    if args.repeats < 1:
+        parser.error(f"--repeats {args.repeats}: must be at least 1")
     if args.model_size != "tiny" and not torch.cuda.is_available():
         parser.error("--model-size 3b needs a GPU, and torch finds none here")
     runs = Runs(args.repeats, not args.no_baseline)

@@ -5,6 +5,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -29,34 +30,42 @@ def run_demo(
     out, started = Path(out).resolve(), time.perf_counter()
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or choose another --out")
-    command(f"-m tests.toy {out} --train {train_images} --test {test_images} --seed {seed}")
-    command(f"teacher.py --backend template --data {out}/data --out {out}/traces.jsonl")
-    common = f"--data {out}/data --no-task-description --workers 1 --seed {seed}"
+    images = f"--train {train_images} --test {test_images}"
+    command(f"-m tests.toy {{out}} {images} --seed {seed}", out=out)
+    command("teacher.py --backend template --data {out}/data --out {out}/traces.jsonl", out=out)
+    common = f"--data {{out}}/data --no-task-description --workers 1 --seed {seed}"
     stages = {
-        "sft": f"--traces {out}/traces.jsonl --max-steps {sft_steps}",
+        "sft": f"--traces {{out}}/traces.jsonl --max-steps {sft_steps}",
         "grpo": f"--max-steps {grpo_steps}",
     }
     model = out / "model"
     for name in ("untrained", *stages):
         if name in stages:
             flags = f"{common} {RECIPE[name]} {stages[name]} --no-gradient-checkpointing"
-            command(f"hoi_r1.py {name} --model {model} --out {out}/{name} {flags}")
+            command(
+                f"hoi_r1.py {name} --model {{model}} --out {{out}}/{name} {flags}",
+                model=model, out=out)
             model = out / name / "model"
         test = out / f"test_{name}"
-        command(f"hoi_r1.py predict --model {model} {common} --out {test} --max-new-tokens 64")
-        scored = f"{test}/predictions.jsonl --data {out}/data --classes present"
-        command(f"evaluate.py {scored} --json {test}/map.json")
+        command(
+            f"hoi_r1.py predict --model {{model}} {common} --out {{test}} --max-new-tokens 64",
+            model=model, out=out, test=test)
+        command(
+            "evaluate.py {test}/predictions.jsonl --data {out}/data --classes present "
+            "--json {test}/map.json", out=out, test=test)
     print(table(out, ("untrained", *stages)))
     draw(out, stages, count=6)
     print(f"\npictures: {out / 'pictures'}\n{(time.perf_counter() - started) / 60:.1f} minutes")
 
 
-def command(line: str) -> None:
-    """Show and run one of the project's programs."""
-    print(f"\n$ python {line}", flush=True)
+def command(line: str, **paths: Path) -> None:
+    """Show and run one of the project's programs; exits if it fails, as it has said why."""
+    words = [word.format(**paths) for word in line.split()]  # paths may hold spaces
+    print(f"\n$ python {shlex.join(words)}", flush=True)
     # a million weights are too few to share: on a busy machine two threads wait for each other
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    subprocess.run([sys.executable, *line.split()], cwd=ROOT, env=environment, check=True)
+    if code := subprocess.run([sys.executable, *words], cwd=ROOT, env=environment).returncode:
+        sys.exit(f"the demo stopped at: python {shlex.join(words)} (exit status {code})")
 
 
 def table(out: Path, names) -> str:

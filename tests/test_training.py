@@ -50,10 +50,11 @@ def test_sft_resumes_bit_for_bit(folder, tmp_path):
     """4 steps at once equal 3 steps, a crash after the checkpoint of step 2, and the rest."""
     log = hoi_r1.Run.log
 
-    def crash(run, step, values):
-        log(run, step, values)
+    def crash(run, name, step, values):
+        log(run, name, step, values)
         if step == 3:
-            run.metrics.open("a").write('{"step": 4, "lo')
+            with open(run.folder / "metrics.jsonl", "a") as file:
+                file.write('{"step": 4, "lo')
             raise KeyboardInterrupt
 
     options = {"max_steps": 4, "save_every": 2}
@@ -77,6 +78,12 @@ def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
 
     options = {"save_every": 1, "updates_per_batch": 2}
     assert_resumes_bit_for_bit("grpo", "save", crash, folder, tmp_path, **options)
+    rollouts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("whole", "cut")]
+    assert rollouts[0] == rollouts[1]
+    rows = [json.loads(line) for line in rollouts[0].splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(len(row["completions"]) == 4 for row in rows)
+    assert all(one["total"] > 0 and one["text"] for row in rows for one in row["completions"])
 
 
 def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
@@ -200,7 +207,7 @@ def test_weights_in_pickles_are_refused(folder, tmp_path):
     state = load_file(tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match="safetensors"):
         hoi_r1.load_model(str(tmp_path / "model"), torch.device("cpu"))
     save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     hoi_r1.load_model(str(tmp_path / "model"), torch.device("cpu"))

@@ -1,0 +1,248 @@
+"""hoi_r1.py: what a user gets wrong is one line that names it, and nothing of theirs is lost."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import hicodet
+import hoi_r1
+from tests.runs import config_of, metrics
+
+ROOT = Path(hoi_r1.__file__).parent
+
+
+def refusal(config, capsys) -> str:
+    """The one line that a refused run prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        hoi_r1.main(config)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("error: ") and not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+# The folder of a run
+
+
+def test_a_folder_with_other_files_is_left_alone(folder, tmp_path, capsys):
+    """--out one level too high would replace the model that is trained from."""
+    shutil.copytree(folder / "model", tmp_path / "mine" / "model")
+    before = sorted(path.name for path in (tmp_path / "mine" / "model").iterdir())
+    for resume in (False, True):
+        for out in ("mine", "mine/model"):
+            model = str(tmp_path / "mine" / "model")
+            config = config_of("sft", folder, tmp_path / out, model=model, resume=resume)
+            assert str(tmp_path / out) in refusal(config, capsys)
+    assert sorted(path.name for path in (tmp_path / "mine" / "model").iterdir()) == before
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["model"]
+
+
+def test_a_folder_is_written_by_one_process(folder, tmp_path, capsys):
+    config = config_of("sft", folder, tmp_path / "run", max_steps=1)
+    hoi_r1.main(config)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import fcntl, sys; file = open(sys.argv[1]); "
+         "fcntl.flock(file, fcntl.LOCK_EX); print('locked', flush=True); input()",
+         str(tmp_path / "run" / "run.lock")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout.readline() == b"locked\n"
+        for other in (config, replace(config, resume=True)):
+            assert "another process is writing there" in refusal(other, capsys)
+    finally:
+        holder.kill()
+        holder.wait()
+    hoi_r1.main(replace(config, resume=True))
+
+
+def test_a_run_that_failed_before_its_first_result_can_be_begun_again(folder, tmp_path, capsys):
+    broken = tmp_path / "model"
+    shutil.copytree(folder / "model", broken)
+    (broken / "model.safetensors").write_bytes(b"cut")
+    for stage in ("sft", "predict"):
+        config = config_of(stage, folder, tmp_path / stage, model=str(broken))
+        assert f"--model {broken}: no weights" in refusal(config, capsys)
+        good = {"max_steps": 1} if stage == "sft" else {"limit": 1, "max_new_tokens": 2}
+        hoi_r1.main(config_of(stage, folder, tmp_path / stage, **good))
+
+
+def test_a_resumed_run_has_the_same_data_and_traces(folder, tmp_path, capsys):
+    """Paths may change, what is in the files not: it decides the order of images and the rates."""
+    lines = (folder / "traces.jsonl").read_text().splitlines(keepends=True)
+    traces = tmp_path / "traces.jsonl"
+    traces.write_text("".join(lines[:5]))
+    options = {"max_steps": 2, "save_every": 1}
+    config = config_of("sft", folder, tmp_path / "run", traces=str(traces), **options)
+    hoi_r1.main(config)
+    traces.write_text("".join(lines))
+    found = refusal(replace(config, resume=True), capsys)
+    assert "examples = '5 images, " in found and f"not '{len(lines)} images, " in found
+    traces.write_text("".join(lines[:4]) + lines[4].replace("person", "human"))
+    assert "the run has examples" in refusal(replace(config, resume=True), capsys)
+    (tmp_path / "moved.jsonl").write_text("".join(lines[:5]))
+    shutil.copytree(folder / "data", tmp_path / "data")
+    moved = {"traces": str(tmp_path / "moved.jsonl"), "data": str(tmp_path / "data")}
+    relative = os.path.relpath(config.model) + "/"
+    hoi_r1.main(replace(config, resume=True, model=relative, **moved))
+
+
+# What --resume may change, and why nothing else; `dry_run` and `out` go without saying.
+FREE = {
+    *("resume", "out", "data", "traces", "workers", "dry_run", "save_every", "slots"),
+    *("tokens_per_microbatch", "gradient_checkpointing"),
+    *("eval_every", "eval_images", "eval_max_new_tokens"),
+}
+
+
+def test_a_resumed_run_is_told_the_same(folder, tmp_path, capsys):
+    for stage in ("sft", "grpo", "predict"):
+        config = config_of(stage, folder, tmp_path / stage)
+        (tmp_path / stage).mkdir()
+        stored = json.loads(json.dumps(vars(config)))
+        for name in ("run.lock", "metrics.jsonl"):
+            (tmp_path / stage / name).write_text("")
+        for name in stored.keys() - FREE - {"examples"}:
+            changed = stored | {name: "something else"}
+            (tmp_path / stage / "config.json").write_text(json.dumps(changed))
+            found = refusal(replace(config, resume=True), capsys)
+            assert re.search(rf"the run has ({name} = 'something else'|examples = None)", found)
+
+
+def test_a_damaged_run_says_what_to_remove(folder, tmp_path, capsys):
+    options = {"max_steps": 2, "save_every": 1}
+    config = config_of("sft", folder, tmp_path / "run", **options)
+    hoi_r1.main(config)
+    again = replace(config, resume=True)
+    checkpoint = tmp_path / "run" / "checkpoint-000002"
+    part = next(checkpoint.glob("*.distcp"))
+    whole = part.read_bytes()
+    part.write_bytes(whole[:100])
+    assert f"{checkpoint} cannot be read" in refusal(again, capsys)
+    part.write_bytes(whole)
+    log = tmp_path / "run" / "metrics.jsonl"
+    lines = log.read_text()
+    log.write_text("{]\n" + lines)
+    assert f"{log}, line 1" in refusal(again, capsys)
+    log.write_text(lines)
+    (tmp_path / "run" / "config.json").write_text('{"model"')
+    assert "config.json is damaged" in refusal(again, capsys)
+
+
+def test_a_folder_that_cannot_be_made_is_named(folder, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for out in ("file", "file/run"):
+        found = refusal(config_of("sft", folder, tmp_path / out), capsys)
+        assert f"--out {tmp_path / out}: " in found
+
+
+# The model
+
+
+def spoil_config(model: Path, **changes) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def drop_weights(model: Path) -> None:
+    state = load_file(model / "model.safetensors")
+    kept = {name: value for name, value in state.items() if "visual" not in name}
+    save_file(kept, model / "model.safetensors", {"format": "pt"})
+
+
+SPOILT_MODELS = {
+    "no tokenizer|no <|im_end|>": lambda m: [p.unlink() for p in m.glob("token*")],
+    "no image processor": lambda m: (m / "preprocessor_config.json").unlink(),
+    "no configuration": lambda m: (m / "config.json").unlink(),
+    "a qwen2_vl": lambda m: spoil_config(m, model_type="qwen2_vl"),
+    "chat template": lambda m: (m / "chat_template.jinja").unlink(),
+    "placeholders": lambda m: (m / "chat_template.jinja").write_text("no image here"),
+    "no weights": lambda m: (m / "model.safetensors").unlink(),
+    "weights are missing": drop_weights,
+}
+
+
+@pytest.mark.parametrize("message", SPOILT_MODELS)
+def test_a_spoilt_model_is_refused(message, folder, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    SPOILT_MODELS[message](model)
+    config = config_of("predict", folder, tmp_path / "test", model=str(model), limit=1)
+    found = refusal(config, capsys)
+    assert any(part in found for part in message.split("|", 1)), found
+    assert "placeholders" in message or str(model) in found
+
+
+def test_the_folder_above_the_model_is_told_from_it(folder, tmp_path, capsys):
+    found = refusal(config_of("predict", folder, tmp_path / "x", model=str(folder)), capsys)
+    assert f"is {folder / 'model'} meant?" in found
+
+
+# Images, numbers
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cut_image_is_one_line(workers, folder, tmp_path, capsys):
+    shutil.copytree(folder / "data", tmp_path / "data")
+    image = hicodet.load_split(tmp_path / "data", "test")[1].path
+    image.write_bytes(image.read_bytes()[:-300])
+    config = config_of(
+        "predict", folder, tmp_path / "out", data=str(tmp_path / "data"), workers=workers,
+        max_new_tokens=2)
+    assert f"{image}: not a readable image" in refusal(config, capsys)
+
+
+def test_numbers_are_within_bounds(capsys):
+    run = "--model m --data d --out o"
+    bad = {
+        f"sft {run}": [
+            "--max-grad-norm -1", "--max-grad-norm 0", "--learning-rate inf", "--adam-beta2 1",
+            "--adam-beta2 -0.1", "--weight-decay -1", "--weight-decay nan"],
+        f"grpo {run}": ["--kl-coef inf", "--clip-eps nan", "--temperature inf"],
+        "demo": ["--train-images 0", "--test-images -1", "--sft-steps 0", "--grpo-steps 0",
+                 "--seed -1"],
+    }
+    for stage, flags in bad.items():
+        for flag in flags:
+            with pytest.raises(SystemExit):
+                hoi_r1.parse_config([*stage.split(), *flag.split()])
+            assert f"{flag.split()[0]} " in capsys.readouterr().err
+
+
+def test_under_torchrun_one_rank_says_why(folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    line = f"sft --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl"
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "hoi_r1.py",
+         *line.split(), "--no-task-description", "--out", str(tmp_path / "run")],
+        cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode and run.stderr.count("error: --out") == 1
+    assert "holds files that are not of a run" in run.stderr
+    assert 'hoi_r1.py", line' not in run.stderr
+
+
+def test_what_is_not_finite_is_null_in_the_log(folder, tmp_path):
+    """JSON has no NaN: other readers than Python's stop at it."""
+    config = config_of("sft", folder, tmp_path / "run", max_steps=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hoi_r1, "sft_loss", lambda *arguments: arguments[0].sum() * float("nan"))
+        hoi_r1.main(config)
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    (row,) = metrics(tmp_path / "run")
+    assert row["loss"] is None and row["skipped"]
+
+
+def test_the_first_sample_is_drawn_as_the_model_sees_it(folder, tmp_path):
+    from PIL import Image
+
+    hoi_r1.main(config_of("sft", folder, tmp_path / "run", max_steps=1))
+    with Image.open(tmp_path / "run" / "first_sample.png") as picture:
+        assert min(picture.size) >= 480
