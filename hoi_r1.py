@@ -94,7 +94,7 @@ class TrainConfig(RunConfig):
     tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory", 1)
     gradient_checkpointing: bool = option(True, "slower, takes far less memory")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
-    eval_every: int = option(0, "steps between evaluations on held-out images; 0: none", least=0)
+    eval_every: int = option(0, "steps between evaluations on test images; 0: none", least=0)
     eval_images: int = option(200, "test images, from the first, that an evaluation takes", least=1)
     eval_max_new_tokens: int = option(2048, "longest completion in an evaluation", least=1)
 
