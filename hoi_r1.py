@@ -1093,7 +1093,7 @@ def picture(example: Example) -> Image.Image:
     """The image as large as the model sees it, with the boxes that text and rewards speak of."""
     image = read_image(example.sample).resize(example.model_size, Image.Resampling.BICUBIC)
     width, height = example.model_size
-    caption = f"{example.sample.file_name} as the model sees it, {width} x {height}"
+    caption = f"{example.sample.file_name}, seen as {width} x {height}"
     return hicodet.draw_hois(image, example.hois, caption=caption)
 
 

@@ -98,8 +98,12 @@ def draw(out: Path, names, count: int) -> None:
                 hicodet.HOI(i["human"], i["object"], i["object_class"], tuple(i["verbs"]))
                 for i in json.loads(line)["instances"]
             ]
+        captions = [name if hois else f"{name}: no instance" for name, hois in panels.items()]
         with Image.open(sample.path) as image:
-            drawn = [hicodet.draw_hois(image, h, caption=name) for name, h in panels.items()]
+            drawn = [
+                hicodet.draw_hois(image, hois, caption=caption)
+                for hois, caption in zip(panels.values(), captions)
+            ]
         side_by_side(drawn).save(out / "pictures" / f"{Path(sample.file_name).stem}.png")
 
 
