@@ -39,14 +39,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hicodet import OBJECTS, PAIRS, VERBS, Sample, load_split, training_counts
+from hicodet import HOI_IDS, OBJECTS, PAIRS, VERBS, Sample, load_split, training_counts
 
 MIN_IOU = 0.5  # Sec. 4.1
 RARE_BELOW = 10  # training pairs; fewer make a class rare
 # Not the decimals: 3 * 0.1 lies one ulp above 0.3, so a recall of 3/10 does not reach it.
 RECALL_GRID = tuple(k * 0.1 for k in range(11))
-
-HOI_IDS = {pair: hoi_id for hoi_id, pair in enumerate(PAIRS)}
 
 
 class Pairs(NamedTuple):

@@ -211,31 +211,18 @@ class GroupLayout:
 def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
     """One group, (1, heads, S + C_1 + .. + C_G, D): the prompt causal, completions over both."""
 
-    def attend(q, k, v, **mask):
-        gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, scale=scaling, enable_gqa=gqa, **mask)
+    def attend(q, k, v):
+        # the last token of a sequence sees all keys, each one before it one less
+        mask, gqa = causal_lower_right(q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=gqa)
 
-    if len(completion_lengths) <= 1:  # with one completion or none the group is an ordinary row
-        return attend(q, k, v, is_causal=True)
     # split, not sliced: backward of each slice would fill a whole row with zeros
-    lengths = (prompt_length, sum(completion_lengths))
-    (q_prompt, q), (k_prompt, k), (v_prompt, v) = (x.split(lengths, dim=2) for x in (q, k, v))
-    prompt = attend(q_prompt, k_prompt, v_prompt, is_causal=True)[0]
-    # (G, heads, C, D)
-    q, k, v = (_stack_padded(x[0], completion_lengths) for x in (q, k, v))
-    k = torch.cat([k_prompt.expand(len(k), -1, -1, -1), k], dim=2)
-    v = torch.cat([v_prompt.expand(len(v), -1, -1, -1), v], dim=2)
-    # token i of a completion sees the first S + i + 1 keys, so the padding behind them stays unseen
-    own = attend(q, k, v, attn_mask=causal_lower_right(q.shape[2], k.shape[2]))
-    return torch.cat([prompt, *(o[:, :n] for o, n in zip(own, completion_lengths))], dim=1)[None]
-
-
-def _stack_padded(rows: Tensor, lengths: tuple[int, ...]) -> Tensor:
-    """(heads, C_1 + .. + C_G, D) -> (G, heads, longest C, D), zeros behind the shorter ones."""
-    if len(set(lengths)) == 1:
-        return rows.unflatten(1, (len(lengths), -1)).transpose(0, 1)
-    cut, longest = rows.split(lengths, dim=1), max(lengths)
-    return torch.stack([F.pad(row, (0, 0, 0, longest - row.shape[1])) for row in cut])
+    lengths = (prompt_length, *completion_lengths)
+    (q, *own_q), (k, *own_k), (v, *own_v) = (x.split(lengths, dim=2) for x in (q, k, v))
+    outputs = [attend(q, k, v)]
+    for q, *own in zip(own_q, own_k, own_v):
+        outputs.append(attend(q, *(torch.cat(pair, dim=2) for pair in zip((k, v), own))))
+    return torch.cat(outputs, dim=2)
 
 
 def _group_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -252,7 +239,7 @@ def _window_attention(
     """The vision tower's attention within windows or images, which follow each other in a row.
 
     query, key, value: (1, H, L, D). cu_seq_lens_q: (windows + 1,), where each begins and the last
-    ends. The library's own way with SDPA is a call for each window, some 40 an image and layer.
+    ends. The library's own way with SDPA is a call for each window, some 27 an image and layer.
     """
     if _has_flash(query):  # with 16 images 0.3 of the time of the way below
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
@@ -317,7 +304,7 @@ def pack(model: nn.Module, prompts: list[Prompt], completions: list[list[Tensor]
 
     Every completion's positions restart at max(prompt position) + 1, as if it alone followed.
     """
-    ids, positions, sources = [], [], [torch.zeros(0, dtype=torch.long)]
+    ids, positions, sources, empty = [], [], [], torch.zeros(0, dtype=torch.long)
     start = 0
     for prompt, group in zip(prompts, completions, strict=True):
         at_prompt = prompt_positions(model, prompt)
@@ -341,8 +328,8 @@ def pack(model: nn.Module, prompts: list[Prompt], completions: list[list[Tensor]
         pixel_values=_on_device([prompt.pixel_values for prompt in prompts], device),
         image_grid_thw=torch.cat([prompt.image_grid_thw for prompt in prompts]).to(device),
         layout=GroupLayout(tuple(len(p.prompt_ids) for p in prompts), lengths, device),
-        predicted_from=torch.cat(sources).to(device),
-        completion_ids=torch.cat([sources[0], *flat]).to(device),
+        predicted_from=torch.cat([empty, *sources]).to(device),
+        completion_ids=torch.cat([empty, *flat]).to(device),
         completion_mask=mask_from_lengths(torch.tensor(sum(lengths, ()))).to(device),
     )
 
@@ -542,7 +529,7 @@ class _Pieces:
     """
 
     def __init__(self, lengths: Tensor, room: int, queries: int):
-        """lengths: (N,), filled of each row's `room` keys. queries: of a row."""
+        """lengths: (rows,), filled of each row's `room` keys. queries: of a row."""
         rows, self.queries = len(lengths), queries
         self.count = -(-room // PIECE)
         row = torch.arange(rows, device=lengths.device)[:, None]
@@ -554,9 +541,10 @@ class _Pieces:
         self.empty = (starts[:, 1:] == starts[:, :-1])[..., None]
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float):
-        """q: (N, R, D). keys, values: (N, room, D).
+        """q: (rows, queries, D). keys, values: (rows, room, D).
 
-        Returns (N, pieces, R, D) and log-sum-exps (N, pieces, R) fp32, -inf for an empty piece.
+        Returns (rows, pieces, queries, D) and log-sum-exps (rows, pieces, queries) fp32, -inf for
+        an empty piece.
         """
         q = q[:, None].expand(-1, self.count, -1, -1)
         outputs, lse = varlen_attn(

@@ -3,7 +3,7 @@
 Follows Sec. 3.1 (prompt of Fig. 4, answers as JSON text) and Sec. 4.2 (merging) of the paper.
 
 1. Boxes are (x1, y1, x2, y2). The official files count pixels from 1; the loader subtracts 1,
-   once. Text speaks the model frame, pixels of the image after smart_resize, in integers.
+   once. Text speaks the model frame, pixels of the resized image, in integers.
 2. HICO-DET annotates every HOI class on its own, so one person-object pair comes back with other
    boxes for each verb. merge_pairs joins such pairs by overlap; see there for the rule.
 3. Entries marked `invis` have no boxes: they are no ground truth, but their image belongs to the
@@ -120,7 +120,7 @@ PAIRS = tuple(
     for name, verbs in (line.split(": ") for line in INTERACTIONS.splitlines())
     for verb in verbs.split(", ")
 )  # (verb, object class) at index hoi_id, which counts from 0
-_KNOWN_PAIRS = frozenset(PAIRS)
+HOI_IDS = {pair: hoi_id for hoi_id, pair in enumerate(PAIRS)}
 VERBS = tuple(sorted({verb for verb, _ in PAIRS}))  # HICO's order is the alphabet's
 
 # COCO's order, in which Fig. 4 lists the object classes.
@@ -447,28 +447,6 @@ def merge_pairs(pairs: Iterable[Pair]) -> tuple[HOI, ...]:
     return tuple(HOI(first.human, first.object, c, tuple(verbs)) for first, c, verbs in merged)
 
 
-def smart_resize(
-    height: int, width: int, factor: int, min_pixels: int, max_pixels: int
-) -> tuple[int, int]:
-    """(height, width) that Qwen2-VL's image processor gives an image: multiples of `factor`.
-
-    `factor` is patch size times merge size, 28 for Qwen2.5-VL. Raises ValueError if one side is
-    more than 200 times the other, as the processor does.
-    """
-    if max(height, width) / min(height, width) > 200:
-        raise ValueError(f"image of {width} x {height}: one side is over 200 times the other")
-    new_height, new_width = round(height / factor) * factor, round(width / factor) * factor
-    if new_height * new_width > max_pixels:
-        shrink = math.sqrt((height * width) / max_pixels)
-        new_height = max(factor, math.floor(height / shrink / factor) * factor)
-        new_width = max(factor, math.floor(width / shrink / factor) * factor)
-    elif new_height * new_width < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
-        new_height = math.ceil(height * grow / factor) * factor
-        new_width = math.ceil(width * grow / factor) * factor
-    return new_height, new_width
-
-
 def to_model_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int, int]) -> Box:
     """A box of the original image in the resized image; sizes are (width, height); unrounded."""
     x, y = model_size[0] / image_size[0], model_size[1] / image_size[1]
@@ -542,6 +520,10 @@ class Prediction:
     verbs: tuple[str, ...]  # split at commas, stripped, empties dropped, repeats kept
     key_count: int  # keys as written, repeats counted (Eq. 12)
     span: tuple[int, int]  # its characters in the text
+
+    @property
+    def has_boxes(self) -> bool:
+        return self.human is not None and self.object is not None
 
 
 @dataclass(frozen=True)
@@ -653,8 +635,8 @@ def predicted_instances(
     kept = []
     for instance, score in zip(completion.instances, scores, strict=True):
         pairs = ((verb, instance.object_class) for verb in dict.fromkeys(instance.verbs))
-        verbs = [pair[0] for pair in pairs if pair in _KNOWN_PAIRS]
-        if verbs and instance.human is not None and instance.object is not None:
+        verbs = [pair[0] for pair in pairs if pair in HOI_IDS]
+        if verbs and instance.has_boxes:
             kept.append(
                 {
                     "human": list(to_image_frame(instance.human, image_size, model_size)),

@@ -42,7 +42,7 @@ import teacher
 
 
 def option(default, text: str, least: float | None = None, below: float = math.inf):
-    """A dataclass field that `add_options` turns into a flag with this help and these bounds."""
+    """A field of a Config, which checks the bounds; `add_options` turns it into a flag."""
     return field(default=default, metadata={"help": text, "least": least, "below": below})
 
 
@@ -91,7 +91,7 @@ class TrainConfig(RunConfig):
     weight_decay: float = option(0.0, "of AdamW", least=0)
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", least=1e-6)
     epochs: int = option(1, "passes over the training images, where --max-steps is 0", least=1)
-    tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory", 1)
+    tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory", least=1)
     gradient_checkpointing: bool = option(True, "slower, takes far less memory")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
     eval_every: int = option(0, "steps between evaluations on test images; 0: none", least=0)
@@ -115,7 +115,7 @@ class SFTConfig(TrainConfig):
 class GRPOConfig(TrainConfig):
     """Reinforcement learning (Sec. 3.3)."""
 
-    batch_size: int = option(16, "images of a batch, over all ranks, each with G completions", 1)
+    batch_size: int = option(16, "images of a batch on all ranks, each with G completions", least=1)
     max_steps: int = option(40, "batches; 0: as many as the epochs have", least=0)
     save_every: int = option(10, "steps between checkpoints; 0: only the final model", least=0)
     group_size: int = option(4, "completions of an image, G", least=2)
@@ -412,11 +412,9 @@ class Examples(torch.utils.data.Dataset):
 
 def in_model_frame(hoi: hicodet.HOI, sample: hicodet.Sample, model_size) -> hicodet.HOI:
     """An HOI of the sample with its boxes in the frame that the model sees."""
-    boxes = {
-        name: hicodet.to_model_frame(box, (sample.width, sample.height), model_size)
-        for name, box in (("human", hoi.human), ("object", hoi.object))
-    }
-    return dataclasses.replace(hoi, **boxes)
+    sizes = (sample.width, sample.height), model_size
+    human, obj = (hicodet.to_model_frame(box, *sizes) for box in (hoi.human, hoi.object))
+    return dataclasses.replace(hoi, human=human, object=obj)
 
 
 def read_image(sample: hicodet.Sample) -> Image.Image:
@@ -492,7 +490,7 @@ def from_model(read: Callable, path: str, what: str):
 
 
 def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None):
-    """A Qwen2.5-VL with group attention, in eval mode: pi_old or pi_ref; safetensors only.
+    """A Qwen2.5-VL with group attention, in eval mode; from safetensors only.
 
     Raises ValueError if there are no weights, or not all.
     """
@@ -825,10 +823,9 @@ class GRPOTrainer:
         return found, {"loss": loss, **sums, "grad_norm": self.stepper.step(lr, loss)}
 
 
-def reward_options(config: RunConfig) -> dict:
-    """The readings and ablations of the rewards that a config names; none but GRPO's does."""
-    names = ("duplicate_rule", "without")
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+def reward_options(config: GRPOConfig) -> dict:
+    """The reading and the ablation of the rewards."""
+    return {"duplicate_rule": config.duplicate_rule, "without": config.without}
 
 
 def rollout_metrics(rows: list[dict], group_size: int, seconds: dict[str, float]) -> dict:
@@ -1044,7 +1041,8 @@ def train(config: SFTConfig | GRPOConfig) -> None:
     examples = training_examples(config, ranks)
     judge = Judge(config, ranks) if config.eval_every else None
     if config.dry_run:
-        return ranks.print(describe(examples[0], examples, reward_options(config)))
+        options = {} if is_sft else reward_options(config)
+        return ranks.print(describe(examples[0], examples, options))
     run = Run(config, examples, ranks)
     checkpointing = config.gradient_checkpointing
     policy = load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
@@ -1249,7 +1247,7 @@ def predict(config: PredictConfig) -> None:
     hicodet.require_images(samples)
     examples = Examples(config.model, samples, **config.prompt_switches())
     if config.dry_run:
-        return ranks.print(describe(examples[0], examples, reward_options(config)))
+        return ranks.print(describe(examples[0], examples, {}))
     folder, lock = claim_folder(config, examples, ranks)  # locked until this function ends
     parts = sorted(folder.glob("part-*.jsonl"))
     stored = {row["index"]: row for part in parts for row in read_rows(part)}

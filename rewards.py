@@ -47,11 +47,6 @@ def tag_reward(completion: Completion) -> float:
     return float(completion.has_think)
 
 
-def has_boxes(instance: Prediction) -> bool:
-    """Whether both the human and the object box of `instance` could be read."""
-    return instance.human is not None and instance.object is not None
-
-
 def box_reward(
     instance: Prediction, recorded: Sequence[BoxPair], duplicate_rule: str = "printed"
 ) -> float:
@@ -60,7 +55,7 @@ def box_reward(
     `recorded` is the record of the instances before this one (Eq. 8). A duplicate overlaps a
     recorded pair by IoU > 0.5 in the human or the object box ("printed") or in both ("pair").
     """
-    if not has_boxes(instance):
+    if not instance.has_boxes:
         return 0.0
     combine = DUPLICATE_RULES[duplicate_rule]
     for human, object_ in recorded:
@@ -117,7 +112,7 @@ def format_reward(
     for instance in completion.instances:
         r_b = box_reward(instance, recorded, duplicate_rule)
         recorded = recorded_boxes(recorded, instance, r_b)
-        if has_boxes(instance) and not r_b:
+        if instance.has_boxes and not r_b:
             continue
         total += key_penalty(instance.key_count) * (
             weights["box"] * r_b
@@ -206,7 +201,7 @@ def iou_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
 
     Instances that lack a box take no part. Surplus instances cost nothing here.
     """
-    complete = [instance for instance in instances if has_boxes(instance)]
+    complete = [instance for instance in instances if instance.has_boxes]
     if not hois or not complete:
         return 0.0
     similarity = np.array([[pair_similarity(a, b) for b in hois] for a in complete])

@@ -23,7 +23,7 @@ Stop it whenever you like, kill -9 included, and run the same command again: it 
 is missing. Images without an accepted trace are listed at the end with the reason.
 
 1. The teacher gets the image and the Reasoning Guidance of Fig. 4, as in the paper. The guidance
-   points to the lists of valid classes; --lists sends them along (about 1,900 tokens more), which
+   points to the lists of valid classes; --lists sends them along (about 1,800 tokens more), which
    helps if many traces are rejected for want of an object or a verb.
 2. A trace is accepted if it stands within <think>, ends before --max-tokens, holds no <answer>,
    and passes a plain word check of the four questions (`unanswered`).

@@ -7,15 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from scipy.io import savemat
 
 import hicodet
 from hicodet import HOI, Pair
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-HICO_DET, QWEN = SHARED / "hico_det", SHARED / "qwen2.5-vl"
-QWEN_PIXELS = {"factor": 28, "min_pixels": 3136, "max_pixels": 12845056}
+HICO_DET = SHARED / "hico_det"
 HOLD_BICYCLE, RIDE_BICYCLE, SIT_ON_BICYCLE, RIDE_HORSE = map(
     hicodet.PAIRS.index,
     [("hold", "bicycle"), ("ride", "bicycle"), ("sit on", "bicycle"), ("ride", "horse")],
@@ -300,31 +298,9 @@ def test_merging_prefers_the_best_overlap_and_then_the_earliest():
     assert [hoi.verbs for hoi in hicodet.merge_pairs(same)] == [("ride", "sit on"), ("ride",)]
 
 
-def test_smart_resize_equals_the_image_processor():
-    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
-
-    rng = random.Random()
-    for _ in range(2000):
-        height, width = (round(2 ** rng.uniform(0, 12.5)) for _ in range(2))
-        low = rng.choice([3136, 28 * 28, rng.randrange(784, 400_000)])
-        high = low + rng.randrange(0, 2_000_000)
-        arguments = height, width, rng.choice([28, 28, 14, 32]), low, high
-        if max(height, width) / min(height, width) > 200:
-            with pytest.raises(ValueError, match=f"{width} x {height}.*200 times"):
-                hicodet.smart_resize(*arguments)
-        else:
-            assert hicodet.smart_resize(*arguments) == reference.smart_resize(*arguments), arguments
-    processor = reference.Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=100_000)
-    for width, height in ((640, 427), (30, 500), (9, 9), (1000, 20)):
-        grid = processor(Image.new("RGB", (width, height)))["image_grid_thw"][0].tolist()
-        size = hicodet.smart_resize(height, width, 28, 3136, 100_000)
-        assert size == (grid[1] * 14, grid[2] * 14)
-
-
 def test_frames():
     # 640 x 427 becomes 644 x 420: x times 644 / 640, y times 420 / 427.
     size, model = (640, 427), (644, 420)
-    assert hicodet.smart_resize(427, 640, **QWEN_PIXELS) == (420, 644)
     there = hicodet.to_model_frame((320, 305, 640, 427), size, model)
     assert there == pytest.approx((322, 300, 644, 420))
     assert hicodet.to_image_frame(there, size, model) == pytest.approx((320, 305, 639, 426))

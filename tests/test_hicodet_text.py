@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image, ImageChops
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import evaluate
 import hicodet
+import hoi_r1
 from hicodet import HOI
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -76,14 +78,8 @@ def test_prompt_and_answers_in_real_tokens(tokenizer, real_samples):
 
 def in_model_frame(sample):
     """The sample's instances and the (width, height) that they are written for."""
-    size = sample.width, sample.height
-    model = hicodet.smart_resize(sample.height, sample.width, **QWEN_PIXELS)[::-1]
-    to_model = hicodet.to_model_frame
-    return [
-        HOI(to_model(hoi.human, size, model), to_model(hoi.object, size, model),
-            hoi.object_class, hoi.verbs)
-        for hoi in sample.hois
-    ], model  # fmt: skip
+    model = smart_resize(sample.height, sample.width, **QWEN_PIXELS)[::-1]
+    return [hoi_r1.in_model_frame(hoi, sample, model) for hoi in sample.hois], model
 
 
 def rounded(box):
