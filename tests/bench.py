@@ -152,7 +152,7 @@ def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
     group = 4
     model = random_model(size, device, hoi_r1.compute_dtype(device)).train()
     prompts = random_prompts(model, size, 1)
-    completions = random_completions(model, 1, group, size.trained)
+    completions = random_completions(1, group, size.trained)
     advantages = torch.randn(group, 1, device=device)
     gradients = {"ours": [], "baseline": []}
 

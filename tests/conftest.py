@@ -1,13 +1,11 @@
 """Settings of all tests, made before torch is imported, and what several of them share."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
 import hicodet
-import teacher
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, and two ranks fit on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a hub
@@ -32,15 +30,12 @@ def real_samples():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The toy data, a tiny model and traces, as the demo has them but smaller."""
-    from tests import toy  # torch, which must not be imported before the settings above
+    from tests import runs, toy  # torch, which must not be imported before the settings above
 
     folder = tmp_path_factory.mktemp("toy")
     toy.main([str(folder), "--train", "24", "--test", "6"])
     toy.tiny_model(3).save_pretrained(folder / "model")
-    with (folder / "traces.jsonl").open("w") as file:
-        for sample in hicodet.load_split(folder / "data", "train")[:20]:
-            think = teacher.template_trace(sample.hois)
-            file.write(json.dumps({"file_name": sample.file_name, "think": think}) + "\n")
+    runs.write_traces(folder, 20)
     return folder
 
 

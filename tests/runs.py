@@ -5,7 +5,16 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+import hicodet
 import hoi_r1
+import teacher
+
+
+def write_traces(folder, count=None):
+    """traces.jsonl from the ground truth of the first `count` training images."""
+    samples = hicodet.load_split(folder / "data", "train")[:count]
+    rows = [{"file_name": s.file_name, "think": teacher.template_trace(s.hois)} for s in samples]
+    (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def config_of(stage, folder, out, **changes):

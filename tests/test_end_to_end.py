@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 import hicodet
 import hoi_r1
-import teacher
 from tests import toy
+from tests.runs import write_traces
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--no-task-description", "--workers", "0"]
@@ -40,10 +40,7 @@ def folder(tmp_path_factory):
     """Toy data, traces, and a model that has learned to write the tags and little else."""
     folder = tmp_path_factory.mktemp("toy")
     toy.main([str(folder), "--train", "7", "--test", "5"])
-    with (folder / "traces.jsonl").open("w") as file:
-        for sample in hicodet.load_split(folder / "data", "train"):
-            think = teacher.template_trace(sample.hois)
-            file.write(json.dumps({"file_name": sample.file_name, "think": think}) + "\n")
+    write_traces(folder)
     stage(*sft_flags(folder, folder / "model", "sft"), "--max-steps", 25)
     return folder
 

@@ -9,8 +9,8 @@ import pytest
 
 import evaluate
 import hicodet
+from tests.conftest import HICO_DET
 
-HICO_DET = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
 MANY = [100] * 600  # training counts with which no class is rare
 
 RIDE_BICYCLE = hicodet.PAIRS.index(("ride", "bicycle"))
@@ -51,17 +51,13 @@ def bicycle_ap(truth, detections):
 
 
 @pytest.fixture(scope="module")
-def official():
+def official(real_samples):
     """Samples, training counts, detections and the MATLAB code's result for them."""
-    for name in ("anno_bbox.mat", "anno.mat", "dets_c.npz", "expected_c.json"):
-        if not (HICO_DET / name).is_file():
-            pytest.skip(f"the real test annotations are not here: {HICO_DET / name}")
     with np.load(HICO_DET / "dets_c.npz") as file:
         boxes = file["boxes_h"] - 1, file["boxes_o"] - 1  # 1-based there
         detections = evaluate.Pairs(file["hoi"], file["image_index"], *boxes, file["score"])
     expected = json.loads((HICO_DET / "expected_c.json").read_text())
-    samples = hicodet.load_split(HICO_DET, "test")
-    return samples, hicodet.training_counts(HICO_DET), detections, expected
+    return real_samples, hicodet.training_counts(HICO_DET), detections, expected
 
 
 def assert_official(result, expected):
