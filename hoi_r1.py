@@ -91,7 +91,7 @@ class TrainConfig(RunConfig):
     weight_decay: float = option(0.0, "of AdamW", least=0)
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", least=1e-6)
     epochs: int = option(1, "passes over the training images, where --max-steps is 0", least=1)
-    tokens_per_microbatch: int = option(16384, "tokens of a forward; fewer take less memory", least=1)
+    tokens_per_microbatch: int = option(16384, "of a forward; fewer need less memory", least=1)
     gradient_checkpointing: bool = option(True, "slower, takes far less memory")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
     eval_every: int = option(0, "steps between evaluations on test images; 0: none", least=0)
@@ -335,7 +335,7 @@ class Examples(torch.utils.data.Dataset):
         self.image_id = config.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         if END_OF_TURN not in self.tokenizer.get_vocab() or not self.tokenizer.chat_template:
-            raise ValueError(f"--model {model}: its tokenizer lacks {END_OF_TURN} or the template")
+            raise ValueError(f"--model {model}: no tokenizer with {END_OF_TURN} and chat template")
         self.questions = {think: self.question(think, task_description) for think in (True, False)}
 
     def question(self, thinking: bool, task_description: bool) -> Tensor:
@@ -560,7 +560,7 @@ def shard_policy(policy, device: torch.device, *, gradient_checkpointing: bool):
 def refresh(replica, policy) -> None:
     """Copy pi_theta's weights into a replica, in place and parameter by parameter."""
     for copy, parameter in zip(replica.parameters(), policy.parameters(), strict=True):
-        copy.copy_(parameter.full_tensor())
+        copy.copy_(parameter.to(copy.dtype).full_tensor())  # half the traffic where that is bf16
 
 
 class Stepper:
@@ -665,8 +665,8 @@ def sft_update(
         kept = torch.tensor(kept, device=ranks.device)
         loss = sft_loss(policy.token_logprobs(packed), kept, num_tokens)
         (loss * ranks.world).backward()  # FSDP takes the mean over ranks, the loss is a sum
-        loss_sum += loss.item()
-    loss = ranks.sum(loss_sum)
+        loss_sum += loss.detach()
+    loss = ranks.sum(float(loss_sum))  # read here: in the loop Python would wait for the GPU
     norm = stepper.step(lr, loss)
     seconds = time.perf_counter() - started
     tokens = ranks.sum(sum(w * n for w, n in zip(weights, lengths)))
@@ -817,8 +817,9 @@ class GRPOTrainer:
             )
             terms = {name: (term * part.weights).sum() / count for name, term in terms.items()}
             (-terms["objective"] * ranks.world).backward()  # FSDP takes the mean over ranks
-            sums = {name: sums[name] + term.item() for name, term in terms.items()}
-        sums = {name: ranks.sum(value) for name, value in sums.items()}
+            sums = {name: sums[name] + term.detach() for name, term in terms.items()}
+        # read here, not in the loop, where Python would wait for the GPU after each part
+        sums = {name: ranks.sum(float(value)) for name, value in sums.items()}
         loss = -sums.pop("objective")
         return found, {"loss": loss, **sums, "grad_norm": self.stepper.step(lr, loss)}
 

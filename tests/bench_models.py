@@ -83,8 +83,9 @@ def random_model(size: Size, device: torch.device, dtype: torch.dtype):
 
 
 def library_attention(model) -> None:
-    """The model as its users have it: the library's own SDPA."""
+    """The model as its users have it: the library's own SDPA and convolution."""
     model.set_attn_implementation("sdpa")
+    vars(model.model.visual.patch_embed).pop("forward", None)
 
 
 def question_ids(length: int, vocabulary: int) -> Tensor:
@@ -107,7 +108,7 @@ def random_prompts(model, size: Size, count: int) -> list[grpo.Prompt]:
     return [grpo.Prompt(ids, patches, grid) for patches in pixels]
 
 
-def random_completions(model, prompts: int, group_size: int, length: int) -> list[list[Tensor]]:
+def random_completions(prompts: int, group_size: int, length: int) -> list[list[Tensor]]:
     """Random ordinary ids."""
     return [list(torch.randint(ORDINARY, (group_size, length))) for _ in range(prompts)]
 

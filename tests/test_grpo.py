@@ -9,6 +9,7 @@ import torch
 
 import grpo
 import hoi_r1
+from tests.bench_models import library_attention
 from tests.toy import tiny_model
 
 CLIP = 0.2
@@ -28,9 +29,10 @@ def model(seed):
 
 @pytest.fixture(scope="module")
 def reference(model):
-    """The same weights with the library's own attention."""
+    """The same weights with the library's own attention and convolution."""
     reference = copy.deepcopy(model)
-    reference.set_attn_implementation("sdpa")
+    library_attention(reference)
+    assert "forward" not in vars(reference.model.visual.patch_embed)
     return reference
 
 
