@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import evaluate
 import grpo
 import hicodet
 import hoi_r1
@@ -138,7 +139,7 @@ def test_rewards_of_table_3_and_the_duplicate_rule_reach_the_score(make_trainer)
 
 
 def test_what_is_banned_is_banned_in_sampling_and_in_the_log_probs(make_trainer, monkeypatch):
-    trainer, batch = make_trainer(temperature=0.7)
+    trainer, batch = make_trainer(temperature=0.7, seed=5)
     sampler, calls = trainer.sampler, []
     image_id, end_id = trainer.examples.image_id, trainer.examples.end_id
     assert sampler.banned[image_id] and not sampler.banned[end_id]
@@ -146,8 +147,8 @@ def test_what_is_banned_is_banned_in_sampling_and_in_the_log_probs(make_trainer,
     assert sampler.temperature == trainer.distribution["temperature"] == 0.7
     assert sampler.model is trainer.replica
     monkeypatch.setattr(sampler, "collect", lambda prompts, seeds: calls.append((prompts, seeds)))
-    trainer.sample(0, batch)
-    seeds = hoi_r1.sample_seeds(0, 0, [0, 1, 2], 2)
+    trainer.sample(3, batch)
+    seeds = hoi_r1.sample_seeds(5, 3, [0, 1, 2], 2)
     assert calls == [([example.prompt for example in batch], seeds)]
 
 
@@ -190,17 +191,33 @@ def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores
                 assert math.exp(-0.01 * row["length"]) < instance["scores"][0] < 0.95
 
 
-def test_evaluation_in_training_is_of_the_present_weights(folder, tmp_path):
-    """What --eval-every logs after the last step is what predict says of the exported model."""
-    options = {"max_steps": 3, "eval_every": 3, "eval_max_new_tokens": 30, "learning_rate": 3e-3}
+def test_evaluation_in_training_is_of_the_present_weights(folder, tmp_path, monkeypatch):
+    """What --eval-every logs after the last step is what predict says of the exported model.
+
+    One image is learned by heart and is the first of the held-out ones, of which two are taken.
+    """
+    samples, asked = hicodet.load_split(folder / "data", "train")[:4], []
+    held_out, predict_rows = {"train": samples[:1], "test": samples}, hoi_r1.predict_rows
+    monkeypatch.setattr(hicodet, "load_split", lambda root, split: held_out[split])
+
+    def noted(model, examples, indices, *arguments, **options):
+        asked.append([examples.decode(examples[i].prompt.prompt_ids) for i in indices])
+        return predict_rows(model, examples, indices, *arguments, **options)
+
+    monkeypatch.setattr(hoi_r1, "predict_rows", noted)
+    options = {"thinking": False, "traces": "", "batch_size": 1, "learning_rate": 1e-2}
+    options |= {"max_steps": 25, "eval_every": 25, "eval_images": 2, "eval_max_new_tokens": 30}
     hoi_r1.main(config_of("sft", folder, tmp_path / "run", **options))
-    model = str(tmp_path / "run" / "model")
-    for name, path in (("after", model), ("before", str(folder / "model"))):
-        config = config_of("predict", folder, tmp_path / name, max_new_tokens=30, model=path)
-        hoi_r1.main(config)
-    texts = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("after", "before")]
-    assert texts[0] != texts[1]
+    model, options = str(tmp_path / "run" / "model"), {"thinking": False, "max_new_tokens": 30}
+    hoi_r1.main(config_of("predict", folder, tmp_path / "test", model=model, limit=2, **options))
+    assert asked[0] == asked[1] and len(asked[0]) == 2  # images and prompts
+    lines = (tmp_path / "test" / "predictions.jsonl").read_text().splitlines()
+    counts = hicodet.training_counts(folder / "data")
+    rows = [json.loads(line) for line in lines]
+    expected = evaluate.evaluate(rows, samples[:2], counts, classes="present")
     logged = metrics(tmp_path / "run")[-1]
-    summary = json.loads((tmp_path / "after" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "test" / "summary.json").read_text())
+    assert logged["eval_map"] == pytest.approx(100 * expected["default"]["full"])
+    assert logged["eval_map"] > 10 and logged["eval_reward"] > 1
     assert logged["eval_reward"] == pytest.approx(summary["reward"]["total"])
     assert logged["eval_length"] == pytest.approx(summary["completion_length"])

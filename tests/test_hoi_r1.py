@@ -152,6 +152,22 @@ def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_pa
     assert row["reward"]["total"] == pytest.approx(3.8, abs=0.02)
 
 
+def test_an_image_that_is_not_square_has_a_scale_for_each_side(folder, tmp_path):
+    """120 x 40 pixels are seen as 112 x 28: x by 14 / 15, y by 7 / 10, and back."""
+    path = tmp_path / "wide.png"
+    Image.new("RGB", (120, 40)).save(path)
+    hoi = hicodet.HOI((30, 10, 60, 30), (45, 20, 105, 30), "bicycle", ("ride",))
+    sample = hicodet.Sample(path.name, path, 120, 40, (hoi,), (), frozenset())
+    examples = examples_of(config_of("sft", folder, "x"), [sample], {path.name: "x"})
+    assert examples[0].model_size == (112, 28)
+    text = examples.decode(examples[0].target_ids)
+    assert '"human": [28, 7, 56, 21], "object": [42, 14, 98, 21]' in text
+    row = hoi_r1.prediction(examples, examples[0], examples[0].target_ids, None)
+    (found,) = row["line"]["instances"]
+    assert found["human"] == pytest.approx(hoi.human)
+    assert found["object"] == pytest.approx(hoi.object)
+
+
 def test_banned_ids(folder):
     examples = examples_of(config_of("predict", folder, "x"), [])
     vocabulary = len(examples.tokenizer) + 9
@@ -259,7 +275,8 @@ def test_batch_order_is_pure_and_takes_each_sample_once_an_epoch():
 def test_sample_seeds_belong_to_places_not_to_ranks():
     whole = hoi_r1.sample_seeds(0, 3, [0, 1, 2], 2)
     assert hoi_r1.sample_seeds(0, 3, [2], 2) == whole[4:]
-    assert len(set(whole + hoi_r1.sample_seeds(0, 4, [0, 1, 2], 2))) == 12
+    later = hoi_r1.sample_seeds(0, 4, [0, 1, 2], 2)
+    assert len(set(whole + later + hoi_r1.sample_seeds(1, 3, [0, 1, 2], 2))) == 18
 
 
 def test_rollout_metrics_by_hand():
