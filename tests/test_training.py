@@ -1,11 +1,13 @@
 """hoi_r1.py, whole runs on the toy in this process: resume, metrics, switches, refusals."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -81,6 +83,71 @@ def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(len(row["completions"]) == 4 for row in rows)
     assert all(one["total"] > 0 and one["text"] for row in rows for one in row["completions"])
+
+
+def test_what_a_crash_cut_short_is_not_seen(folder, tmp_path):
+    """A crash amid the second checkpoint, one amid the model; each time --resume goes on."""
+    out, options, save = tmp_path / "cut", {"max_steps": 2, "save_every": 1}, dcp.save
+
+    def crash(into, name):
+        Path(into).mkdir(exist_ok=True)
+        (Path(into) / name).write_text("half")
+        raise KeyboardInterrupt
+
+    def save_first(state, checkpoint_id):
+        if list(out.glob("checkpoint-*")):
+            crash(checkpoint_id, ".metadata")
+        save(state, checkpoint_id=checkpoint_id)
+
+    def save_pretrained(model, into, **options):
+        crash(into, "model.safetensors")
+
+    model = Qwen2_5_VLForConditionalGeneration
+    crashes = (dcp, "save", save_first), (model, "save_pretrained", save_pretrained)
+    for done, patched in enumerate(crashes):
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(*patched)
+            hoi_r1.main(config_of("sft", folder, out, resume=done > 0, **options))
+        whole = [p.name for p in out.iterdir() if p.is_dir() and p.suffix != ".tmp"]
+        assert whole == [f"checkpoint-{done + 1:06d}"]
+    hoi_r1.main(config_of("sft", folder, out, resume=True, **options))
+    hoi_r1.main(config_of("sft", folder, tmp_path / "whole", **options))
+    whole, cut = weights(tmp_path / "whole"), weights(out)
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+def test_a_checkpoint_before_the_first_good_step_changes_nothing(folder, tmp_path, monkeypatch):
+    """The library would make AdamW's moments by a step of its own, and that step would count."""
+    sft_loss = hoi_r1.sft_loss
+    for save_every in (0, 1):
+        losses = iter([math.nan, 1.0, 1.0])
+        monkeypatch.setattr(hoi_r1, "sft_loss", lambda *values: sft_loss(*values) * next(losses))
+        options = {"max_steps": 3, "save_every": save_every}
+        hoi_r1.main(config_of("sft", folder, tmp_path / str(save_every), **options))
+        skipped = [row["skipped"] for row in metrics(tmp_path / str(save_every))]
+        assert skipped == [True, False, False]
+    without, saved = weights(tmp_path / "0"), weights(tmp_path / "1")
+    assert all(torch.equal(without[name], saved[name]) for name in without)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_step_whose_loss_is_not_finite_is_left_out(
+    stage, folder, tmp_path, monkeypatch, any_reward
+):
+    """Its gradient is finite: NaN is added behind the last operation."""
+    sft_loss, objective = hoi_r1.sft_loss, grpo.grpo_objective
+
+    def spoilt(*values, **options):
+        terms = objective(*values, **options)
+        return terms | {"objective": terms["objective"] + math.nan}
+
+    monkeypatch.setattr(hoi_r1, "sft_loss", lambda *values: sft_loss(*values) + math.nan)
+    monkeypatch.setattr(grpo, "grpo_objective", spoilt)
+    hoi_r1.main(config_of(stage, folder, tmp_path / "run", max_steps=1))
+    (row,) = metrics(tmp_path / "run")
+    assert row["loss"] is None and row["skipped"] and row["grad_norm"] > 0
+    first, last = weights(folder), weights(tmp_path / "run")
+    assert all(torch.equal(first[name], last[name]) for name in first)
 
 
 def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
@@ -224,11 +291,16 @@ def test_a_folder_is_not_given_to_two_runs(folder, tmp_path, capsys):
     hoi_r1.main(replace(config, resume=True, tokens_per_microbatch=50))
 
 
-def test_missing_images_stop_a_run_before_the_model_is_read(folder, tmp_path, capsys):
+@pytest.mark.parametrize("stage, split", [("grpo", "train"), ("sft", "test"), ("predict", "test")])
+def test_missing_images_stop_a_run_before_the_model_is_read(
+    stage, split, folder, tmp_path, capsys
+):
+    """Those of the training set, those of its evaluations, those to predict."""
     shutil.copytree(folder / "data", tmp_path / "data")
-    name = hicodet.load_split(folder / "data", "train")[3].file_name
-    (tmp_path / "data" / "images" / "train2015" / name).unlink()
-    config = config_of("grpo", folder, tmp_path / "run", data=str(tmp_path / "data"))
+    name = hicodet.load_split(folder / "data", split)[3].file_name
+    (tmp_path / "data" / "images" / f"{split}2015" / name).unlink()
+    options = {"eval_every": 1} if split == "test" and stage != "predict" else {}
+    config = config_of(stage, folder, tmp_path / "run", data=str(tmp_path / "data"), **options)
     with pytest.raises(SystemExit):
         hoi_r1.main(config)
     assert name in capsys.readouterr().err
