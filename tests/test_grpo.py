@@ -137,6 +137,25 @@ def test_eq2_kl_estimate():
     assert grpo.kl_estimate(new, ref).tolist() == pytest.approx([1 - math.log(2), 0.0])
 
 
+def test_log_ratios_are_held_within_20():
+    """1,000 tokens at +0.1 are e^100 as a whole output, more than fp32 holds; so is e^200."""
+    new = torch.full((2, 1000), -0.9, requires_grad=True)
+    mask, advantages = torch.ones(2, 1000, dtype=torch.bool), torch.tensor([1.0, -1.0])
+    terms = grpo.grpo_objective(
+        new, new.detach() - 0.1, None, advantages, mask, clip_eps=CLIP, ratio="sequence"
+    )
+    # A = 1: min(e^20, 1.2); A = -1: min(-e^20, -1.2)
+    assert terms["objective"].tolist() == pytest.approx([1.2, -math.exp(20)], rel=1e-4)
+    (gradient,) = torch.autograd.grad(terms["objective"].sum(), new)
+    assert not gradient.any()  # NaN would be true
+    new, ref = torch.tensor([-200.0, 0.0], requires_grad=True), torch.tensor([0.0, -200.0])
+    kl = grpo.kl_estimate(new, ref)
+    # e^20 - 20 - 1 and e^-20 + 20 - 1
+    assert kl.tolist() == pytest.approx([math.exp(20) - 21, 19.0])
+    (gradient,) = torch.autograd.grad(kl.sum(), new)
+    assert not gradient.any()
+
+
 def test_eq2_grpo_objective():
     old = torch.log(torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
     new = torch.log(torch.tensor([[0.75, 0.25], [0.5, 0.9]]))

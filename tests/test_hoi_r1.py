@@ -17,6 +17,7 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import grpo
 import hicodet
@@ -237,6 +238,21 @@ def test_bf16_policy_is_the_same_function_as_its_replica(folder, ranks, monkeypa
     assert {p.grad.dtype for p in policy.parameters()} == {torch.float32}
 
 
+def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
+    """One rank has nothing to add, so this is what FSDP is told for each part it shards."""
+    told, fully_shard = [], hoi_r1.fully_shard
+
+    def noted(part, **options):
+        told.append(options["mp_policy"])
+        return fully_shard(part, **options)
+
+    monkeypatch.setattr(hoi_r1, "fully_shard", noted)
+    monkeypatch.setattr(hoi_r1, "compute_dtype", lambda device: torch.bfloat16)
+    policy_of(config_of("sft", folder, "x"), ranks)
+    assert len(told) == 4  # the vision tower, two layers, the rest
+    assert {(p.param_dtype, p.reduce_dtype) for p in told} == {(torch.bfloat16, torch.float32)}
+
+
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, checkpointing):
     """As on a GPU, without its code generator; under checkpointing layers are not compiled."""
@@ -405,3 +421,39 @@ def test_instance_scores(folder):
         expected.append(math.exp(total))
     found = hoi_r1.instance_scores(examples.tokenizer, text, completion, ids, logprobs)
     assert found == pytest.approx(expected) and len(found) == 2
+
+
+def test_instance_scores_behind_bytes_that_are_no_text(folder):
+    """Bytes of no valid UTF-8, decoded to one character each or together, shift no instance."""
+    examples = examples_of(config_of("predict", folder, "x"), [])
+    tokenizer, symbol_of = examples.tokenizer, bytes_to_unicode()
+    one, two = '{"human": [1, 2, 3, 4]}', '{"human": [5, 6, 7, 8]}'
+    texts = ["<think> é", "", " </think><answer> [", one, ", ", two, "] </answer><|im_end|>"]
+    pieces = [tokenizer(text)["input_ids"] for text in texts]
+    # an emoji cut after 3 of 4 bytes, a byte of none, a lone continuation, half an é, a surrogate
+    broken = b"\xf0\x9f\x98 \xff\x80 \xc3 \xed\xa0\x80"
+    pieces[1] = tokenizer.convert_tokens_to_ids([symbol_of[byte] for byte in broken])
+    ids = torch.tensor(sum(pieces, []))
+    logprobs = -torch.rand(len(ids))
+    text = examples.decode(ids)
+    assert text.count("\ufffd") == 1 + 2 + 1 + 3
+    completion = hicodet.parse_completion(text)
+    found = hoi_r1.instance_scores(tokenizer, text, completion, ids, logprobs)
+    parts = logprobs.split([len(piece) for piece in pieces])
+    assert found == pytest.approx([math.exp(parts[3].sum()), math.exp(parts[5].sum())])
+
+
+def test_summary_of_predictions_by_hand():
+    """Four images, one without ground truth; one completion of the four was cut."""
+    totals = [{"total": 3.0}, {"total": 1.0}, None, {"total": 2.0}]
+    rows = [
+        {"reward": reward, "length": length, "finished": length < 9}
+        for reward, length in zip(totals, (3, 9, 4, 4))
+    ]
+    assert hoi_r1.summarise(rows) == {
+        "images": 4,
+        "reward": {"total": 2.0},
+        "completion_length": 5.0,
+        "truncated": 0.25,
+    }
+    assert hoi_r1.summarise(rows[2:3])["reward"] == {}
