@@ -163,6 +163,7 @@ def test_command_prints_a_row_of_table_1_and_writes_json(dataset):
     written = json.loads((dataset / "out.json").read_text())
     assert written == expected
     assert written["known_object"]["full"] == 1.0 and len(written["default"]["ap"]) == 600
+    assert (written["num_images"], written["num_predictions"]) == (3, 3)
 
 
 def test_command_counts_absent_classes_by_default(dataset):
@@ -170,6 +171,50 @@ def test_command_counts_absent_classes_by_default(dataset):
     assert done.stderr.startswith("598 classes have no true pair here and count as 0")
     *_, row = done.stdout.splitlines()
     assert row.split()[0] == "0.25"  # 1.5 / 600 in percent
+
+
+def run_main(*arguments):
+    """The command in this process. Returns its exit status, or its last words."""
+    try:
+        evaluate.main([str(argument) for argument in arguments])
+    except SystemExit as ended:
+        return ended.code
+
+
+def test_command_takes_the_first_images_of_a_split(dataset, capsys):
+    """Two of three test images; of five training images, all of them or one."""
+    common, ride = (BOX, FAR, HOLD_BICYCLE, 1.0), (BOX, BOX, RIDE_BICYCLE, 1.0)
+    some = [("a.jpg", [ride]), ("b.jpg", [common])]
+    train = [("t0.jpg", [ride])] + [(f"t{i}.jpg", [common]) for i in range(1, 5)]
+    cases = [
+        (some, ["--limit", 2], None, "100.00", 2),
+        (some, [], "1 of 3 images have no line, such as 'c.jpg'", "", 0),
+        # "ride bicycle" 1; "hold bicycle" 4 of 10: recall reaches 5 of 11 levels
+        (train, ["--split", "train"], None, "72.73", 5),
+        (train[:1], ["--split", "train", "--limit", 1], None, "50.00", 1),
+        (train, [], "must be an image of this split", "", 0),
+    ]
+    for number, (images, flags, refused, full, count) in enumerate(cases):
+        path, out = (dataset / f"{number}.{end}" for end in ("jsonl", "json"))
+        path.write_text("".join(json.dumps(make_line(*image)) + "\n" for image in images))
+        found = run_main(path, "--data", dataset, "--classes", "present", "--json", out, *flags)
+        printed = capsys.readouterr().out
+        if refused:
+            assert refused in found and not printed and not out.exists()
+        else:
+            assert found is None and printed.splitlines()[-1].split()[0] == full
+            assert json.loads(out.read_text())["num_images"] == count
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--limit", 0], "--limit 0: must be at least 1"),
+    (["--limit", -1], "--limit -1: must be at least 1"),
+    (["--json", "nowhere/out.json"], "--json nowhere/out.json: give a file in a folder"),
+    (["--json", "/"], "--json /: give a file"),
+])
+def test_command_refuses_flags_before_it_reads(flags, said, tmp_path, capsys):
+    assert run_main(tmp_path / "none.jsonl", "--data", tmp_path / "none", *flags) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_command_reports_bad_input_in_one_line(dataset):

@@ -110,6 +110,8 @@ def test_read_traces_keeps_the_order_and_ignores_other_keys(tmp_path):
     ("[]", '"file_name"'), ('{"think": "x"}', '"file_name"'), ('{"file_name": "b"}', '"think"'),
     ('{"file_name": "b", "think": " "}', '"think"'), ('{"file_name": "b", "think": 3}', "3"),
     ('{"file_name": "b", "think": "x </think>"}', "tag"),
+    ('{"file_name": "b", "think": "x <|im_end|>"}', "'<|'"),
+    ('{"file_name": "b", "think": "<|image_pad|> x"}', "'<|'"),
     ('{"file_name": "a", "think": "x"}', "comes twice"),
 ])
 def test_malformed_lines_are_named(line, said, tmp_path):
@@ -179,6 +181,8 @@ def test_accepted(think):
     (f"<think><think>{THINK}</think>", "no text within"),
     (f"<think>{THINK}</think><answer>[]</answer>", "<answer>"),
     (f"<think>{THINK}<answer></think>", "<answer>"),
+    (f"<think>{THINK}<|im_end|></think>", "no text within"),
+    (f"<think><|image_pad|>{THINK}</think>", "no text within"),
     ("<think>Riding a bicycle, holding an umbrella.</think>", "how many people"),
     ("<think>People are riding bicycles.</think>", "how many people"),
     ("<think>There is one person with a bicycle.</think>", "what they are doing"),

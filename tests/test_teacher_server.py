@@ -309,6 +309,13 @@ def test_dry_run_shows_a_request_without_its_image_and_the_cost(data, tmp_path, 
     cost = (tokens * 0.15 + 300 * 150 * 0.60) / 1e6
     assert f"300 images: about {tokens:,} input" in estimate and estimate.endswith(f"${cost:.2f}")
     assert not out.exists()
+    # of the first 50 images those that have no trace yet; what there is stays as it is
+    run_main("--data", data, "--out", out, "--backend", "template", "--limit", 20)
+    before = out.read_bytes()
+    capsys.readouterr()
+    assert run_main("--data", data, "--out", out, "--dry-run", "--limit", 50) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("30 images: ")
+    assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize("flags, key, said", [
@@ -322,6 +329,21 @@ def test_wrong_use_is_an_error_with_a_way_out(flags, key, said, data, tmp_path, 
     monkeypatch.setenv("OPENAI_API_KEY", key)
     code = run_main("--data", data, "--out", tmp_path / "t.jsonl", *flags)
     assert said in code and (not key or key not in code)
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["--retries", "-1"], "--retries: -1: give a whole number from 0"),
+    (["--output-price", "nan"], "--output-price: nan: give a number from 0"),
+    (["--limit", "abc"], "--limit: abc: give a whole number from 1"),
+    (["--collect", "r"], "--collect takes the results of a batch"),
+    (["--out", "nowhere/t.jsonl"], "--out nowhere/t.jsonl: there is no folder"),
+    (["--backend", "template"], "the template makes none"),
+])
+def test_flags_are_refused_before_anything_is_read(flags, said, tmp_path, capsys):
+    """With --dry-run, so that nothing is asked for if they are not."""
+    given = ["--data", tmp_path / "none", "--out", tmp_path / "t.jsonl", "--dry-run"]
+    assert run_main(*given, *flags) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_missing_image_and_traces_of_other_data_are_errors(data, tmp_path):
