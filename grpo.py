@@ -216,8 +216,10 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
         mask, gqa = causal_lower_right(q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=gqa)
 
-    # split, not sliced: backward of each slice would fill a whole row with zeros
     lengths = (prompt_length, *completion_lengths)
+    if len(lengths) == 2:  # one completion: an ordinary row
+        lengths = (sum(lengths),)
+    # split, not sliced: backward of each slice would fill a whole row with zeros
     (q, *own_q), (k, *own_k), (v, *own_v) = (x.split(lengths, dim=2) for x in (q, k, v))
     outputs = [attend(q, k, v)]
     for q, *own in zip(own_q, own_k, own_v):
