@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -96,7 +97,7 @@ def test_what_a_crash_cut_short_is_not_seen(folder, tmp_path):
 
     def save_first(state, checkpoint_id):
         if list(out.glob("checkpoint-*")):
-            crash(checkpoint_id, ".metadata")
+            crash(checkpoint_id, "__0_0.distcp")
         save(state, checkpoint_id=checkpoint_id)
 
     def save_pretrained(model, into, **options):
