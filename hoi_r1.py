@@ -925,6 +925,8 @@ class Run:
     def load(self, policy, optimizer) -> int:
         """Restore the last checkpoint, if there is one. Returns the number of steps done."""
         done = 0
+        for path in self.folder.glob("*.tmp") if self.ranks.rank == 0 else ():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()  # what a crash cut short
         if self.checkpoints():
             latest = self.checkpoints()[-1]
             model, moments = get_state_dict(policy, optimizer)

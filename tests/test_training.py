@@ -111,7 +111,8 @@ def test_what_a_crash_cut_short_is_not_seen(folder, tmp_path):
             hoi_r1.main(config_of("sft", folder, out, resume=done > 0, **options))
         whole = [p.name for p in out.iterdir() if p.is_dir() and p.suffix != ".tmp"]
         assert whole == [f"checkpoint-{done + 1:06d}"]
-    hoi_r1.main(config_of("sft", folder, out, resume=True, **options))
+    hoi_r1.main(config_of("sft", folder, out, resume=True, **options | {"save_every": 0}))
+    assert not list(out.glob("*.tmp"))
     hoi_r1.main(config_of("sft", folder, tmp_path / "whole", **options))
     whole, cut = weights(tmp_path / "whole"), weights(out)
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
