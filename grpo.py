@@ -171,8 +171,8 @@ class GroupLayout:
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Group attention over the row. q: (1, H, L, D); k, v: (1, K, L, D). Returns (1, H, L, D).
 
-        No mask over (L, L): two calls a group, or on a GPU one flash attention of everything, which
-        took 0.84 of the time.
+        No mask over (L, L): a call for each prompt and each completion, or on a GPU one flash
+        attention of everything, which took 0.84 of the time of two calls a group.
         """
         if _has_flash(q):
             keys, *ends = self.sequences
@@ -217,7 +217,7 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=gqa)
 
     lengths = (prompt_length, *completion_lengths)
-    if len(lengths) == 2:  # one completion: an ordinary row
+    if len(lengths) == 2:  # one completion, as in SFT: an ordinary row, 6 % faster whole
         lengths = (sum(lengths),)
     # split, not sliced: backward of each slice would fill a whole row with zeros
     (q, *own_q), (k, *own_k), (v, *own_v) = (x.split(lengths, dim=2) for x in (q, k, v))

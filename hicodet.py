@@ -523,6 +523,7 @@ class Prediction:
 
     @property
     def has_boxes(self) -> bool:
+        """Whether both boxes could be read."""
         return self.human is not None and self.object is not None
 
 

@@ -18,7 +18,6 @@ divided by counts over all ranks and micro-batches: world size and `--resume` do
 import argparse
 import codecs
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -347,7 +346,8 @@ class Examples(torch.utils.data.Dataset):
         )
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"][0]
         if (images := int((ids == self.image_id).sum())) != 1:
-            raise ValueError(f"the model's chat template makes {images} placeholders of one image")
+            model = self.tokenizer.name_or_path
+            raise ValueError(f"--model {model}: its chat template makes {images} placeholders")
         return ids
 
     def __len__(self) -> int:
@@ -880,10 +880,7 @@ def _lock_folder(folder: Path) -> TextIO:
     if not path.exists() and any(folder.iterdir()):
         raise ValueError("holds files that are not of a run; choose another folder")
     lock = open(path, "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError("another process is writing there; let it end") from None
+    teacher.lock(lock)
     return lock
 
 

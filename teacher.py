@@ -52,6 +52,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -188,6 +189,15 @@ def read_traces(path: str | Path) -> dict[str, str]:
     return {trace["file_name"]: trace["think"] for trace in read_lines(path)}
 
 
+def lock(file: IO) -> None:
+    """Keep other processes from a file until it is closed. Raises ValueError if one has it."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{file.name} is being written by another process: let it finish, or "
+                         "give another --out") from None
+
+
 class TraceFile:
     """traces.jsonl, open for appending by one process at a time; use it in a with statement.
 
@@ -198,12 +208,7 @@ class TraceFile:
 
     def __init__(self, path: Path):
         self.file = open(path, "ab+", buffering=0)
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.file.close()
-            raise ValueError(f"{path} is being written by another teacher.py: let it finish, or "
-                             "give another --out") from None
+        lock(self.file)
         self._mend_last_line()
         self.names, self.cost = set(), 0.0
         for trace in read_lines(path):
