@@ -1290,7 +1290,7 @@ def read_rows(path: Path) -> list[dict]:
 
 def demo(config: DemoConfig) -> None:
     """SFT, GRPO, predictions and mAP on the toy, all as commands of their own."""
-    from tests.demo import run_demo  # only here: the demo is made of the tests' toy
+    from demo.run import run_demo  # only here: no other stage needs the toy
 
     run_demo(**dataclasses.asdict(config))
 
@@ -1302,7 +1302,7 @@ def main(config) -> None:
         stages[type(config)](config)
     except (ValueError, OSError) as error:
         origin, root = traceback.extract_tb(error.__traceback__)[-1].filename, Path(__file__).parent
-        if Path(origin).parent not in (root, root / "tests"):
+        if Path(origin).parent not in (root, root / "demo"):
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)

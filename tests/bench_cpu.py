@@ -11,8 +11,8 @@ from scipy.io import savemat
 import evaluate
 import hicodet
 import rewards
-from tests import toy
-from tests.scenes import make_scenes
+from demo import toy
+from demo.scenes import make_scenes
 
 IMAGES = {"train": 38118, "test": 9658}
 SIZE = 640

@@ -30,7 +30,8 @@ def real_samples():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The toy data, a tiny model and traces, as the demo has them but smaller."""
-    from tests import runs, toy  # torch, which must not be imported before the settings above
+    from demo import toy  # torch, which must not be imported before the settings above
+    from tests import runs
 
     folder = tmp_path_factory.mktemp("toy")
     toy.main([str(folder), "--train", "24", "--test", "6"])

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import hicodet
 import hoi_r1
-from tests import toy
+from demo import toy
 from tests.runs import write_traces
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -9,8 +9,8 @@ import torch
 
 import grpo
 import hoi_r1
+from demo.toy import tiny_model
 from tests.bench_models import library_attention
-from tests.toy import tiny_model
 
 CLIP = 0.2
 

@@ -22,7 +22,7 @@ from PIL import Image
 
 import hicodet
 import teacher
-from tests import toy
+from demo import toy
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-loopback-0123456789"

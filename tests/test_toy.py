@@ -13,8 +13,8 @@ from scipy.io import loadmat, whosmat
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import hicodet
+from demo import scenes, toy
 from teacher import template_trace
-from tests import scenes, toy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
 SKIN = np.array([255, 200, 160])

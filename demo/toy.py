@@ -1,10 +1,10 @@
 """A toy HICO-DET and a tiny, randomly initialised Qwen2.5-VL, both in the official formats.
 
-    python -m tests.toy DIR [--train 4000] [--test 500] [--seed 0]
+    python -m demo.toy DIR [--train 4000] [--test 500] [--seed 0]
 
 writes `DIR/data` (anno_bbox.mat, anno.mat, images/train2015, images/test2015, the layout of
 hico_20160224_det) and `DIR/model` (a `save_pretrained` folder), so that the toy runs through the
-same commands as HICO-DET and the 3B model. The scenes are those of `tests/scenes.py`.
+same commands as HICO-DET and the 3B model. The scenes are those of `demo/scenes.py`.
 
 A pair with two verbs is annotated once per HOI class with slightly different boxes, as in HICO-DET,
 and one image in forty lists an interaction that is not visible. The .mat files are 1-based.
@@ -24,7 +24,7 @@ from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
 
 from hicodet import HOI, PAIRS, Box, format_completion, prompt_text
 from teacher import gerund, join_words, template_trace
-from tests.scenes import GRID, KINDS, RARE, SIDE, Kind, Scene, draw_scene, make_scenes
+from demo.scenes import GRID, KINDS, RARE, SIDE, Kind, Scene, draw_scene, make_scenes
 
 INVISIBLE_SHARE = 40  # one image in so many lists an interaction without boxes
 # The special tokens of Qwen2.5-VL that a prompt with an image uses; they follow all the others.

@@ -31,7 +31,7 @@ def run_demo(
     if out.exists():
         raise ValueError(f"{out} exists: remove it, or choose another --out")
     images = f"--train {train_images} --test {test_images}"
-    command(f"-m tests.toy {{out}} {images} --seed {seed}", out=out)
+    command(f"-m demo.toy {{out}} {images} --seed {seed}", out=out)
     command("teacher.py --backend template --data {out}/data --out {out}/traces.jsonl", out=out)
     common = f"--data {{out}}/data --no-task-description --workers 1 --seed {seed}"
     stages = {
