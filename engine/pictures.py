@@ -1,0 +1,718 @@
+"""HICO-DET and its language: annotations, HOI instances, the prompt, the answer and its parser.
+
+Follows Sec. 3.1 (prompt of Fig. 4, answers as JSON text) and Sec. 4.2 (merging) of the paper.
+
+1. Boxes are (x1, y1, x2, y2). The official files count pixels from 1; the loader subtracts 1,
+   once. Text speaks the model frame, pixels of the resized image, in integers.
+2. HICO-DET annotates every HOI class on its own, so one person-object pair comes back with other
+   boxes for each verb. merge_pairs joins such pairs by overlap; see there for the rule.
+3. Entries marked `invis` have no boxes: they are no ground truth, but their image belongs to the
+   Known Object setting of their object.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import textwrap
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Box = tuple[float, float, float, float]
+
+# All 600 HOI classes in HICO's order, one object class a line; Fig. 4 prints these very lines.
+INTERACTIONS = """\
+airplane: board, direct, exit, fly, inspect, load, ride, sit on, wash, no interaction
+bicycle: carry, hold, inspect, jump, hop on, park, push, repair, ride, sit on, straddle, walk, \
+wash, no interaction
+bird: chase, feed, hold, pet, release, watch, no interaction
+boat: board, drive, exit, inspect, jump, launch, repair, ride, row, sail, sit on, stand on, tie, \
+wash, no interaction
+bottle: carry, drink with, hold, inspect, lick, open, pour, no interaction
+bus: board, direct, drive, exit, inspect, load, ride, sit on, wash, wave, no interaction
+car: board, direct, drive, hose, inspect, jump, load, park, ride, wash, no interaction
+cat: dry, feed, hold, hug, kiss, pet, scratch, wash, chase, no interaction
+chair: carry, hold, lie on, sit on, stand on, no interaction
+couch: carry, lie on, sit on, no interaction
+cow: feed, herd, hold, hug, kiss, lasso, milk, pet, ride, walk, no interaction
+dining table: clean, eat at, sit at, no interaction
+dog: carry, dry, feed, groom, hold, hose, hug, inspect, kiss, pet, run, scratch, straddle, train, \
+walk, wash, chase, no interaction
+horse: feed, groom, hold, hug, jump, kiss, load, hop on, pet, race, ride, run, straddle, train, \
+walk, wash, no interaction
+motorcycle: hold, inspect, jump, hop on, park, push, race, ride, sit on, straddle, turn, walk, \
+wash, no interaction
+person: carry, greet, hold, hug, kiss, stab, tag, teach, lick, no interaction
+potted plant: carry, hold, hose, no interaction
+sheep: carry, feed, herd, hold, hug, kiss, pet, ride, shear, walk, wash, no interaction
+train: board, drive, exit, load, ride, sit on, wash, no interaction
+tv: control, repair, watch, no interaction
+apple: buy, cut, eat, hold, inspect, peel, pick, smell, wash, no interaction
+backpack: carry, hold, inspect, open, wear, no interaction
+banana: buy, carry, cut, eat, hold, inspect, peel, pick, smell, no interaction
+baseball bat: break, carry, hold, sign, swing, throw, wield, no interaction
+baseball glove: hold, wear, no interaction
+bear: feed, hunt, watch, no interaction
+bed: clean, lie on, sit on, no interaction
+bench: inspect, lie on, sit on, no interaction
+book: carry, hold, open, read, no interaction
+bowl: hold, stir, wash, lick, no interaction
+broccoli: cut, eat, hold, smell, stir, wash, no interaction
+cake: blow, carry, cut, eat, hold, light, make, pick up, no interaction
+carrot: carry, cook, cut, eat, hold, peel, smell, stir, wash, no interaction
+cell phone: carry, hold, read, repair, talk on, text on, no interaction
+clock: check, hold, repair, set, no interaction
+cup: carry, drink with, hold, inspect, pour, sip, smell, fill, wash, no interaction
+donut: buy, carry, eat, hold, make, pick up, smell, no interaction
+elephant: feed, hold, hose, hug, kiss, hop on, pet, ride, walk, wash, watch, no interaction
+fire hydrant: hug, inspect, open, paint, no interaction
+fork: hold, lift, stick, lick, wash, no interaction
+frisbee: block, catch, hold, spin, throw, no interaction
+giraffe: feed, kiss, pet, ride, watch, no interaction
+hair drier: hold, operate, repair, no interaction
+handbag: carry, hold, inspect, no interaction
+hot dog: carry, cook, cut, eat, hold, make, no interaction
+keyboard: carry, clean, hold, type on, no interaction
+kite: assemble, carry, fly, hold, inspect, launch, pull, no interaction
+knife: cut with, hold, stick, wash, wield, lick, no interaction
+laptop: hold, open, read, repair, type on, no interaction
+microwave: clean, open, operate, no interaction
+mouse: control, hold, repair, no interaction
+orange: buy, cut, eat, hold, inspect, peel, pick, squeeze, wash, no interaction
+oven: clean, hold, inspect, open, repair, operate, no interaction
+parking meter: check, pay, repair, no interaction
+pizza: buy, carry, cook, cut, eat, hold, make, pick up, slide, smell, no interaction
+refrigerator: clean, hold, move, open, no interaction
+remote: hold, point, swing, no interaction
+sandwich: carry, cook, cut, eat, hold, make, no interaction
+scissors: cut with, hold, open, no interaction
+sink: clean, repair, wash, no interaction
+skateboard: carry, flip, grind, hold, jump, pick up, ride, sit on, stand on, no interaction
+skis: adjust, carry, hold, inspect, jump, pick up, repair, ride, stand on, wear, no interaction
+snowboard: adjust, carry, grind, hold, jump, ride, stand on, wear, no interaction
+spoon: hold, lick, wash, sip, no interaction
+sports ball: block, carry, catch, dribble, hit, hold, inspect, kick, pick up, serve, sign, spin, \
+throw, no interaction
+stop sign: hold, stand under, stop at, no interaction
+suitcase: carry, drag, hold, hug, load, open, pack, pick up, zip, no interaction
+surfboard: carry, drag, hold, inspect, jump, lie on, load, ride, stand on, sit on, wash, no \
+interaction
+teddy bear: carry, hold, hug, kiss, no interaction
+tennis racket: carry, hold, inspect, swing, no interaction
+tie: adjust, cut, hold, inspect, pull, tie, wear, no interaction
+toaster: hold, operate, repair, no interaction
+toilet: clean, flush, open, repair, sit on, stand on, wash, no interaction
+toothbrush: brush with, hold, wash, no interaction
+traffic light: install, repair, stand under, stop at, no interaction
+truck: direct, drive, inspect, load, repair, ride, sit on, wash, no interaction
+umbrella: carry, hold, lose, open, repair, set, stand under, no interaction
+vase: hold, make, paint, no interaction
+wine glass: fill, hold, sip, toast, lick, wash, no interaction
+zebra: feed, hold, pet, watch, no interaction
+"""
+PAIRS = tuple(
+    (verb, name)
+    for name, verbs in (line.split(": ") for line in INTERACTIONS.splitlines())
+    for verb in verbs.split(", ")
+)  # (verb, object class) at index hoi_id, which counts from 0
+HOI_IDS = {pair: hoi_id for hoi_id, pair in enumerate(PAIRS)}
+VERBS = tuple(sorted({verb for verb, _ in PAIRS}))  # HICO's order is the alphabet's
+
+# COCO's order, in which Fig. 4 lists the object classes.
+OBJECTS = tuple(
+    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, "
+    "fire hydrant, stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, "
+    "bear, zebra, giraffe, backpack, umbrella, handbag, tie, suitcase, frisbee, skis, snowboard, "
+    "sports ball, kite, baseball bat, baseball glove, skateboard, surfboard, tennis racket, "
+    "bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
+    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
+    "dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, "
+    "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, "
+    "toothbrush".split(", ")
+)
+MERGE_IOU = 0.5  # pairs that overlap by more are the same two things (Sec. 4.2, our reading)
+CACHE_FORMAT = 1  # to be raised with every change to what is read from the .mat files, or how
+LAYOUT_HINT = "Expected the layout of hico_20160224_det, the official release of HICO-DET."
+
+
+@dataclass(frozen=True)
+class HOI:
+    """One person-object pair with all its verbs."""
+
+    human: Box
+    object: Box
+    object_class: str
+    verbs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One visible row of the annotation's `connection`."""
+
+    human: Box
+    object: Box
+    hoi_id: int  # index of PAIRS
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its annotation; boxes in 0-based pixels of the original image."""
+
+    file_name: str
+    path: Path
+    width: int
+    height: int
+    hois: tuple[HOI, ...]  # merged (Sec. 4.2)
+    pairs: tuple[Pair, ...]  # as annotated
+    known_objects: frozenset[str]  # object classes whose Known Object setting has this image
+
+
+def load_split(root: str | Path, split: str) -> list[Sample]:
+    """Reads the "train" or "test" half of HICO-DET from `root`, in the order of the file.
+
+    `root` holds anno_bbox.mat, images/train2015, images/test2015 and, optionally, anno.mat, whose
+    image-level labels say which objects an image is known for; without it the classes listed in
+    anno_bbox.mat do, invisible ones included. Images are not opened. What was read is kept in
+    `root`, if it can be written to, and the next call takes a fraction of the time.
+    Raises ValueError for another split or another layout, FileNotFoundError without anno_bbox.mat.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f'split must be "train" or "test", not {split!r}')
+    root = Path(root)
+    folder = root / "images" / f"{split}2015"
+    rows = _kept(root, split, lambda: _read_rows(root, split))
+    return [_to_sample(folder, *row) for row in rows]
+
+
+def training_counts(root: str | Path) -> list[int]:
+    """Visible training pairs of each of the 600 HOI classes; a class with fewer than 10 is Rare."""
+    return _kept(Path(root), "counts", lambda: _read_counts(Path(root) / "anno_bbox.mat"))
+
+
+def require_images(samples: Iterable[Sample]) -> None:
+    """Raises FileNotFoundError if images are missing on disk, with their number and the first."""
+    missing = [str(sample.path) for sample in samples if not sample.path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} images are missing, first {', '.join(missing[:3])}. Unpack the "
+            "images of hico_20160224_det into images/train2015 and images/test2015, beside "
+            "anno_bbox.mat."
+        )
+
+
+def _kept(root: Path, name: str, read: Callable[[], list]) -> list:
+    """read(), or from a file beside anno_bbox.mat what it returned before for the same .mat files.
+
+    The file is JSON, so tuples come back as lists, below a line with a hash of the .mat files and
+    the JSON itself: a file that is out of date, cut, damaged or not ours fails it, and is replaced.
+    """
+    path = root / f"anno_bbox.{name}.cache.json"
+    try:
+        sources = _hash_sources(root, name)
+    except OSError:  # a .mat file that cannot be read, which `read` has words for
+        return read()
+    with contextlib.suppress(OSError):  # missing, most likely
+        seal, _, kept = path.read_bytes().partition(b"\n")
+        if seal == _seal(sources, kept):
+            return json.loads(kept)
+    value = read()
+    text = json.dumps(value, separators=(",", ":")).encode()
+    _write_cache(path, _seal(sources, text) + b"\n" + text)
+    return value
+
+
+def _hash_sources(root: Path, name: str) -> bytes:
+    """SHA-256 of all that a kept value depends on: which it is, the code, and both .mat files."""
+    digest = hashlib.sha256(f"{CACHE_FORMAT} {name}".encode())
+    for path in (root / "anno_bbox.mat", root / "anno.mat"):
+        there = path.is_file()
+        digest.update(hashlib.sha256(path.read_bytes()).digest() if there else b"none")
+    return digest.digest()
+
+
+def _seal(sources: bytes, text: bytes) -> bytes:
+    return hashlib.sha256(sources + text).hexdigest().encode()
+
+
+def _write_cache(path: Path, content: bytes) -> None:
+    """Writes the file if the folder lets it. Not aside first: what is cut fails its seal."""
+    if not path.parent.stat().st_mode & 0o222:  # root could write, but is asked not to
+        return
+    try:
+        path.write_bytes(content)  # several ranks may do so at once, and write the same
+    except OSError:  # a read-only or full disk: the next call reads the .mat files again
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _to_sample(
+    folder: Path, name: str, width: int, height: int, pairs: Sequence, objects: Sequence[str]
+) -> Sample:
+    """A Sample from a row of `_read_rows`. Merges here, so that no kept file has other rules."""
+    pairs = tuple(Pair(tuple(human), tuple(obj), hoi_id) for human, obj, hoi_id in pairs)
+    return Sample(name, folder / name, width, height, merge_pairs(pairs), pairs, frozenset(objects))
+
+
+def _read_rows(root: Path, split: str) -> list[tuple]:
+    """(file name, width, height, pairs, known objects) of each image, in the order of the file.
+
+    A pair is (human, object, hoi_id), as in Pair; known objects are in the alphabet's order.
+    """
+    path, variable = root / "anno_bbox.mat", f"bbox_{split}"
+    variables = _read_mat(path, (variable, "list_action"))
+    known = _image_level_objects(root / "anno.mat", split)
+    rows = {}
+    where = "list_action"
+    try:
+        _check_actions(variables["list_action"])
+        for index, record in enumerate(variables[variable].ravel(), start=1):
+            where = f"{variable}({index})"
+            row = _read_row(record, known)
+            if row[0] in rows:
+                raise ValueError(f"field filename: {row[0]} for the second time")
+            rows[row[0]] = row
+    except ValueError as error:
+        raise ValueError(f"{path}, {where}: {error}. {LAYOUT_HINT}") from error
+    return list(rows.values())
+
+
+def _read_counts(path: Path) -> list[int]:
+    variables = _read_mat(path, ("bbox_train", "list_action"))
+    counts = [0] * len(PAIRS)
+    try:
+        _check_actions(variables["list_action"])
+        for record in variables["bbox_train"].ravel():
+            for entry in record["hoi"].ravel():  # no boxes: they would take as long as reading
+                hoi_id, visible = _read_class(entry)
+                counts[hoi_id] += visible and len(entry["connection"])
+    except ValueError as error:
+        raise ValueError(f"{path}, bbox_train: {error}. {LAYOUT_HINT}") from error
+    return counts
+
+
+def _read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    # Only here, as SciPy takes longer to load than all the rest of a command's --help.
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: the data folder is that of hico_20160224_det")
+    # What loadmat raises for a file that is cut short, damaged, of MATLAB 7.3, or none at all.
+    unreadable = MatReadError, NotImplementedError, ValueError, IndexError, OSError, zlib.error
+    try:
+        variables = loadmat(path, variable_names=names)
+    except unreadable as error:
+        raise ValueError(f"{path} is not a readable .mat file: {error}. {LAYOUT_HINT}") from error
+    for name in names:
+        if name not in variables:
+            raise ValueError(f"{path} has no variable {name}. {LAYOUT_HINT}")
+    return variables
+
+
+def _check_actions(actions: np.ndarray) -> None:
+    """Ids mean what PAIRS says only if the file's own list of HOI classes is the same."""
+    found = tuple(
+        tuple(_item(action, name, str).replace("_", " ") for name in ("vname", "nname"))
+        for action in actions.ravel()
+    )
+    if found != PAIRS:
+        odd = next((pair for pair in found if pair not in PAIRS), "another order or number")
+        raise ValueError(f"not the {len(PAIRS)} HOI classes of HICO in their order: {odd}")
+
+
+def _image_level_objects(path: Path, split: str) -> dict[str, frozenset[str]] | None:
+    """Object classes of each image of the split by file name; None without anno.mat."""
+    if not path.is_file():
+        return None
+    variables = _read_mat(path, (f"list_{split}", f"anno_{split}"))
+    files, labels = variables[f"list_{split}"].ravel(), variables[f"anno_{split}"]
+    if labels.shape != (len(PAIRS), files.size):
+        raise ValueError(
+            f"{path}: anno_{split} has shape {labels.shape}, not {len(PAIRS)} classes x "
+            f"{files.size} images of list_{split}. {LAYOUT_HINT}"
+        )
+    objects = [set() for _ in files]
+    for hoi_id, column in np.argwhere(labels == 1):  # -1 is no, 0 ambiguous, NaN not asked
+        objects[column].add(PAIRS[hoi_id][1])
+    return {str(np.squeeze(f)): frozenset(names) for f, names in zip(files, objects, strict=True)}
+
+
+def _read_row(record: np.void, known: dict[str, frozenset] | None) -> tuple:
+    name = _item(record, "filename", str)
+    if known is not None and name not in known:
+        raise ValueError(f"field filename: {name} is not in the list of anno.mat")
+    sizes = [(_item(size, "width"), _item(size, "height")) for size in record["size"].ravel()]
+    if len(sizes) != 1 or min(sizes[0]) < 1:
+        raise ValueError(f"field size: {sizes} is not one width and height")
+    width, height = map(int, sizes[0])
+    pairs, listed = [], set()
+    for entry in record["hoi"].ravel():
+        hoi_id, visible = _read_hoi(entry)
+        pairs += visible
+        listed.add(PAIRS[hoi_id][1])
+    return name, width, height, pairs, sorted(listed if known is None else known[name])
+
+
+def _read_class(entry: np.void) -> tuple[int, bool]:
+    """The class (0-based) of one entry of `hoi`, and whether it is visible."""
+    number = _item(entry, "id")
+    if not (number.is_integer() and 1 <= number <= len(PAIRS)):
+        raise ValueError(f"field id: {number:g} is not one of 1..{len(PAIRS)}")
+    return int(number) - 1, not _item(entry, "invis")
+
+
+def _read_hoi(entry: np.void) -> tuple[int, list[tuple[Box, Box, int]]]:
+    """The class (0-based) of one entry of `hoi`, and its pairs, none if it is invisible."""
+    hoi_id, visible = _read_class(entry)
+    if not visible:
+        return hoi_id, []
+    rows = entry["connection"]
+    if rows.size and (rows.shape[1:] != (2,) or rows.dtype.kind not in "uif"):
+        raise ValueError(f"field connection: {rows.dtype} {rows.shape} is not n x 2 numbers")
+    humans, objects = (_read_boxes(entry, name) for name in ("bboxhuman", "bboxobject"))
+    pairs = []
+    for human, obj in rows.reshape(-1, 2).tolist():
+        if human not in humans or obj not in objects:
+            raise ValueError(
+                f"field connection: ({human:g}, {obj:g}) points beyond {len(humans)} human and "
+                f"{len(objects)} object boxes"
+            )
+        pairs.append((humans[human], objects[obj], hoi_id))
+    return hoi_id, pairs
+
+
+def _read_boxes(entry: np.void, name: str) -> dict[int, Box]:
+    """Boxes by the number that `connection` calls them, from 1; their pixels become 0-based."""
+    boxes = [
+        tuple(_item(box, side) - 1 for side in ("x1", "y1", "x2", "y2"))
+        for box in entry[name].ravel()
+    ]
+    return dict(enumerate(boxes, start=1))
+
+
+def _finite(value: object) -> float:
+    # A float at once: the official file may hold unsigned bytes, for which 0 - 1 is 255.
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
+
+
+def _item(record: np.void, name: str, kind: Callable = _finite) -> float | str:
+    """The one value in a field of a MATLAB struct."""
+    try:
+        return kind(record[name].item())
+    except (ValueError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"field {name}: {error}") from error
+
+
+def iou(a: Box, b: Box) -> float:
+    """Intersection over union of two boxes, width x2 - x1; 0 if either is empty or inverted."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    both = width * height
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
+    # Model text may hold sides so long or short that an area is infinite or vanishes.
+    return both / union if 0 < union < math.inf else 0.0
+
+
+def merge_pairs(pairs: Iterable[Pair]) -> tuple[HOI, ...]:
+    """Joins pairs of the same two things into instances with several verbs (Sec. 4.2).
+
+    A pair joins an instance that has its object class but not its verb, and whose boxes, those of
+    its first pair, both overlap the pair's by IoU > 0.5: of several the one with the largest
+    min(IoU human, IoU object), of equals the earliest. Without one it starts an instance. The
+    same verb never joins: the annotators meant two people or two objects. Any frame.
+    """
+    merged: list[tuple[Pair, str, list[str]]] = []
+    for pair in pairs:
+        verb, object_class = PAIRS[pair.hoi_id]
+        best, best_overlap = None, MERGE_IOU
+        for first, name, verbs in merged:
+            if name == object_class and verb not in verbs:
+                overlap = min(iou(first.human, pair.human), iou(first.object, pair.object))
+                if overlap > best_overlap:
+                    best, best_overlap = verbs, overlap
+        if best is None:
+            merged.append((pair, object_class, [verb]))
+        else:
+            best.append(verb)
+    return tuple(HOI(first.human, first.object, c, tuple(verbs)) for first, c, verbs in merged)
+
+
+def to_model_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int, int]) -> Box:
+    """A box of the original image in the resized image; sizes are (width, height); unrounded."""
+    x, y = model_size[0] / image_size[0], model_size[1] / image_size[1]
+    return box[0] * x, box[1] * y, box[2] * x, box[3] * y
+
+
+def to_image_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int, int]) -> Box:
+    """Inverse of to_model_frame, clipped to the pixels [0, width - 1] x [0, height - 1]."""
+    sides = zip(to_model_frame(box, model_size, image_size), image_size * 2, strict=True)
+    return tuple(min(max(side, 0.0), size - 1.0) for side, size in sides)
+
+
+ROLE = "You are an HOI detection model. "
+STRUCTURE = "Follow this exact structure:\n"
+TASK_DESCRIPTION = f"""\
+<VALID OBJECT CLASSES>:
+<object class>:{", ".join(OBJECTS)}
+<VALID INTERACTIONS> (object: allowed_verbs):
+<object class>: <verb class>, <verb class>, ...
+{INTERACTIONS}"""
+THINKING_PROCESS = """\
+Thinking Process:
+1. How many people are in the image?
+2. What are those people doing?
+3. What <object class> in <VALID OBJECT CLASSES> are each people interacting with?
+4. Find existing <verb class> combinations from <VALID INTERACTIONS> for each <object class>.
+"""
+THINK_EXAMPLE = "<think> reasoning process here </think>\n"
+ANSWER_EXAMPLE = """\
+<answer>
+[
+    {
+        "human": [x1, y1, x2, y2],
+        "object": [x1, y1, x2, y2],
+        "object class": "<object class>",
+        "verb class": "<verb class>, <verb class>, ... "
+    }
+]
+</answer>"""
+
+
+def prompt_text(*, thinking: bool = True, task_description: bool = True) -> str:
+    """The text of the user turn (Fig. 4); the two switches are the ablations of Table 2.
+
+    Without `thinking` the Thinking Process and the example's <think> part are left out, without
+    `task_description` the role and both lists of classes.
+    """
+    return "".join(
+        (
+            ROLE if task_description else "",
+            STRUCTURE,
+            TASK_DESCRIPTION if task_description else "",
+            THINKING_PROCESS if thinking else "",
+            "EXAMPLE OUTPUT FORMAT:\n",
+            THINK_EXAMPLE if thinking else "",
+            ANSWER_EXAMPLE,
+        )
+    )
+
+
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One element of the answer's list, as written; what it lacks or spoils is None or ()."""
+
+    human: Box | None  # None: key missing, or not four finite numbers
+    object: Box | None
+    object_class: str | None  # stripped, of the vocabulary or not; None: missing or no string
+    verbs: tuple[str, ...]  # split at commas, stripped, empties dropped, repeats kept
+    key_count: int  # keys as written, repeats counted (Eq. 12)
+    span: tuple[int, int]  # its characters in the text
+
+    @property
+    def has_boxes(self) -> bool:
+        """Whether both boxes could be read."""
+        return self.human is not None and self.object is not None
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What parse_completion understood of a text."""
+
+    has_think: bool
+    has_answer: bool
+    instances: tuple[Prediction, ...]
+
+
+def format_answer(hois: Iterable[HOI]) -> str:
+    """The answer of Fig. 4 on one line, coordinates rounded; inverse of parse_completion."""
+    instances = [
+        {
+            "human": [round(side) for side in hoi.human],
+            "object": [round(side) for side in hoi.object],
+            "object class": hoi.object_class,
+            "verb class": ", ".join(hoi.verbs),
+        }
+        for hoi in hois
+    ]
+    return f"{ANSWER_OPEN} {json.dumps(instances)} {ANSWER_CLOSE}"
+
+
+def format_completion(hois: Iterable[HOI], think: str | None) -> str:
+    """The trace in <think> tags, then the answer (Sec. 3.2); without a trace the answer alone."""
+    answer = format_answer(hois)
+    return answer if think is None else f"<think> {think.strip()} </think> {answer}"
+
+
+def parse_completion(text: str) -> Completion:
+    """Reads a model's text: tags and the JSON list after the last <answer>.
+
+    Instances are decoded one after the other until the list ends or the first unreadable place,
+    so a list cut short keeps those before the cut. Never raises; time is linear in the text.
+    """
+    start = text.rfind(ANSWER_OPEN)
+    has_answer = start >= 0
+    instances = tuple(_read_instances(text, start + len(ANSWER_OPEN))) if has_answer else ()
+    return Completion("<think>" in text, has_answer, instances)
+
+
+def _pairs_hook(pairs: list[tuple[str, object]]) -> tuple[dict[str, object], int]:
+    # JSON has no tuples, so a tuple is an object; its dict has the last value of a repeated key.
+    return dict(pairs), len(pairs)
+
+
+# float for integers too: int() refuses long ones, and a boolean is no coordinate this way.
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs_hook, parse_int=float)
+
+
+def _read_instances(text: str, start: int) -> Iterable[Prediction]:
+    close = text.find(ANSWER_CLOSE, start)
+    position = text.find("[", start, close if close >= 0 else len(text)) + 1
+    while position > 0:
+        while position < len(text) and text[position] in " \t\r\n,":
+            position += 1
+        try:
+            value, end = _DECODER.raw_decode(text, position)
+        except (ValueError, RecursionError):  # the end of the list, a cut, or garbage
+            return
+        yield _to_prediction(value, (position, end))
+        position = end
+
+
+def _to_prediction(value: object, span: tuple[int, int]) -> Prediction:
+    fields, key_count = value if isinstance(value, tuple) else ({}, 0)
+    label, verbs = fields.get("object class"), fields.get("verb class")
+    return Prediction(
+        human=_to_box(fields.get("human")),
+        object=_to_box(fields.get("object")),
+        object_class=label.strip() if isinstance(label, str) else None,
+        verbs=_to_verbs(verbs if isinstance(verbs, list) else [verbs]),
+        key_count=key_count,
+        span=span,
+    )
+
+
+def _to_box(value: object) -> Box | None:
+    if not isinstance(value, list) or len(value) != 4:
+        return None
+    finite = all(isinstance(side, float) and math.isfinite(side) for side in value)
+    return tuple(value) if finite else None
+
+
+def _to_verbs(values: list) -> tuple[str, ...]:
+    if not all(isinstance(value, str) for value in values):
+        return ()
+    labels = (label.strip() for value in values for label in value.split(","))
+    return tuple(label for label in labels if label)
+
+
+def predicted_instances(
+    completion: Completion,
+    image_size: tuple[int, int],
+    model_size: tuple[int, int],
+    scores: Sequence[float] | None = None,
+) -> list[dict]:
+    """The "instances" of one line of predictions.jsonl; boxes in pixels of the original image.
+
+    Kept are instances with both boxes and at least one verb that forms one of the 600 pairs with
+    the object class, and of their verbs those, each once. `scores` has one number for each
+    instance of the completion, which all its verbs get; None: 1.0. Raises ValueError if the
+    numbers of scores and instances differ. Sizes are (width, height).
+    """
+    if scores is None:
+        scores = [1.0] * len(completion.instances)
+    kept = []
+    for instance, score in zip(completion.instances, scores, strict=True):
+        pairs = ((verb, instance.object_class) for verb in dict.fromkeys(instance.verbs))
+        verbs = [pair[0] for pair in pairs if pair in HOI_IDS]
+        if verbs and instance.has_boxes:
+            kept.append(
+                {
+                    "human": list(to_image_frame(instance.human, image_size, model_size)),
+                    "object": list(to_image_frame(instance.object, image_size, model_size)),
+                    "object_class": instance.object_class,
+                    "verbs": verbs,
+                    "scores": [float(score)] * len(verbs),
+                }
+            )
+    return kept
+
+
+HUMAN_COLOUR = (30, 144, 255)
+OBJECT_COLOURS = ((214, 39, 40), (44, 140, 44), (148, 84, 190), (200, 100, 10), (0, 128, 128))
+
+
+def draw_hois(
+    image: Image.Image, hois: Iterable[HOI], *, caption: str = "", min_side: int = 480
+) -> Image.Image:
+    """A new picture with both boxes of every HOI, a line between their centres, and its label.
+
+    Boxes are in pixels of `image`. People are blue; an HOI's object, line and label share another
+    colour. An image whose shorter side is below `min_side` is enlarged to it, so that labels can
+    be read. `caption` is written below.
+    """
+    scale = max(1.0, min_side / min(image.size))
+    size = round(image.width * scale), round(image.height * scale)
+    picture = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=max(14, min(size) // 32))
+    labels, line_width = [], max(2, min(size) // 200)
+    for index, hoi in enumerate(hois):
+        colour = OBJECT_COLOURS[index % len(OBJECT_COLOURS)]
+        human, obj = (to_model_frame(box, image.size, size) for box in (hoi.human, hoi.object))
+        for (x1, y1, x2, y2), outline in ((human, HUMAN_COLOUR), (obj, colour)):
+            corners = min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
+            draw.rectangle(corners, outline=outline, width=line_width)
+        centres = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (human, obj)]
+        draw.line(centres, fill=colour, width=line_width)
+        lines = _wrap(f"{', '.join(hoi.verbs)} {hoi.object_class}", font, size[0])
+        labels.append((lines, (centres[1][0], obj[3]), colour))
+    _draw_labels(draw, size, font, labels)  # last, so that no line crosses them
+    return _with_caption(picture, _wrap(caption, font, size[0]), font) if caption else picture
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    columns = max(1, int(width / font.getlength("n")) - 2)
+    return [row for line in text.splitlines() for row in textwrap.wrap(line, columns) or [""]]
+
+
+def _draw_labels(draw, size: tuple[int, int], font: ImageFont.FreeTypeFont, labels: list) -> None:
+    """Writes each (lines, (x, y), colour) in the free rows nearest below y, else above it."""
+    step, taken = round(font.size * 1.5), []
+    for lines, (x, y), colour in labels:
+        width = max(map(font.getlength, lines)) + font.size
+        left = min(max(x - width / 2, 0), max(size[0] - width, 0))
+        last = max(size[1] // step - len(lines), 0)
+        first = min(max(int(y // step) + 1, 0), last)
+        busy = {row for row, start, end in taken if start < left + width and left < end}
+        rows = (*range(first, last + 1), *range(first - 1, -1, -1))
+        free = (row for row in rows if busy.isdisjoint(range(row, row + len(lines))))
+        row = next(free, first)
+        taken += [(row + line, left, left + width) for line in range(len(lines))]
+        bottom = (row + len(lines)) * step
+        draw.rectangle((left, row * step, left + width, bottom - 1), fill=colour)
+        middle = left + width / 2, (row * step + bottom) / 2
+        draw.text(middle, "\n".join(lines), fill="white", font=font, anchor="mm", align="center")
+
+
+def _with_caption(picture: Image.Image, lines: list[str], font) -> Image.Image:
+    step = round(font.size * 1.4)
+    height = picture.height + step * len(lines) + step // 2
+    result = Image.new("RGB", (picture.width, height), "white")
+    result.paste(picture)
+    draw = ImageDraw.Draw(result)
+    for index, line in enumerate(lines):
+        top = picture.height + index * step + step // 4
+        draw.text((font.size / 2, top), line, fill="black", font=font)
+    return result
