@@ -33,40 +33,37 @@ is missing. Images without an accepted trace are listed at the end with the reas
 """
 
 import argparse
-import base64
 import contextlib
-import email.utils
-import fcntl
-import http.client
-import io
 import json
 import math
 import os
-import random
 import re
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
-from urllib.parse import urlsplit
 
-from PIL import Image
 from tqdm import tqdm
 
 import hicodet
+from engine.chat import (
+    BATCH_DISCOUNT,
+    OPENAI_URL,
+    Budget,
+    Stop,
+    Teacher,
+    Transient,
+    complete,
+    input_tokens,
+    known_prices,
+    request_body,
+    write_requests,
+)
+from engine.files import lock
 from hicodet import HOI, Sample
 
-OPENAI_URL = "https://api.openai.com/v1"
-# Model: USD per million tokens in and out; tokens billed for an image and, at high detail, for each
-# 512-pixel tile. From OpenAI's price list (openai.com/api/pricing) and its guide to vision.
-PRICES = {"gpt-4o-mini": (0.15, 0.60, 2833, 5667), "gpt-4o": (2.50, 10.00, 85, 170)}
-BATCH_DISCOUNT, BATCH_REQUESTS, BATCH_BYTES = 0.5, 50_000, 200_000_000  # of OpenAI's Batch API
-MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
 
 TASK = "Look at the image and reason about how its people interact with objects.\n"
@@ -83,18 +80,6 @@ PEOPLE = set("person persons people man men woman women child children boy boys 
              "kids individual individuals adult adults".split())
 EVERYDAY = {"bicycle": "bike", "motorcycle": "motorbike", "airplane": "plane", "couch": "sofa",
             "tv": "television", "skis": "ski", "knife": "knives", "hair drier": "dryer"}
-
-
-class Stop(Exception):
-    """Ends the run: a wrong key, a refused request, the budget. Without text: another's Stop."""
-
-
-class Transient(Exception):
-    """A failed request that is worth another; `billed`: the server may have done the work."""
-
-    def __init__(self, reason: str, billed: bool = False, retry_after: float = 0.0):
-        super().__init__(reason)
-        self.billed, self.retry_after = billed, retry_after
 
 
 # ---- traces from the ground truth
@@ -187,15 +172,6 @@ def read_traces(path: str | Path) -> dict[str, str]:
     does a last line cut by a kill -9, until teacher.py resumes the file and drops that line.
     """
     return {trace["file_name"]: trace["think"] for trace in read_lines(path)}
-
-
-def lock(file: IO) -> None:
-    """Keep other processes from a file until it is closed. Raises ValueError if one has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{file.name} is being written by another process: let it finish, or "
-                         "give another --out") from None
 
 
 class TraceFile:
@@ -299,177 +275,7 @@ def judge(reply: dict) -> tuple[str | None, str]:
     return (None, f"does not say {question}: {think[:60]!r}") if question else (think, "")
 
 
-# ---- one request, and what it costs
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """Whom to ask, and how."""
-
-    model: str
-    base_url: str  # without the closing /
-    key: str = field(repr=False)  # "" sends none
-    prompt: str
-    max_tokens: int  # of a reply
-    max_side: int  # pixels of the longer side, as sent
-    timeout: float  # seconds without a byte
-    retries: int
-    backoff: float  # seconds before the first retry, doubled with each
-
-    @property
-    def detail(self) -> str:
-        """OpenAI sees 512 x 512 pixels at low detail; high would bill tiles that show no more."""
-        return "low" if self.max_side <= 512 else "high"
-
-
-def request_body(sample: Sample, teacher: Teacher) -> dict:
-    """The chat-completions request for an image. Raises OSError if the file is no whole image."""
-    try:
-        with Image.open(sample.path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
-        raise OSError(f"{sample.path} is no readable image ({error}): replace it") from None
-    image.thumbnail((teacher.max_side, teacher.max_side))
-    jpeg = io.BytesIO()
-    image.save(jpeg, "JPEG", quality=90)
-    url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-    # The text comes first: servers cache the prefix that all requests have in common.
-    content = [{"type": "text", "text": teacher.prompt},
-               {"type": "image_url", "image_url": {"url": url, "detail": teacher.detail}}]
-    return {"model": teacher.model, "max_tokens": teacher.max_tokens,
-            "messages": [{"role": "user", "content": content}]}
-
-
-def known_prices(model: str) -> tuple | None:
-    """The entry of PRICES for a model, dated versions ("gpt-4o-2024-08-06") included."""
-    return PRICES.get(re.sub("-[0-9-]+$", "", model))
-
-
-def input_tokens(teacher: Teacher) -> int:
-    """The most input tokens of a request: one for 3 characters, and those of a square image.
-
-    That is OpenAI's rule for the models of PRICES, else Qwen2.5-VL's patches of 28 x 28 pixels.
-    """
-    text, known = len(teacher.prompt) // 3 + 20, known_prices(teacher.model)
-    if known is None:
-        return text + math.ceil(teacher.max_side / 28) ** 2
-    tiles = math.ceil(min(teacher.max_side, 768) / 512) * math.ceil(teacher.max_side / 512)
-    return text + known[2] + (0 if teacher.detail == "low" else tiles * known[3])
-
-
-class Budget:
-    """What was spent, in USD, and what requests in flight may still cost; shared by the threads.
-
-    prices: USD per million tokens, in and out.
-    """
-
-    def __init__(self, prices: tuple[float, float], max_cost: float, spent: float = 0.0):
-        self.prices, self.max_cost, self.spent = prices, max_cost, spent
-        self.reserved, self.tokens, self.largest = 0.0, 0, 0
-        self.lock = threading.Lock()
-
-    def cost(self, tokens_in: int, tokens_out: int) -> float:
-        return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
-
-    def reserve(self, tokens_in: int, tokens_out: int) -> float:
-        """Sets aside the most that a request can cost. Raises Stop if max_cost could be passed."""
-        with self.lock:
-            bound = self.cost(max(tokens_in, self.largest), tokens_out)
-            if self.spent + self.reserved + bound > self.max_cost:
-                raise Stop(f"${self.spent:.4f} are spent, and one more request could pass "
-                           f"--max-cost {self.max_cost:g}: raise it to go on")
-            self.reserved += bound
-            return bound
-
-    def settle(self, bound: float, usage: object, billed: bool = True) -> dict:
-        """Puts what the server reports in place of a reservation; `bound` if it reports nothing."""
-        counts = [usage.get(key) if isinstance(usage, dict) else None
-                  for key in ("prompt_tokens", "completion_tokens")]
-        reported = all(isinstance(count, int) and count >= 0 for count in counts)
-        tokens_in, tokens_out = counts if reported else (0, 0)
-        cost = self.cost(tokens_in, tokens_out) if reported else bound * billed
-        with self.lock:
-            self.reserved -= bound
-            self.spent += cost
-            self.tokens += tokens_in + tokens_out
-            self.largest = max(self.largest, tokens_in)
-        return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "cost": cost}
-
-
-# ---- asking a server
-
-
-def post(teacher: Teacher, body: dict) -> dict:
-    """One chat completion. Raises Transient if another try may help, Stop if not."""
-    url, sent = urlsplit(teacher.base_url), False
-    secure = url.scheme == "https"
-    connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-    server = connect(url.netloc, timeout=teacher.timeout)
-    headers = {"Content-Type": "application/json"}
-    if teacher.key:
-        headers["Authorization"] = f"Bearer {teacher.key}"
-    try:
-        server.request("POST", f"{url.path}/chat/completions", json.dumps(body), headers)
-        sent = True
-        response = server.getresponse()
-        text = without_key(response.read().decode(errors="replace"), teacher)
-    except (OSError, http.client.HTTPException) as error:
-        reason = without_key(f"{teacher.base_url}: {error!r}", teacher)
-        raise Transient(reason, billed=sent) from None
-    finally:
-        server.close()
-    if response.status != 200:
-        raise refusal(response, f"{teacher.base_url}: {response.status}: {text[:500]}")
-    try:
-        reply = json.loads(text)
-        judge(reply)  # has it the expected shape?
-        return reply
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise Transient(f"no chat completion in the reply: {error!r}", billed=True) from None
-
-
-def without_key(text: str, teacher: Teacher) -> str:
-    """What a server said, in which it may have quoted the key."""
-    return text.replace(teacher.key, "(key)") if teacher.key else text
-
-
-def refusal(response: http.client.HTTPResponse, reason: str) -> Exception:
-    """What a status other than 200 means: Transient for 408, 429 and 5xx, else Stop."""
-    # OpenAI also says 429 to an account without money; waiting does not help that.
-    if response.status in (408, 429) or response.status >= 500:
-        if "insufficient_quota" not in reason:
-            return Transient(reason, retry_after=seconds(response.getheader("Retry-After")))
-    return Stop(reason)
-
-
-def seconds(retry_after: str | None) -> float:
-    """The header Retry-After, a number or a date, as seconds from now; 0 if there is none."""
-    try:
-        wanted = float(retry_after or 0)
-    except ValueError:
-        date = email.utils.parsedate_tz(retry_after)
-        wanted = email.utils.mktime_tz(date) - time.time() if date else 0.0
-    return max(0.0, min(wanted, MAX_RETRY_AFTER))
-
-
-def complete(
-    teacher: Teacher, body: dict, budget: Budget, stop: threading.Event
-) -> tuple[dict, dict]:
-    """A chat completion and its usage, with retries. Raises the last Transient, or Stop."""
-    pause = 0.0
-    for retry in range(teacher.retries + 1):
-        if stop.wait(pause):
-            raise Stop
-        bound = budget.reserve(input_tokens(teacher), teacher.max_tokens)
-        try:
-            reply = post(teacher, body)
-            return reply, budget.settle(bound, reply.get("usage"))
-        except Transient as error:
-            budget.settle(bound, None, error.billed)
-            failure = error
-        backoff = min(MAX_BACKOFF, teacher.backoff * 2**retry) * random.uniform(0.5, 1.0)
-        pause = max(backoff, failure.retry_after)
-    raise failure
+# ---- asking the teacher
 
 
 def ask(
@@ -538,49 +344,6 @@ def ask_all(
 
 
 # ---- OpenAI's Batch API
-
-
-def write_requests(
-    samples: Sequence[Sample], teacher: Teacher, out: Path, budget: Budget,
-    max_requests: int = BATCH_REQUESTS, max_bytes: int = BATCH_BYTES,
-) -> tuple[dict[str, str], str]:
-    """Writes the request files of a batch beside `out`; returns as ask_all does.
-
-    Raises ValueError if some are there already: handing them in twice would cost twice.
-    """
-    old = sorted(out.parent.glob(f"{out.stem}.requests-*.jsonl"))
-    if old:
-        raise ValueError(f"{old[0]} is there already: --collect its results if it was handed in, "
-                         "then delete it")
-    missing, ended, part, size, parts = {}, "", [], 0, []
-    for sample in tqdm(samples, desc="requests", unit="img"):
-        try:
-            body = request_body(sample, teacher)
-            budget.reserve(input_tokens(teacher), teacher.max_tokens)
-        except OSError as error:
-            missing[sample.file_name] = str(error)
-            continue
-        except Stop as error:
-            ended = str(error)
-            break
-        line = json.dumps({"custom_id": sample.file_name, "method": "POST",
-                           "url": "/v1/chat/completions", "body": body}) + "\n"
-        if part and (len(part) == max_requests or size + len(line) > max_bytes):
-            parts.append(write_part(out, len(parts) + 1, part))
-            part, size = [], 0
-        part.append(line)
-        size += len(line)  # characters are bytes: the JSON is ASCII
-    if part:
-        parts.append(write_part(out, len(parts) + 1, part))
-    print("request files:", *parts)
-    return missing, ended
-
-
-def write_part(out: Path, number: int, lines: list[str]) -> Path:
-    """Writes one request file; renamed when whole, so that no half file can be handed in."""
-    path = out.with_name(f"{out.stem}.requests-{number:03d}.jsonl")
-    path.with_suffix(".tmp").write_text("".join(lines), encoding="ascii")
-    return path.with_suffix(".tmp").rename(path)
 
 
 def collect(

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 import hicodet
+from engine import pictures
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {  # a million random weights want another recipe than 3 billion that know images
@@ -101,7 +102,7 @@ def draw(out: Path, names, count: int) -> None:
         captions = [name if hois else f"{name}: no instance" for name, hois in panels.items()]
         with Image.open(sample.path) as image:
             drawn = [
-                hicodet.draw_hois(image, hois, caption=caption)
+                pictures.draw_hois(image, hois, caption=caption)
                 for hois, caption in zip(panels.values(), captions)
             ]
         side_by_side(drawn).save(out / "pictures" / f"{Path(sample.file_name).stem}.png")

@@ -19,12 +19,15 @@ import numpy as np
 import torch
 from scipy.io import savemat
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (PreTrainedTokenizerFast, Qwen2_5_VLConfig,
-                          Qwen2_5_VLForConditionalGeneration)
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
+from demo.scenes import GRID, KINDS, RARE, SIDE, Kind, Scene, draw_scene, make_scenes
 from hicodet import HOI, PAIRS, Box, format_completion, prompt_text
 from teacher import gerund, join_words, template_trace
-from demo.scenes import GRID, KINDS, RARE, SIDE, Kind, Scene, draw_scene, make_scenes
 
 INVISIBLE_SHARE = 40  # one image in so many lists an interaction without boxes
 # The special tokens of Qwen2.5-VL that a prompt with an image uses; they follow all the others.

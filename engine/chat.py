@@ -1,65 +1,24 @@
-"""Reasoning traces from a teacher model, for thinking distillation (Sec. 3.2).
+"""One OpenAI-compatible chat request: its price, its retries, the Batch API's request files."""
 
-    export OPENAI_API_KEY=...
-    python teacher.py --data hico_20160224_det --out traces.jsonl --dry-run     # what it will cost
-    python teacher.py --data hico_20160224_det --out traces.jsonl --max-cost 30
-
-    # a local teacher behind vLLM or `transformers serve`: no key, no cost
-    python teacher.py --data ... --out ... --base-url http://127.0.0.1:8000/v1 --teacher NAME
-    # OpenAI's Batch API, half the price: writes traces.requests-001.jsonl and so on; hand them in
-    # (purpose "batch", endpoint /v1/chat/completions), later collect the result files
-    python teacher.py --data ... --out traces.jsonl --backend batch
-    python teacher.py --data ... --out traces.jsonl --backend batch --collect results/*.jsonl
-    # no teacher at all: sentences from the ground truth, as the demo uses them
-    python teacher.py --data ... --out traces.jsonl --backend template
-
-Every training image with ground truth gets one line of traces.jsonl, in any order:
-
-    {"file_name": "HICO_train2015_00000001.jpg", "think": "There is one person ...",
-     "teacher": "gpt-4o-mini", "attempts": 1,
-     "usage": {"prompt_tokens": 2950, "completion_tokens": 96, "cost": 0.0005}}
-
-Stop it whenever you like, kill -9 included, and run the same command again: it asks only for what
-is missing. Images without an accepted trace are listed at the end with the reason.
-
-1. The teacher gets the image and the Reasoning Guidance of Fig. 4, as in the paper. The guidance
-   points to the lists of valid classes; --lists sends them along (about 1,800 tokens more), which
-   helps if many traces are rejected for want of an object or a verb.
-2. A trace is accepted if it stands within <think>, ends before --max-tokens, holds no <answer>,
-   and passes a plain word check of the four questions (`unanswered`).
-3. Cost is reckoned at list price: cached tokens in full, replies lost on the way at the most they
-   can have cost. --max-cost includes what earlier runs paid for the traces in the file.
-4. Connections are direct: proxy variables are not read, redirects are not followed.
-"""
-
-import argparse
 import base64
-import contextlib
 import email.utils
-import fcntl
 import http.client
 import io
 import json
 import math
-import os
 import random
 import re
-import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
 from urllib.parse import urlsplit
 
 from PIL import Image
 from tqdm import tqdm
 
-import hicodet
-from hicodet import HOI, Sample
+from hicodet import Sample
 
 OPENAI_URL = "https://api.openai.com/v1"
 # Model: USD per million tokens in and out; tokens billed for an image and, at high detail, for each
@@ -67,22 +26,6 @@ OPENAI_URL = "https://api.openai.com/v1"
 PRICES = {"gpt-4o-mini": (0.15, 0.60, 2833, 5667), "gpt-4o": (2.50, 10.00, 85, 170)}
 BATCH_DISCOUNT, BATCH_REQUESTS, BATCH_BYTES = 0.5, 50_000, 200_000_000  # of OpenAI's Batch API
 MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
-GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
-
-TASK = "Look at the image and reason about how its people interact with objects.\n"
-REQUEST = """\
-Answer the four questions in order, in a few plain sentences, between <think> and </think>. Name \
-object classes and verbs literally. No coordinates, no lists, no <answer>."""
-TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
-SAME_PERSON_IOU = 0.5  # as in merging: one person is annotated anew for every verb
-
-# What a trace's words are checked against (`unanswered`).
-COUNTS = set("a an one two three four five six seven eight nine ten single pair couple few several "
-             "many multiple no group crowd".split())
-PEOPLE = set("person persons people man men woman women child children boy boys girl girls kid "
-             "kids individual individuals adult adults".split())
-EVERYDAY = {"bicycle": "bike", "motorcycle": "motorbike", "airplane": "plane", "couch": "sofa",
-            "tv": "television", "skis": "ski", "knife": "knives", "hair drier": "dryer"}
 
 
 class Stop(Exception):
@@ -95,211 +38,6 @@ class Transient(Exception):
     def __init__(self, reason: str, billed: bool = False, retry_after: float = 0.0):
         super().__init__(reason)
         self.billed, self.retry_after = billed, retry_after
-
-
-# ---- traces from the ground truth
-
-
-def gerund(verb: str) -> str:
-    """The -ing form of one of the 117 verbs: "hop on" -> "hopping on"."""
-    head, _, rest = verb.partition(" ")
-    if head == "no":
-        return "not interacting with"
-    if head.endswith("ie"):
-        head = head[:-2] + "y"
-    elif head.endswith("e"):
-        head = head[:-1]
-    elif head[-1] not in "aeiouwxy" and head[-2] in "aeiou" and head[-3:-2] not in "aeiou":
-        # One vowel between consonants doubles the last: hop -> hopping, but lift -> lifting.
-        head = head if head in ("open", "exit") else head + head[-1]
-    return f"{head}ing {rest}".rstrip()
-
-
-def join_words(words: Sequence[str]) -> str:
-    """["a", "b", "c"] -> "a, b and c"."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def count_people(hois: Iterable[HOI]) -> int:
-    """Distinct people, annotated as humans or as objects; boxes with IoU > 0.5 are one person."""
-    people: list[hicodet.Box] = []
-    for hoi in hois:
-        for box in (hoi.human, hoi.object) if hoi.object_class == "person" else (hoi.human,):
-            if all(hicodet.iou(box, seen) <= SAME_PERSON_IOU for seen in people):
-                people.append(box)
-    return len(people)
-
-
-def template_trace(hois: Sequence[HOI]) -> str:
-    """A trace written from the ground truth: one sentence for each question of Fig. 4.
-
-    hois: the merged instances of one image, boxes in any frame. Returns the text that goes inside
-    <think>, without tags; object classes and verbs come in their order of first appearance, each
-    verb once a class, so the text grows with what there is to say and not with the instances.
-    """
-    if not hois:
-        return "There is no person who interacts with an object."
-    verbs_of: dict[str, list[str]] = {}
-    for hoi in hois:
-        known = verbs_of.setdefault(hoi.object_class, [])
-        known += [verb for verb in dict.fromkeys(hoi.verbs) if verb not in known]
-    number = count_people(hois)
-    who = ("There is 1 person. The person is" if number == 1
-           else f"There are {number} people. They are")
-    doing = [f"{join_words([gerund(verb) for verb in verbs])} the {name}"
-             for name, verbs in verbs_of.items()]
-    plural = "es are" if len(verbs_of) > 1 else " is"
-    pairs = [f"for {name}: {', '.join(verbs)}" for name, verbs in verbs_of.items()]
-    return (f"{who} {join_words(doing)}. The object class{plural} {join_words(list(verbs_of))}. "
-            f"The verb classes are, {'; '.join(pairs)}.")
-
-
-# ---- traces.jsonl
-
-
-def read_lines(path: str | Path) -> Iterator[dict]:
-    """The lines of a traces.jsonl. Raises ValueError naming file and line for what is no trace."""
-    names: set[str] = set()
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            try:
-                trace = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                hint = "" if line.endswith(b"\n") else "; cut off? Resuming teacher.py drops it"
-                raise ValueError(f"{where}: no JSON object ({error}{hint})") from None
-            for key in ("file_name", "think"):
-                value = trace.get(key) if isinstance(trace, dict) else None
-                if not isinstance(value, str) or not value.strip():
-                    raise ValueError(f'{where}: "{key}" must be a text, not {value!r}')
-            if held := [tag for tag in TAGS if tag in trace["think"]]:
-                raise ValueError(f'{where}: "think" holds {held[0]!r}; it is the text between tags')
-            if trace["file_name"] in names:
-                raise ValueError(f"{where}: {trace['file_name']} comes twice; delete one line")
-            names.add(trace["file_name"])
-            yield trace
-
-
-def read_traces(path: str | Path) -> dict[str, str]:
-    """The traces of a file, {file_name: think}, in the file's order.
-
-    Raises ValueError naming file and line for a malformed line or an image that comes twice; so
-    does a last line cut by a kill -9, until teacher.py resumes the file and drops that line.
-    """
-    return {trace["file_name"]: trace["think"] for trace in read_lines(path)}
-
-
-def lock(file: IO) -> None:
-    """Keep other processes from a file until it is closed. Raises ValueError if one has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{file.name} is being written by another process: let it finish, or "
-                         "give another --out") from None
-
-
-class TraceFile:
-    """traces.jsonl, open for appending by one process at a time; use it in a with statement.
-
-    A line reaches the file in one write, so kill -9 can cut only the last one; opening drops it.
-    The lock goes with the process, however it ends. Raises ValueError if another process has the
-    file open, or for a malformed line.
-    """
-
-    def __init__(self, path: Path):
-        self.file = open(path, "ab+", buffering=0)
-        lock(self.file)
-        self._mend_last_line()
-        self.names, self.cost = set(), 0.0
-        for trace in read_lines(path):
-            self.names.add(trace["file_name"])
-            usage = trace.get("usage")
-            self.cost += float(usage.get("cost", 0.0)) if isinstance(usage, dict) else 0.0
-
-    def __enter__(self) -> "TraceFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def _mend_last_line(self) -> None:
-        self.file.seek(0)
-        text = self.file.read()
-        last = text[text.rfind(b"\n") + 1 :]
-        try:
-            if last:
-                json.loads(last)
-                self.file.write(b"\n")  # whole, and written by hand
-        except ValueError:
-            self.file.truncate(len(text) - len(last))
-
-    def append(self, sample: Sample, think: str, teacher: str, attempts: int, usage: dict) -> None:
-        """Writes the trace of an image. Raises OSError if the disk is full."""
-        line = json.dumps({"file_name": sample.file_name, "think": think, "teacher": teacher,
-                           "attempts": attempts, "usage": usage}).encode() + b"\n"
-        if self.file.write(line) != len(line):
-            raise OSError(f"{self.file.name}: the disk is full; make room and run this again")
-        self.names.add(sample.file_name)
-
-
-# ---- is it a trace?
-
-
-def object_words(name: str) -> set[str]:
-    """What may stand for an object class: its last word or an everyday name, and their plurals."""
-    words = {name.split()[-1], EVERYDAY.get(name, name.split()[-1])}
-    return PEOPLE if name == "person" else {w + end for w in words for end in ("", "s", "es")}
-
-
-def verb_words(verb: str) -> set[str]:
-    """What may stand for a verb: the forms of its first word; "no interaction" stays whole."""
-    head = verb.split()[0]
-    return {verb} if head == "no" else {head, f"{head}s", f"{head}es", gerund(verb).split()[0]}
-
-
-def unanswered(think: str) -> str | None:
-    """The first of the four questions of Fig. 4 that a trace leaves open, or None.
-
-    A plain check of words: 1. people and a count; 2. one of the 117 verbs; 3. one of the 80
-    objects, where "person" takes two mentions of people; 4. two of these that make a pair.
-    """
-    found = re.findall("[a-z]+|[0-9]+", think.lower())
-    words = set(found)
-    if re.search(r"\b(?:no|not)\b[^.]{0,20}\binteract", think.lower()):
-        words.add("no interaction")
-    verbs = {verb for verb in hicodet.VERBS if words & verb_words(verb)}
-    names = {name for name in hicodet.OBJECTS if words & object_words(name)}
-    if sum(word in PEOPLE for word in found) < 2:
-        names.discard("person")
-    counted = words & COUNTS or any(word.isdigit() for word in words)
-    answers = {
-        "how many people there are": words & PEOPLE and counted,
-        "what they are doing": verbs,
-        "which objects they interact with": names,
-        "which verbs go with the objects": any(
-            verb in verbs and name in names for verb, name in hicodet.PAIRS),
-    }
-    return next((question for question, answer in answers.items() if not answer), None)
-
-
-def judge(reply: dict) -> tuple[str | None, str]:
-    """The accepted trace of a chat completion and "", or None and why it was rejected."""
-    choice = reply["choices"][0]
-    text = choice["message"].get("content")
-    text = text if isinstance(text, str) else ""  # None: the model declined
-    found = re.search("<think>(.*?)</think>", text, re.DOTALL)
-    think = found[1].strip() if found else ""
-    if choice.get("finish_reason") == "length":
-        return None, "cut off at --max-tokens"
-    if "<answer>" in text:
-        return None, "holds an <answer>"
-    if not think or any(tag in think for tag in TAGS):
-        return None, f"no text within <think> </think>: {text[:60]!r}"
-    question = unanswered(think)
-    return (None, f"does not say {question}: {think[:60]!r}") if question else (think, "")
-
-
-# ---- one request, and what it costs
 
 
 @dataclass(frozen=True)
@@ -396,9 +134,6 @@ class Budget:
         return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out, "cost": cost}
 
 
-# ---- asking a server
-
-
 def post(teacher: Teacher, body: dict) -> dict:
     """One chat completion. Raises Transient if another try may help, Stop if not."""
     url, sent = urlsplit(teacher.base_url), False
@@ -422,7 +157,7 @@ def post(teacher: Teacher, body: dict) -> dict:
         raise refusal(response, f"{teacher.base_url}: {response.status}: {text[:500]}")
     try:
         reply = json.loads(text)
-        judge(reply)  # has it the expected shape?
+        reply["choices"][0]["message"].get("content")  # has it the expected shape?
         return reply
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Transient(f"no chat completion in the reply: {error!r}", billed=True) from None
@@ -472,74 +207,6 @@ def complete(
     raise failure
 
 
-def ask(
-    sample: Sample, teacher: Teacher, attempts: int, budget: Budget, stop: threading.Event
-) -> tuple[str | None, str, int, dict]:
-    """Asks for an image's trace, again if it is rejected, at most `attempts` times.
-
-    Returns the trace or None, why the last was rejected, the attempts made, their usage in all.
-    """
-    if stop.is_set():
-        raise Stop
-    body, usage = request_body(sample, teacher), Counter()
-    for attempt in range(1, attempts + 1):
-        try:
-            reply, used = complete(teacher, body, budget, stop)
-        except Stop:
-            stop.set()  # here, before this thread takes the next image
-            raise
-        usage.update(used)
-        think, reason = judge(reply)
-        if think:
-            break
-    return think, reason, attempt, dict(usage)
-
-
-def ask_all(
-    samples: Sequence[Sample], teacher: Teacher, file: TraceFile, budget: Budget, attempts: int,
-    concurrency: int,
-) -> tuple[dict[str, str], str]:
-    """Asks for the traces of all samples, `concurrency` at a time, and appends those accepted.
-
-    Returns why images have none, by file name, and why the run ended early ("" if it did not);
-    what is in flight then is still waited for.
-    """
-    missing, ended, given_up, stop = {}, "", 0, threading.Event()
-    bar, pool = tqdm(total=len(samples), desc="traces"), ThreadPoolExecutor(concurrency)
-    try:
-        jobs = {pool.submit(ask, sample, teacher, attempts, budget, stop): sample
-                for sample in samples}
-        for job in as_completed(jobs):
-            sample = jobs.pop(job)
-            try:
-                think, reason, made, usage = job.result()
-                given_up = 0
-            except Stop as error:
-                ended = ended or str(error)
-                continue
-            except (Transient, OSError) as error:  # OSError: the image
-                think, reason = None, str(error)
-                given_up += isinstance(error, Transient)
-            if think:
-                file.append(sample, think, teacher.model, made, usage)
-            else:
-                missing[sample.file_name] = reason
-            if given_up == GIVEN_UP_IN_A_ROW:
-                ended = ended or f"{given_up} images given up in a row, the last for {reason}"
-                stop.set()
-            bar.set_postfix_str(f"rejected {len(missing)}, tokens {budget.tokens:,}, "
-                                f"${budget.spent:.4f}", refresh=False)
-            bar.update()
-    finally:  # also after Ctrl-C or on a full disk
-        stop.set()
-        pool.shutdown(cancel_futures=True)
-        bar.close()
-    return missing, ended
-
-
-# ---- OpenAI's Batch API
-
-
 def write_requests(
     samples: Sequence[Sample], teacher: Teacher, out: Path, budget: Budget,
     max_requests: int = BATCH_REQUESTS, max_bytes: int = BATCH_BYTES,
@@ -581,192 +248,3 @@ def write_part(out: Path, number: int, lines: list[str]) -> Path:
     path = out.with_name(f"{out.stem}.requests-{number:03d}.jsonl")
     path.with_suffix(".tmp").write_text("".join(lines), encoding="ascii")
     return path.with_suffix(".tmp").rename(path)
-
-
-def collect(
-    paths: Iterable[Path], wanted: dict[str, Sample], teacher: Teacher, file: TraceFile,
-    budget: Budget,
-) -> dict[str, str]:
-    """Appends the accepted traces of a batch's result files, in any order; the first one counts.
-
-    wanted: the images by file name. Returns why others were not accepted. Raises ValueError naming
-    the line that is no result, or one of other data.
-    """
-    missing: dict[str, str] = {}
-    for path in paths:
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                result = json.loads(line)
-                sample = wanted[result["custom_id"]]
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: no result of a request for this data: "
-                                 f"{error!r}") from None
-            if sample.file_name in file.names:
-                continue
-            try:
-                reply = result["response"]["body"]
-                think, reason = judge(reply)
-            except (LookupError, TypeError, AttributeError):
-                think, reason = None, line[:300].decode(errors="replace")  # the server's error
-            if think:
-                usage = budget.settle(0.0, reply.get("usage"))
-                file.append(sample, think, teacher.model, 1, usage)
-            else:
-                missing[sample.file_name] = reason
-    return {name: reason for name, reason in missing.items() if name not in file.names}
-
-
-# ---- the command
-
-
-def make_teacher(args: argparse.Namespace) -> Teacher:
-    """The teacher that the flags and the environment describe. Raises ValueError."""
-    host = r"(\[[0-9A-Fa-f:]+\]|[^\s/?#@:\[]+)(:[0-9]+)?"
-    if not re.fullmatch(rf"https?://{host}(/[^\s?#@]*)?", args.base_url):
-        raise ValueError(f"--base-url {args.base_url}: expected http(s)://host[:port]/v1, without "
-                         "user or password; a key goes into OPENAI_API_KEY")
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    if not re.fullmatch("[!-~]*", key):
-        raise ValueError("OPENAI_API_KEY holds characters that no key has: set it anew")
-    lists = hicodet.TASK_DESCRIPTION if args.lists else ""
-    return Teacher(
-        args.teacher, args.base_url.rstrip("/"), key,
-        TASK + lists + hicodet.THINKING_PROCESS + REQUEST,
-        args.max_tokens, args.max_side, args.timeout, args.retries, args.backoff)
-
-
-def make_budget(args: argparse.Namespace, spent: float) -> Budget:
-    """The teacher's prices and what may be spent. Raises ValueError for --max-cost without any."""
-    known = known_prices(args.teacher) or (None, None)
-    given = (args.input_price, args.output_price)
-    prices = [known[i] if given[i] is None else given[i] for i in range(2)]
-    if args.max_cost < math.inf and None in prices:
-        raise ValueError(f"--max-cost {args.max_cost:g}: the prices of {args.teacher} are not "
-                         "known; give --input-price and --output-price")
-    factor = BATCH_DISCOUNT if args.backend == "batch" else 1.0
-    return Budget(tuple((price or 0.0) * factor for price in prices), args.max_cost, spent)
-
-
-def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget) -> None:
-    """Prints the first request without its image, and what all of them will take."""
-    if not samples:
-        raise ValueError("no training image needs a trace: none has ground truth without one")
-    body = request_body(samples[0], teacher)
-    image = body["messages"][0]["content"][1]["image_url"]
-    image["url"] = f"data:image/jpeg;base64,({len(image['url'])} characters)"
-    print(json.dumps(body, indent=2))
-    tokens = input_tokens(teacher) * len(samples), 150 * len(samples)
-    print(f"{len(samples)} images: about {tokens[0]:,} input tokens and, at 150 a trace, "
-          f"{tokens[1]:,} output tokens: ${budget.cost(*tokens):.2f}")
-
-
-def run(args: argparse.Namespace) -> bool:
-    """Makes the traces that are missing. Returns whether every image has one now."""
-    every = {sample.file_name: sample for sample in hicodet.load_split(args.data, "train")}
-    samples = [sample for sample in every.values() if sample.hois][: args.limit]
-    if args.dry_run:
-        done = {trace["file_name"] for trace in read_lines(args.out)} if args.out.exists() else ()
-        todo = [sample for sample in samples if sample.file_name not in done]
-        dry_run(todo, make_teacher(args), make_budget(args, 0.0))
-        return True
-    with TraceFile(args.out) as file:
-        if not file.names <= set(every):
-            raise ValueError(f"{args.out} has {min(file.names - set(every))}, which is no training "
-                             f"image of {args.data}: give another --out")
-        todo = [sample for sample in samples if sample.file_name not in file.names]
-        print(f"{args.out}: {len(todo)} of {len(samples)} images have no trace yet")
-        missing, ended = make_traces(args, every, todo, file) if todo else ({}, "")
-        left = sum(sample.file_name not in file.names for sample in todo)
-    for name, reason in sorted(missing.items()):
-        print(f"{name}: {reason}", file=sys.stderr)
-    print(f"{args.out}: {left} of {len(samples)} images have no trace", ended and f"({ended})")
-    return left == 0
-
-
-def make_traces(
-    args: argparse.Namespace, every: dict[str, Sample], todo: Sequence[Sample], file: TraceFile
-) -> tuple[dict[str, str], str]:
-    """Runs the backend that the flags ask for; returns as ask_all does."""
-    if args.backend == "template":
-        for sample in todo:
-            file.append(sample, template_trace(sample.hois), "template", 1, {})
-        return {}, ""
-    teacher, budget = make_teacher(args), make_budget(args, file.cost)
-    if args.backend == "batch" and args.collect:
-        return collect(args.collect, every, teacher, file, budget), ""
-    hicodet.require_images(todo)
-    if args.backend == "batch":
-        return write_requests(todo, teacher, args.out, budget)
-    if not teacher.key and teacher.base_url == OPENAI_URL:
-        raise ValueError("OPENAI_API_KEY is not set: export it, or give a local --base-url")
-    return ask_all(todo, teacher, file, budget, args.attempts, args.concurrency)
-
-
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """The reader of a flag's number of this kind."""
-
-    def read(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) < math.inf:
-                return kind(text)
-        name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text}: give a {name} from {least}")
-
-    return read
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line; its --help is the module's docstring and a line for each flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="HICO-DET's folder, with anno_bbox.mat and images")
-    add("--out", type=Path, required=True, help="traces.jsonl, begun or continued")
-    add("--backend", choices=("openai", "batch", "template"), default="openai")
-    add("--teacher", default="gpt-4o-mini", help="name of the model (default: the paper's)")
-    add("--base-url", default=OPENAI_URL, help="an OpenAI-compatible server (default: %(default)s)")
-    add("--lists", action="store_true", help="send the lists of valid classes of Fig. 4 too")
-    add("--max-side", type=at_least(1), default=512, metavar="PIXELS",
-        help="shrink images to this; up to 512 OpenAI bills low detail (default: %(default)s)")
-    add("--max-tokens", type=at_least(1), default=512, help="of a reply (default: %(default)s)")
-    add("--attempts", type=at_least(1), default=3,
-        help="ask so often for a trace that can be accepted (default: %(default)s)")
-    add("--concurrency", type=at_least(1), default=16, help="requests in flight (default: 16)")
-    add("--timeout", type=at_least(0.001, float), default=60.0,
-        help="seconds without a byte (default: %(default)s)")
-    add("--retries", type=at_least(0), default=8,
-        help="after 408, 429, 5xx, time-outs and cut connections (default: %(default)s)")
-    add("--backoff", type=at_least(0.001, float), default=1.0,
-        help="seconds before the first retry, then doubled (default: %(default)s)")
-    price, help_price = at_least(0, float), "per million tokens, of other models"
-    add("--max-cost", type=price, default=math.inf, metavar="USD", help="spend no more in all")
-    add("--input-price", type=price, metavar="USD", help=help_price)
-    add("--output-price", type=price, metavar="USD", help=help_price)
-    add("--limit", type=at_least(1), help="only the first so many images of the training set")
-    add("--collect", type=Path, nargs="+", metavar="FILE", help="result files of a batch")
-    add("--dry-run", action="store_true", help="print a request and what it all will cost; stop")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> None:
-    """The command line; exit status 1 if an image is left without a trace."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.collect and args.backend != "batch":
-        parser.error("--collect takes the results of a batch: give --backend batch with it")
-    if args.dry_run and args.backend == "template":
-        parser.error("--dry-run shows a request; the template makes none")
-    if not args.out.absolute().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
-    try:
-        sys.exit(0 if run(args) else 1)
-    except (OSError, ValueError) as error:
-        sys.exit(f"teacher.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("teacher.py: interrupted; run the same command again to go on")
-
-
-if __name__ == "__main__":
-    main()

@@ -18,6 +18,10 @@ from pathlib import Path
 
 import torch
 
+import engine.attention
+import engine.examples
+import engine.policy
+import engine.sampler
 import grpo
 import hicodet
 import hoi_r1
@@ -113,19 +117,19 @@ def with_library(model, function: Callable) -> Callable:
         try:
             return function()
         finally:
-            grpo.use_group_attention(model)
+            engine.attention.use_group_attention(model)
 
     return run
 
 
 def bench_sampler(size: Size, device: torch.device, runs: Runs) -> Result:
     """G completions of each prompt: Sampler against transformers' generate(), which samples too."""
-    model = random_model(size, device, hoi_r1.compute_dtype(device))
+    model = random_model(size, device, engine.policy.compute_dtype(device))
     prompts, rows = random_prompts(model, size, size.prompts), size.prompts * size.group_size
     vocabulary = model.config.text_config.vocab_size
     banned = (torch.arange(vocabulary) >= ORDINARY).to(device)
     samplers = {
-        new: grpo.Sampler(
+        new: engine.sampler.Sampler(
             model, slots=size.prompts, group_size=size.group_size, prompt_room=size.prompt_length,
             max_new_tokens=new, end_id=-1, banned=banned)
         for new in (1, size.sampled)
@@ -150,7 +154,7 @@ def bench_sampler(size: Size, device: torch.device, runs: Runs) -> Result:
 def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
     """Forward and backward of one group's log-probs: packed against G separate rows."""
     group = 4
-    model = random_model(size, device, hoi_r1.compute_dtype(device)).train()
+    model = random_model(size, device, engine.policy.compute_dtype(device)).train()
     prompts = random_prompts(model, size, 1)
     completions = random_completions(1, group, size.trained)
     advantages = torch.randn(group, 1, device=device)
@@ -163,7 +167,7 @@ def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
             gradients[name] = [p.grad.clone() for p in model.parameters()]
 
     def ours():
-        step("ours", grpo.token_logprobs(model, grpo.pack(model, prompts, completions)))
+        step("ours", engine.attention.token_logprobs(model, engine.attention.pack(model, prompts, completions)))
 
     def baseline():
         step("baseline", separate_logprobs(model, prompts[0], torch.stack(completions[0])))
@@ -185,13 +189,13 @@ def bench_logprobs(size: Size, device: torch.device, runs: Runs) -> Result:
     vocabulary, width = 151936, size.text["hidden_size"]
     own = 4 * size.trained
     total = size.prompt_length + own
-    dtype = hoi_r1.compute_dtype(device)
+    dtype = engine.policy.compute_dtype(device)
     head = torch.nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
     hidden = torch.randn(total, width, device=device, dtype=dtype, requires_grad=True)
     ids = torch.randint(vocabulary, (total,), device=device)
 
     def ours():
-        grpo.head_logprobs(head, hidden[-own:], ids[-own:], 1.0, None).sum().backward()
+        engine.attention.head_logprobs(head, hidden[-own:], ids[-own:], 1.0, None).sum().backward()
 
     def baseline():
         logprobs = torch.log_softmax(head(hidden).float(), dim=-1)
@@ -206,7 +210,7 @@ def bench_logprobs(size: Size, device: torch.device, runs: Runs) -> Result:
 
 def bench_vision(size: Size, device: torch.device, runs: Runs) -> Result:
     """The vision tower forward and backward: windows together against a loop over them."""
-    model = random_model(size, device, hoi_r1.compute_dtype(device)).train()
+    model = random_model(size, device, engine.policy.compute_dtype(device)).train()
     visual, prompts = model.model.visual, random_prompts(model, size, 4)
     pixels = torch.cat([p.pixel_values for p in prompts]).to(device, model.dtype)
     grid = torch.cat([p.image_grid_thw for p in prompts]).to(device)
@@ -226,8 +230,8 @@ def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
     """
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     lengths = [ANSWER_LENGTHS[i] for i in order.tolist()]
-    model = random_model(size, device, hoi_r1.compute_dtype(device)).train()
-    hoi_r1.checkpoint_activations(model)
+    model = random_model(size, device, engine.policy.compute_dtype(device)).train()
+    engine.policy.checkpoint_activations(model)
     prompts = random_prompts(model, size, 8)
     batches = [[torch.randint(3000, (n,)) for n in lengths[i : i + 8]] for i in range(0, 32, 8)]
     losses = {}
@@ -242,7 +246,7 @@ def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
         losses[name] = total
 
     def ours(targets):
-        return -grpo.token_logprobs(model, grpo.pack(model, prompts, [[t] for t in targets])).sum()
+        return -engine.attention.token_logprobs(model, engine.attention.pack(model, prompts, [[t] for t in targets])).sum()
 
     measured = measure(
         device, runs,
@@ -274,23 +278,23 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     Against generate(), separate rows in pi_ref and pi_theta, and the same AdamW and refresh;
     without rewards, which take milliseconds.
     """
-    ranks = hoi_r1.start_ranks()
+    ranks = engine.policy.start_ranks()
     options = {"batch_size": size.prompts, "group_size": size.group_size,
                "max_new_tokens": size.sampled, **size.step}
     config = hoi_r1.GRPOConfig(model="random", data="", out="", **options)
-    policy = hoi_r1.shard_policy(
+    policy = engine.policy.shard_policy(
         random_model(size, device, torch.float32), device,
         gradient_checkpointing=config.gradient_checkpointing)
     replica, reference = (
-        random_model(size, device, hoi_r1.compute_dtype(device)) for _ in range(2))
-    hoi_r1.compile_layers(reference, device)
-    stepper = hoi_r1.Stepper(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
+        random_model(size, device, engine.policy.compute_dtype(device)) for _ in range(2))
+    engine.policy.compile_layers(reference, device)
+    stepper = engine.policy.Stepper(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
     examples = BenchExamples(size)
-    trainer = hoi_r1.GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)
+    trainer = grpo.GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)
     name, hois = "random.jpg", bench_cpu.HOIS
     sample = hicodet.Sample(name, Path(name), 640, 480, hois, (), frozenset())
     batch = [
-        hoi_r1.Example(sample, prompt, (640, 480), hois, None)
+        engine.examples.Example(sample, prompt, (640, 480), hois, None)
         for prompt in random_prompts(replica, size, size.prompts)
     ]
     logged = {}
@@ -301,7 +305,7 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     def baseline():
         separate_step(policy, replica, reference, [e.prompt for e in batch], size)
         stepper.step(1e-6, 0.0)
-        hoi_r1.refresh(replica, policy)
+        engine.policy.refresh(replica, policy)
 
     measured = measure(device, runs, ours=ours, baseline=baseline)
     rates = peaks(device)
@@ -317,7 +321,7 @@ def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
     An end is drawn with probability 1/243 at each token, so lengths are geometric around the mean
     of the real answers, and cut at 2,048 (tiny: a tenth of both).
     """
-    model = random_model(size, device, hoi_r1.compute_dtype(device))
+    model = random_model(size, device, engine.policy.compute_dtype(device))
     large = device.type == "cuda"
     mean, longest, count, slots = (243, 2048, 512, 128) if large else (24, 204, 32, 8)
     compared = slots if large else count  # images that the baseline gets
@@ -325,7 +329,7 @@ def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
     allowed = torch.arange(1, mean + 1)  # without 0, which pads what generate() returns
     banned = torch.ones(vocabulary, dtype=torch.bool).index_fill(0, allowed, False).to(device)
     prompts = random_prompts(model, size, count)
-    sampler = grpo.Sampler(
+    sampler = engine.sampler.Sampler(
         model, slots=slots, group_size=1, prompt_room=size.prompt_length, max_new_tokens=longest,
         end_id=7, banned=banned)
     tokens = []

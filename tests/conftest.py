@@ -45,8 +45,8 @@ def ranks():
     """A process group of this process alone."""
     import torch
 
-    import hoi_r1
+    import engine.policy
 
-    ranks = hoi_r1.start_ranks()
+    ranks = engine.policy.start_ranks()
     yield ranks
     torch.distributed.destroy_process_group()

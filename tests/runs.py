@@ -5,6 +5,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
+import engine.examples
+import engine.policy
 import hicodet
 import hoi_r1
 import teacher
@@ -34,17 +36,17 @@ def config_of(stage, folder, out, **changes):
 
 
 def examples_of(config, samples, thinks=None):
-    return hoi_r1.Examples(config.model, samples, thinks, **config.prompt_switches())
+    return engine.examples.Examples(config.model, samples, thinks, **config.prompt_switches())
 
 
 def policy_of(config, ranks):
     checkpointing = config.gradient_checkpointing
-    return hoi_r1.load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
+    return engine.policy.load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
 
 
 def stepper_of(policy, config):
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
-    return hoi_r1.Stepper(policy, beta2=config.adam_beta2, **limits)
+    return engine.policy.Stepper(policy, beta2=config.adam_beta2, **limits)
 
 
 def weights(out):

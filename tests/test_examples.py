@@ -17,10 +17,14 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import grpo
+import engine.attention
+import engine.examples
+import engine.policy
 import hicodet
-import hoi_r1
+import predict
+import sft
 import teacher
+import train
 from tests.runs import config_of, examples_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -77,7 +81,7 @@ def test_only_the_target_is_in_the_loss(folder):
     samples = hicodet.load_split(folder / "data", "train")[:3]
     thinks = {s.file_name: teacher.template_trace(s.hois) for s in samples}
     examples = examples_of(config, samples, thinks)
-    model = hoi_r1.load_model(config.model, torch.device("cpu"))
+    model = engine.policy.load_model(config.model, torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
     total, count = 0.0, 0
     for example in (examples[i] for i in range(3)):
@@ -94,9 +98,9 @@ def test_only_the_target_is_in_the_loss(folder):
         total += F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
         count += len(example.target_ids)
     batch = [examples[i] for i in range(3)]
-    packed = grpo.pack(model, [e.prompt for e in batch], [[e.target_ids] for e in batch])
-    logprobs = grpo.token_logprobs(model, packed)
-    loss = hoi_r1.sft_loss(logprobs, torch.ones(3), count)
+    packed = engine.attention.pack(model, [e.prompt for e in batch], [[e.target_ids] for e in batch])
+    logprobs = engine.attention.token_logprobs(model, packed)
+    loss = sft.sft_loss(logprobs, torch.ones(3), count)
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
     assert packed.completion_mask.sum() == count
 
@@ -104,18 +108,18 @@ def test_only_the_target_is_in_the_loss(folder):
 def test_eq1_sft_loss():
     # -(ln 0.5 + ln 0.25 + ln 0.5) / 3 = 4 ln 2 / 3; the row of weight 0 does not count
     logprobs = torch.tensor([[0.5, 0.25], [0.5, 1.0], [0.1, 0.1]]).log()
-    loss = hoi_r1.sft_loss(logprobs, torch.tensor([1.0, 1.0, 0.0]), 3)
+    loss = sft.sft_loss(logprobs, torch.tensor([1.0, 1.0, 0.0]), 3)
     assert loss.item() == pytest.approx(4 * math.log(2) / 3)
 
 
 def test_images_without_a_trace(folder, ranks):
-    assert len(hoi_r1.training_examples(config_of("sft", folder, "x"), ranks)) == 20
+    assert len(train.training_examples(config_of("sft", folder, "x"), ranks)) == 20
     bare = replace(hicodet.load_split(folder / "data", "train")[0], hois=())
     with pytest.MonkeyPatch.context() as patch:  # an image without ground truth trains nothing
         patch.setattr(hicodet, "load_split", lambda root, split: [bare])
         with pytest.raises(ValueError, match="no image"):
-            hoi_r1.training_examples(config_of("grpo", folder, "x"), ranks)
-    examples = hoi_r1.training_examples(config_of("sft", folder, "x", untraced="answer"), ranks)
+            train.training_examples(config_of("grpo", folder, "x"), ranks)
+    examples = train.training_examples(config_of("sft", folder, "x", untraced="answer"), ranks)
     assert len(examples) == 24
     traced, untraced = examples[0], examples[23]
     assert examples.decode(traced.target_ids).startswith("<think>")
@@ -123,7 +127,7 @@ def test_images_without_a_trace(folder, ranks):
     assert "Thinking Process" in examples.decode(traced.prompt.prompt_ids)
     assert "Thinking Process" not in examples.decode(untraced.prompt.prompt_ids)
     with pytest.raises(ValueError, match="--traces"):
-        hoi_r1.training_examples(config_of("sft", folder, "x", traces=""), ranks)
+        train.training_examples(config_of("sft", folder, "x", traces=""), ranks)
 
 
 def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_path):
@@ -143,7 +147,7 @@ def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_pa
         assert instance.human == tuple(round(2 * side) for side in hoi.human)
         assert instance.object == tuple(round(2 * side) for side in hoi.object)
     # and back: the same text as a prediction has the boxes of the annotation, and a full reward
-    row = hoi_r1.prediction(examples, examples[0], examples[0].target_ids, None)
+    row = predict.prediction(examples, examples[0], examples[0].target_ids, None)
     for instance, hoi in zip(row["line"]["instances"], sample.hois, strict=True):
         assert instance["human"] == pytest.approx(hoi.human, abs=0.5)
         assert instance["object"] == pytest.approx(hoi.object, abs=0.5)
@@ -161,7 +165,7 @@ def test_an_image_that_is_not_square_has_a_scale_for_each_side(folder, tmp_path)
     assert examples[0].model_size == (112, 28)
     text = examples.decode(examples[0].target_ids)
     assert '"human": [28, 7, 56, 21], "object": [42, 14, 98, 21]' in text
-    row = hoi_r1.prediction(examples, examples[0], examples[0].target_ids, None)
+    row = predict.prediction(examples, examples[0], examples[0].target_ids, None)
     (found,) = row["line"]["instances"]
     assert found["human"] == pytest.approx(hoi.human)
     assert found["object"] == pytest.approx(hoi.object)
@@ -182,9 +186,9 @@ def test_unreadable_images_are_named(folder, tmp_path):
     cut = tmp_path / sample.file_name
     cut.write_bytes(sample.path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=f"{sample.file_name}: not a readable image"):
-        hoi_r1.read_image(replace(sample, path=cut))
+        engine.examples.read_image(replace(sample, path=cut))
     with pytest.raises(ValueError, match="annotated as 99 x 112"):
-        hoi_r1.read_image(replace(sample, width=99))
+        engine.examples.read_image(replace(sample, width=99))
 
 
 def test_the_longest_prompt_is_known_before_an_image_is_read(folder, tmp_path):
@@ -226,7 +230,7 @@ def test_instance_scores(folder):
             place += size
         assert place == len(encoded)
         expected.append(math.exp(total))
-    found = hoi_r1.instance_scores(examples.tokenizer, text, completion, ids, logprobs)
+    found = predict.instance_scores(examples.tokenizer, text, completion, ids, logprobs)
     assert found == pytest.approx(expected) and len(found) == 2
 
 
@@ -245,7 +249,7 @@ def test_instance_scores_behind_bytes_that_are_no_text(folder):
     text = examples.decode(ids)
     assert text.count("\ufffd") == 1 + 2 + 1 + 3
     completion = hicodet.parse_completion(text)
-    found = hoi_r1.instance_scores(tokenizer, text, completion, ids, logprobs)
+    found = predict.instance_scores(tokenizer, text, completion, ids, logprobs)
     parts = logprobs.split([len(piece) for piece in pieces])
     assert found == pytest.approx([math.exp(parts[3].sum()), math.exp(parts[5].sum())])
 
@@ -257,10 +261,10 @@ def test_summary_of_predictions_by_hand():
         {"reward": reward, "length": length, "finished": length < 9}
         for reward, length in zip(totals, (3, 9, 4, 4))
     ]
-    assert hoi_r1.summarise(rows) == {
+    assert predict.summarise(rows) == {
         "images": 4,
         "reward": {"total": 2.0},
         "completion_length": 5.0,
         "truncated": 0.25,
     }
-    assert hoi_r1.summarise(rows[2:3])["reward"] == {}
+    assert predict.summarise(rows[2:3])["reward"] == {}

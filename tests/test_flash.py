@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.nn.attention.varlen import AuxRequest
 
-import grpo
+import engine.attention
+import engine.decode
+import engine.sampler
 from tests.test_grpo import (  # noqa: F401  fixtures, and tests that hold for it as well
     completions,
     model,
@@ -65,9 +67,10 @@ def flash(monkeypatch):
         calls.append(args)
         return slow_varlen(*args, **options)
 
-    monkeypatch.setattr(grpo, "_has_flash", lambda x: True)
-    monkeypatch.setattr(grpo, "varlen_attn", varlen)
-    monkeypatch.setattr(grpo, "PIECE", 7)
+    for module in (engine.attention, engine.decode):
+        monkeypatch.setattr(module, "_has_flash", lambda x: True)
+        monkeypatch.setattr(module, "varlen_attn", varlen)
+    monkeypatch.setattr(engine.decode, "PIECE", 7)
     yield
     assert calls
 
@@ -89,18 +92,19 @@ def _(q, k, v, ends_q, ends, longest_q, longest, scale):
 def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkeypatch):
     """As a GPU runs it: flash attention, shared products, trial steps, no break in the graph."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
-    plain = grpo.Sampler(model, **options).collect(prompts, list(range(6)))
+    plain = engine.sampler.Sampler(model, **options).collect(prompts, list(range(6)))
 
     def varlen(*args, return_aux=None, **options):
         if return_aux is None:  # of the prefill, which is not compiled
             return slow_varlen(*args, **options)
         return traceable_varlen(*args, options["scale"])
 
-    monkeypatch.setattr(grpo, "varlen_attn", varlen)
+    for module in (engine.attention, engine.decode):
+        monkeypatch.setattr(module, "varlen_attn", varlen)
     replica = copy.deepcopy(model)
-    grpo.prepare_for_decoding(replica)
-    grpo.prepare_for_decoding(replica)  # a second sampler on the same model
-    sampler = grpo.Sampler(replica, **options)
+    engine.decode.prepare_for_decoding(replica)
+    engine.decode.prepare_for_decoding(replica)  # a second sampler on the same model
+    sampler = engine.sampler.Sampler(replica, **options)
     step = torch.compile(sampler.step, dynamic=False, fullgraph=True, backend="aot_eager")
 
     def with_trial(room):
@@ -122,15 +126,15 @@ def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkey
 
 def test_shared_products_follow_the_weights_that_are_copied_in(model, prompts, completions):
     replica, other = copy.deepcopy(model), copy.deepcopy(model)
-    grpo.prepare_for_decoding(replica)
+    engine.decode.prepare_for_decoding(replica)
     with torch.no_grad():
         for mine, new in zip(replica.parameters(), other.parameters(), strict=True):
             new.add_(0.1 * torch.randn_like(new))
             mine.copy_(new)
-        packed = grpo.pack(model, prompts, completions)
-        expected = grpo.token_logprobs(other, packed)
-        torch.testing.assert_close(grpo.token_logprobs(replica, packed), expected)
-        assert not torch.allclose(grpo.token_logprobs(model, packed), expected)
+        packed = engine.attention.pack(model, prompts, completions)
+        expected = engine.attention.token_logprobs(other, packed)
+        torch.testing.assert_close(engine.attention.token_logprobs(replica, packed), expected)
+        assert not torch.allclose(engine.attention.token_logprobs(model, packed), expected)
     assert list(replica.state_dict()) == list(other.state_dict())
 
 
@@ -138,11 +142,11 @@ def test_steps_beyond_the_end_change_nothing(model, prompts, monkeypatch):
     """A GPU looks once in many steps which rows are done: they go on and must not be written."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
     banned = torch.arange(model.config.text_config.vocab_size) >= 20
-    sampler = grpo.Sampler(model, banned=banned, **options)
-    plain = grpo.Sampler(model, banned=banned, **options)
+    sampler = engine.sampler.Sampler(model, banned=banned, **options)
+    plain = engine.sampler.Sampler(model, banned=banned, **options)
 
     def advance(compact):
-        for _ in range(grpo.LOOK_EVERY):
+        for _ in range(engine.sampler.LOOK_EVERY):
             sampler.step(sampler.max_new_tokens)
 
     monkeypatch.setattr(sampler, "advance", advance)
@@ -171,9 +175,9 @@ def test_quantised_layers_are_left_alone(model, prompts):
     for layer in replica.model.language_model.layers:
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
-    grpo.prepare_for_decoding(replica)
+    engine.decode.prepare_for_decoding(replica)
     options = {"group_size": 1, "max_new_tokens": 5, "end_id": -1, "temperature": 0}
-    mine, other = (grpo.sample(m, prompts, **options) for m in (replica, model))
+    mine, other = (engine.sampler.sample(m, prompts, **options) for m in (replica, model))
     assert [ids.tolist() for ids in mine.completion_ids] == [
         ids.tolist() for ids in other.completion_ids
     ]

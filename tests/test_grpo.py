@@ -7,8 +7,9 @@ import secrets
 import pytest
 import torch
 
+import engine.attention
+import engine.policy
 import grpo
-import hoi_r1
 from demo.toy import tiny_model
 from tests.bench_models import library_attention
 
@@ -24,7 +25,7 @@ def seed():
 
 @pytest.fixture(scope="module")
 def model(seed):
-    return grpo.use_group_attention(tiny_model(seed))
+    return engine.attention.use_group_attention(tiny_model(seed))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def make_prompt(model, rows, columns, before, after, generator):
         [text_ids(model, before, generator), image, text_ids(model, after, generator)]
     )
     pixels = torch.randn(rows * columns * 4, 3 * 2 * 14 * 14, generator=generator)
-    return grpo.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
+    return engine.attention.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +213,7 @@ def test_clip_stops_the_gradient_only_where_it_should():
 
 def test_padding_takes_no_part_in_objective_or_gradient():
     logprobs = torch.randn(2, 3, requires_grad=True)
-    mask = grpo.mask_from_lengths(torch.tensor([3, 1]))
+    mask = engine.attention.mask_from_lengths(torch.tensor([3, 1]))
     old, ref = torch.randn(2, 3), torch.randn(2, 3)
     terms = grpo.grpo_objective(logprobs, old, ref, torch.tensor([1.0, 1.0]), mask)
     (gradient,) = torch.autograd.grad(terms["objective"].sum(), logprobs)
@@ -224,8 +225,8 @@ def test_padding_takes_no_part_in_objective_or_gradient():
 
 
 def test_token_logprobs_equal_separate_forwards(model, reference, prompts, completions):
-    batch = grpo.pack(model, prompts, completions)
-    logprobs = grpo.token_logprobs(model, batch, temperature=0.7)
+    batch = engine.attention.pack(model, prompts, completions)
+    logprobs = engine.attention.token_logprobs(model, batch, temperature=0.7)
     rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
     for row, (prompt, completion) in zip(logprobs, rows, strict=True):
         expected = plain_logprobs(reference, prompt, completion, temperature=0.7)
@@ -235,11 +236,11 @@ def test_token_logprobs_equal_separate_forwards(model, reference, prompts, compl
 
 def test_gradients_equal_separate_forwards(model, reference, prompts, completions, monkeypatch):
     """Every parameter's gradient, vision tower included, with the head in several chunks."""
-    monkeypatch.setattr(grpo, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(engine.attention, "HEAD_CHUNK", 4)
     weights = torch.randn(7)
     rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
     model.zero_grad(), reference.zero_grad()
-    logprobs = grpo.token_logprobs(model, grpo.pack(model, prompts, completions))
+    logprobs = engine.attention.token_logprobs(model, engine.attention.pack(model, prompts, completions))
     (logprobs.sum(1) * weights).sum().backward()
     for weight, (prompt, completion) in zip(weights, rows):
         (plain_logprobs(reference, prompt, completion).sum() * weight).backward()
@@ -253,12 +254,12 @@ def test_gradients_equal_separate_forwards(model, reference, prompts, completion
 
 
 def test_gradient_checkpointing_changes_nothing(model, prompts, completions):
-    batch = grpo.pack(model, prompts, completions)
+    batch = engine.attention.pack(model, prompts, completions)
     gradients = []
     checkpointed = copy.deepcopy(model).train()
-    hoi_r1.checkpoint_activations(checkpointed)
+    engine.policy.checkpoint_activations(checkpointed)
     for each in (copy.deepcopy(model), checkpointed):
-        grpo.token_logprobs(each, batch).sum().backward()
+        engine.attention.token_logprobs(each, batch).sum().backward()
         gradients.append([p.grad for p in each.parameters()])
     torch.testing.assert_close(*gradients)
 
@@ -266,22 +267,22 @@ def test_gradient_checkpointing_changes_nothing(model, prompts, completions):
 def test_banned_ids_leave_the_distribution(model, reference, prompts, completions):
     banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
     banned[300:] = True
-    batch = grpo.pack(model, prompts[:1], completions[:1])
-    logprobs = grpo.token_logprobs(model, batch, banned=banned)
+    batch = engine.attention.pack(model, prompts[:1], completions[:1])
+    logprobs = engine.attention.token_logprobs(model, batch, banned=banned)
     expected = plain_logprobs(reference, prompts[0], completions[0][1], banned=banned)
     torch.testing.assert_close(logprobs[1, : len(expected)], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_completion_does_not_see_its_siblings(model, prompts, completions):
-    alone = grpo.token_logprobs(model, grpo.pack(model, prompts[:1], [completions[0][:1]]))
+    alone = engine.attention.token_logprobs(model, engine.attention.pack(model, prompts[:1], [completions[0][:1]]))
     changed = [[completions[0][0], completions[0][1].flip(0)]]
-    together = grpo.token_logprobs(model, grpo.pack(model, prompts[:1], changed))
+    together = engine.attention.token_logprobs(model, engine.attention.pack(model, prompts[:1], changed))
     torch.testing.assert_close(alone[0], together[0, : alone.shape[1]], atol=1e-6, rtol=1e-5)
 
 
 def test_sequences_of_a_row_by_hand():
     """Two completions behind a prompt of 3, one behind a prompt of 2, a prompt alone."""
-    layout = grpo.GroupLayout((3, 2, 1), ((2, 1), (4,), ()))
+    layout = engine.attention.GroupLayout((3, 2, 1), ((2, 1), (4,), ()))
     keys, ends_q, ends_k, longest_q, longest_k = layout.sequences
     expected = [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 8, 9, 10, 11], [12]]
     assert keys.tolist() == sum(expected, [])

@@ -7,12 +7,17 @@ import math
 import pytest
 import torch
 
+import engine.attention
+import engine.policy
+import engine.sampler
 import evaluate
 import grpo
 import hicodet
 import hoi_r1
-from tests.test_grpo import plain_logprobs
+import predict
+import train
 from tests.runs import config_of, examples_of, metrics, policy_of, stepper_of
+from tests.test_grpo import plain_logprobs
 
 
 @pytest.fixture
@@ -21,11 +26,11 @@ def make_trainer(folder, ranks):
 
     def make(**options):
         config = config_of("grpo", folder, "unused", group_size=2, **options)
-        examples = hoi_r1.training_examples(config, ranks)
+        examples = train.training_examples(config, ranks)
         policy = policy_of(config, ranks)
-        replica, reference = (hoi_r1.load_model(config.model, ranks.device) for _ in range(2))
+        replica, reference = (engine.policy.load_model(config.model, ranks.device) for _ in range(2))
         parts = (policy, stepper_of(policy, config), replica, reference)
-        trainer = hoi_r1.GRPOTrainer(*parts, examples, config, ranks)
+        trainer = grpo.GRPOTrainer(*parts, examples, config, ranks)
         return trainer, [examples[i] for i in range(3)]
 
     return make
@@ -33,7 +38,7 @@ def make_trainer(folder, ranks):
 
 def random_rollout(lengths, vocabulary=200):
     ids = [torch.randint(vocabulary, (n,)) for n in lengths]
-    return grpo.Rollout(ids, [-torch.rand(n) for n in lengths], torch.ones(len(lengths)).bool())
+    return engine.sampler.Rollout(ids, [-torch.rand(n) for n in lengths], torch.ones(len(lengths)).bool())
 
 
 @pytest.mark.parametrize("budget", [1, 10_000])
@@ -44,12 +49,12 @@ def test_the_step_has_the_gradient_of_the_equations(folder, make_trainer, budget
     """
     options = {"kl_coef": 0.3, "clip_eps": 0.1, "temperature": 0.8}
     trainer, batch = make_trainer(tokens_per_microbatch=budget, **options)
-    plain = hoi_r1.load_model(trainer.config.model, torch.device("cpu"))
+    plain = engine.policy.load_model(trainer.config.model, torch.device("cpu"))
     plain.set_attn_implementation("sdpa")
     with torch.no_grad():
         for parameter in trainer.reference.parameters():
             parameter.add_(0.01 * torch.randn_like(parameter))
-    reference = hoi_r1.load_model(trainer.config.model, torch.device("cpu"))
+    reference = engine.policy.load_model(trainer.config.model, torch.device("cpu"))
     reference.load_state_dict(trainer.reference.state_dict())
     reference.set_attn_implementation("sdpa")
 
@@ -58,7 +63,7 @@ def test_the_step_has_the_gradient_of_the_equations(folder, make_trainer, budget
     parts = trainer.parts(batch, weights, rollout, advantages)
     old = [torch.log_softmax(torch.randn(6, 13), 0)[: len(p.weights)] for p in parts]
     old = [
-        grpo.token_logprobs(trainer.replica, p.packed, **trainer.distribution).detach()
+        engine.attention.token_logprobs(trainer.replica, p.packed, **trainer.distribution).detach()
         + 0.3 * noise[:, : p.packed.completion_mask.shape[1]].clamp(-2, 2)
         for p, noise in zip(parts, old)
     ]
@@ -148,7 +153,7 @@ def test_what_is_banned_is_banned_in_sampling_and_in_the_log_probs(make_trainer,
     assert sampler.model is trainer.replica
     monkeypatch.setattr(sampler, "collect", lambda prompts, seeds: calls.append((prompts, seeds)))
     trainer.sample(3, batch)
-    seeds = hoi_r1.sample_seeds(5, 3, [0, 1, 2], 2)
+    seeds = grpo.sample_seeds(5, 3, [0, 1, 2], 2)
     assert calls == [([example.prompt for example in batch], seeds)]
 
 
@@ -169,12 +174,12 @@ def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores
             """All prompts under way at a time, the last one done first."""
             for number in reversed(range(len(list(prompts)))):
                 ids = answers[number]
-                yield number, grpo.Rollout([ids], [torch.full((len(ids),), -0.01)], torch.ones(1))
+                yield number, engine.sampler.Rollout([ids], [torch.full((len(ids),), -0.01)], torch.ones(1))
 
-    monkeypatch.setattr(grpo, "Sampler", Sampler)
-    model = hoi_r1.load_model(config.model, ranks.device)
+    monkeypatch.setattr(predict, "Sampler", Sampler)
+    model = engine.policy.load_model(config.model, ranks.device)
     indices = list(range(len(samples)))
-    rows = list(hoi_r1.predict_rows(
+    rows = list(predict.predict_rows(
         model, examples, indices, ranks, max_new_tokens=9, slots=1, scores=scores
     ))
     assert [row["index"] for row in rows] == indices[::-1]
@@ -197,14 +202,15 @@ def test_evaluation_in_training_is_of_the_present_weights(folder, tmp_path, monk
     One image is learned by heart and is the first of the held-out ones, of which two are taken.
     """
     samples, asked = hicodet.load_split(folder / "data", "train")[:4], []
-    held_out, predict_rows = {"train": samples[:1], "test": samples}, hoi_r1.predict_rows
+    held_out, predict_rows = {"train": samples[:1], "test": samples}, predict.predict_rows
     monkeypatch.setattr(hicodet, "load_split", lambda root, split: held_out[split])
 
     def noted(model, examples, indices, *arguments, **options):
         asked.append([examples.decode(examples[i].prompt.prompt_ids) for i in indices])
         return predict_rows(model, examples, indices, *arguments, **options)
 
-    monkeypatch.setattr(hoi_r1, "predict_rows", noted)
+    for module in (predict, train):
+        monkeypatch.setattr(module, "predict_rows", noted)
     options = {"thinking": False, "traces": "", "batch_size": 1, "learning_rate": 1e-2}
     options |= {"max_steps": 25, "eval_every": 25, "eval_images": 2, "eval_max_new_tokens": 30}
     hoi_r1.main(config_of("sft", folder, tmp_path / "run", **options))

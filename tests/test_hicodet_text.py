@@ -9,9 +9,10 @@ import pytest
 from PIL import Image, ImageChops
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+import engine.examples
+import engine.pictures
 import evaluate
 import hicodet
-import hoi_r1
 from hicodet import HOI
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -79,7 +80,7 @@ def test_prompt_and_answers_in_real_tokens(tokenizer, real_samples):
 def in_model_frame(sample):
     """The sample's instances and the (width, height) that they are written for."""
     model = smart_resize(sample.height, sample.width, **QWEN_PIXELS)[::-1]
-    return [hoi_r1.in_model_frame(hoi, sample, model) for hoi in sample.hois], model
+    return [engine.examples.in_model_frame(hoi, sample, model) for hoi in sample.hois], model
 
 
 def rounded(box):
@@ -310,11 +311,11 @@ def test_drawing():
     picture = Image.new("RGB", (600, 500), "white")
     before = picture.copy()
     hoi = HOI((50, 60, 200, 400), (300, 100, 500, 300), "bicycle", ("ride", "sit on"))
-    drawn = hicodet.draw_hois(picture, [hoi])
+    drawn = engine.pictures.draw_hois(picture, [hoi])
     assert ImageChops.difference(picture, before).getbbox() is None  # the argument is as it was
     assert drawn.size == picture.size
-    colour = hicodet.OBJECT_COLOURS[0]
-    assert drawn.getpixel((50, 60)) == drawn.getpixel((200, 400)) == hicodet.HUMAN_COLOUR
+    colour = engine.pictures.OBJECT_COLOURS[0]
+    assert drawn.getpixel((50, 60)) == drawn.getpixel((200, 400)) == engine.pictures.HUMAN_COLOUR
     assert drawn.getpixel((300, 200)) == drawn.getpixel((400, 100)) == colour
     # The line runs from (125, 230) to (400, 200); its middle is (262.5, 215).
     assert colour in {drawn.getpixel((262, y)) for y in (214, 215, 216)}
@@ -328,8 +329,8 @@ def test_drawing_enlarges_small_pictures_and_adds_a_caption():
     hoi = HOI((1, 2, 10, 30), (90, 2, 5, 70), "dog", hicodet.VERBS)  # inverted; a very long label
     for mode in ("L", "RGBA", "P"):
         small = Image.new(mode, (112, 80))
-        assert hicodet.draw_hois(small, [hoi] * 30).size == (672, 480)
-        captioned = hicodet.draw_hois(small, [], caption="Two people.\n自転車 \ud800\x00" * 9)
+        assert engine.pictures.draw_hois(small, [hoi] * 30).size == (672, 480)
+        captioned = engine.pictures.draw_hois(small, [], caption="Two people.\n自転車 \ud800\x00" * 9)
         assert captioned.width == 672 and captioned.height > 500
         assert captioned.getpixel((671, captioned.height - 1)) == (255, 255, 255)
-    assert hicodet.draw_hois(small, [hoi], min_side=80).size == small.size
+    assert engine.pictures.draw_hois(small, [hoi], min_side=80).size == small.size

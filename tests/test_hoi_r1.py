@@ -8,8 +8,12 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import engine.attention
+import engine.examples
+import engine.policy
 import grpo
 import hoi_r1
+import train
 from tests.runs import config_of, policy_of, stepper_of
 
 
@@ -26,16 +30,16 @@ def test_flags_are_checked_before_anything_is_read(capsys):
 
 def test_bf16_policy_is_the_same_function_as_its_replica(folder, ranks, monkeypatch):
     """As on a GPU: the sharded fp32 policy computing in bf16, and pi_old stored in bf16."""
-    monkeypatch.setattr(hoi_r1, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(engine.policy, "compute_dtype", lambda device: torch.bfloat16)
     config = config_of("sft", folder, "x")
     policy = policy_of(config, ranks)
-    replica = hoi_r1.load_model(config.model, ranks.device)
-    examples = hoi_r1.training_examples(config, ranks)
+    replica = engine.policy.load_model(config.model, ranks.device)
+    examples = train.training_examples(config, ranks)
     batch = [examples[i] for i in range(3)]
-    packed = grpo.pack(policy, [e.prompt for e in batch], [[e.target_ids] * 2 for e in batch])
+    packed = engine.attention.pack(policy, [e.prompt for e in batch], [[e.target_ids] * 2 for e in batch])
     mine = policy.token_logprobs(packed)
     with torch.no_grad():
-        other = grpo.token_logprobs(replica, packed)
+        other = engine.attention.token_logprobs(replica, packed)
     assert replica.dtype == torch.bfloat16 and mine.dtype == torch.float32
     assert torch.equal(mine.detach(), other)
     mine.sum().backward()
@@ -44,14 +48,14 @@ def test_bf16_policy_is_the_same_function_as_its_replica(folder, ranks, monkeypa
 
 def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
     """One rank has nothing to add, so this is what FSDP is told for each part it shards."""
-    told, fully_shard = [], hoi_r1.fully_shard
+    told, fully_shard = [], engine.policy.fully_shard
 
     def noted(part, **options):
         told.append(options["mp_policy"])
         return fully_shard(part, **options)
 
-    monkeypatch.setattr(hoi_r1, "fully_shard", noted)
-    monkeypatch.setattr(hoi_r1, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(engine.policy, "fully_shard", noted)
+    monkeypatch.setattr(engine.policy, "compute_dtype", lambda device: torch.bfloat16)
     policy_of(config_of("sft", folder, "x"), ranks)
     assert len(told) == 4  # the vision tower, two layers, the rest
     assert {(p.param_dtype, p.reduce_dtype) for p in told} == {(torch.bfloat16, torch.float32)}
@@ -61,7 +65,7 @@ def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
 def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, checkpointing):
     """As on a GPU, without its code generator; under checkpointing layers are not compiled."""
     config = config_of("sft", folder, "x", gradient_checkpointing=checkpointing)
-    examples = hoi_r1.training_examples(config, ranks)
+    examples = train.training_examples(config, ranks)
     plain, compiled = policy_of(config, ranks), []
 
     def compile_layers(model, device):
@@ -69,13 +73,13 @@ def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, chec
             layer.compile(backend="aot_eager")
             compiled.append(layer)
 
-    monkeypatch.setattr(hoi_r1, "compile_layers", compile_layers)
+    monkeypatch.setattr(engine.policy, "compile_layers", compile_layers)
     policy = policy_of(config, ranks)
     assert bool(compiled) is not checkpointing
     for count in (1, 3):  # rows of another length
         batch = [examples[i] for i in range(count)]
         targets = [[e.target_ids, e.target_ids[:5]] for e in batch]
-        packed = grpo.pack(policy, [e.prompt for e in batch], targets)
+        packed = engine.attention.pack(policy, [e.prompt for e in batch], targets)
         for model in (plain, policy):
             model.token_logprobs(packed).sum().backward()
     for mine, other in zip(policy.parameters(), plain.parameters(), strict=True):
@@ -84,19 +88,19 @@ def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, chec
 
 
 def test_batch_order_is_pure_and_takes_each_sample_once_an_epoch():
-    order = hoi_r1.batch_order(10, 4, 7, seed=5)
+    order = engine.examples.batch_order(10, 4, 7, seed=5)
     assert [len(batch) for batch in order] == [4, 4, 2, 4, 4, 2, 4]
     assert sorted(sum(order[:3], [])) == sorted(sum(order[3:6], [])) == list(range(10))
     assert order[:3] != order[3:6]
-    assert order[:5] == hoi_r1.batch_order(10, 4, 5, seed=5)
-    assert order != hoi_r1.batch_order(10, 4, 7, seed=6)
+    assert order[:5] == engine.examples.batch_order(10, 4, 5, seed=5)
+    assert order != engine.examples.batch_order(10, 4, 7, seed=6)
 
 
 def test_sample_seeds_belong_to_places_not_to_ranks():
-    whole = hoi_r1.sample_seeds(0, 3, [0, 1, 2], 2)
-    assert hoi_r1.sample_seeds(0, 3, [2], 2) == whole[4:]
-    later = hoi_r1.sample_seeds(0, 4, [0, 1, 2], 2)
-    assert len(set(whole + later + hoi_r1.sample_seeds(1, 3, [0, 1, 2], 2))) == 18
+    whole = grpo.sample_seeds(0, 3, [0, 1, 2], 2)
+    assert grpo.sample_seeds(0, 3, [2], 2) == whole[4:]
+    later = grpo.sample_seeds(0, 4, [0, 1, 2], 2)
+    assert len(set(whole + later + grpo.sample_seeds(1, 3, [0, 1, 2], 2))) == 18
 
 
 def test_rollout_metrics_by_hand():
@@ -106,7 +110,7 @@ def test_rollout_metrics_by_hand():
 
     # two groups of two: equal rewards of one text; other rewards of other texts, one cut
     rows = [row(1.0, (5, 6)), row(1.0, (5, 6)), row(0.0, (7,)), row(2.0, (8, 9, 9), False)]
-    logged = hoi_r1.rollout_metrics(rows, 2, {"sample": 2.0, "update": 4.0})
+    logged = grpo.rollout_metrics(rows, 2, {"sample": 2.0, "update": 4.0})
     assert logged["reward_total"] == 1.0 and logged["reward_iou"] == 0.5
     assert logged["reward_total_std"] == pytest.approx(2**0.5 / 2)  # of 0 and sqrt((1 + 1) / 1)
     assert logged["zero_variance_groups"] == 0.5
@@ -116,26 +120,26 @@ def test_rollout_metrics_by_hand():
 
 
 def test_learning_rates():
-    rates = [hoi_r1.learning_rate(step, 4, 1.0, 0, "cosine") for step in range(4)]
+    rates = [engine.policy.learning_rate(step, 4, 1.0, 0, "cosine") for step in range(4)]
     # (1 + cos(pi k / 4)) / 2
     assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
-    rates = [hoi_r1.learning_rate(step, 4, 1.0, 0, "linear") for step in range(4)]
+    rates = [engine.policy.learning_rate(step, 4, 1.0, 0, "linear") for step in range(4)]
     assert rates == [1.0, 0.75, 0.5, 0.25]
-    rates = [hoi_r1.learning_rate(step, 4, 1.0, 2, "linear") for step in range(4)]
+    rates = [engine.policy.learning_rate(step, 4, 1.0, 2, "linear") for step in range(4)]
     assert rates == [0.5, 1.0, 1.0, 0.5]
 
 
 def test_micro_batches(ranks):
-    parts = hoi_r1.micro_batches([3, 9, 4, 20, 1], [1.0, 1.0, 0.0, 1.0, 1.0], 10, ranks)
+    parts = engine.policy.micro_batches([3, 9, 4, 20, 1], [1.0, 1.0, 0.0, 1.0, 1.0], 10, ranks)
     assert parts == [([3], [1.0]), ([1], [1.0]), ([2, 0, 4], [0.0, 1.0, 1.0])]
     lengths = np.random.default_rng().integers(1, 40, 30).tolist()
-    parts = hoi_r1.micro_batches(lengths, [1.0] * 30, 50, ranks)
+    parts = engine.policy.micro_batches(lengths, [1.0] * 30, 50, ranks)
     assert sorted(i for part, _ in parts for i in part) == list(range(30))
     assert all(sum(lengths[i] for i in part) <= 50 for part, _ in parts)
 
 
 def test_a_rank_without_a_part_weighs_nothing():
-    share = hoi_r1.Ranks(2, 4, torch.device("cpu")).share
+    share = engine.policy.Ranks(2, 4, torch.device("cpu")).share
     assert share([7, 8, 9, 10, 11, 12, 13]) == ([9, 13], [1.0, 1.0])
     assert share([7, 8]) == ([7], [0.0])
 

@@ -5,10 +5,17 @@ import json
 
 import pytest
 
+import engine.attention
+import engine.examples
+import engine.policy
+import engine.sampler
 import grpo
 import hicodet
 import hoi_r1
+import predict
 import rewards
+import sft
+import train
 from tests.runs import config_of, metrics
 
 
@@ -40,16 +47,16 @@ FALLING = {"sft": [0.75, 0.25], "grpo": [2 / 3, 1 / 3]}
 
 @pytest.mark.parametrize("stage", FALLING)
 def test_options_of_both_trainings(stage, folder, tmp_path, arrived):
-    stepper, reading = arrived(hoi_r1, "Stepper"), arrived(hoi_r1, "read_ahead")
-    policy, parts = arrived(hoi_r1, "load_policy"), arrived(hoi_r1, "micro_batches")
-    updating = {"sft": (hoi_r1, "sft_update"), "grpo": (hoi_r1.GRPOTrainer, "update")}
+    stepper, reading = arrived(train, "Stepper"), arrived(engine.examples, "read_ahead")
+    policy, parts = arrived(train, "load_policy"), arrived(sft if stage == "sft" else grpo, "micro_batches")
+    updating = {"sft": (train, "sft_update"), "grpo": (grpo.GRPOTrainer, "update")}
     updates = arrived(*updating[stage])
     limits = {"weight_decay": 0.2, "max_grad_norm": 0.3}
     options = {"seed": 7, "workers": 1, "batch_size": 2, "max_steps": 5, "warmup_steps": 2}
     options |= {"adam_beta2": 0.9, "tokens_per_microbatch": 321, "gradient_checkpointing": False}
     hoi_r1.main(config_of(stage, folder, tmp_path / "run", **options, **limits))
     assert_holds(stepper[0], beta2=0.9, **limits)
-    order = hoi_r1.batch_order(20 if stage == "sft" else 24, 2, 5, seed=7)
+    order = engine.examples.batch_order(20 if stage == "sft" else 24, 2, 5, seed=7)
     assert_holds(reading[0], indices=sum(order, []), workers=1)
     assert_holds(policy[0], gradient_checkpointing=False)
     assert {call["budget"] for call in parts} == {321} and len(parts) == 5
@@ -76,7 +83,7 @@ def test_options_of_grpo(folder, tmp_path, arrived):
 
 
 def test_options_of_predict(folder, tmp_path, arrived):
-    rows, sampler = arrived(hoi_r1, "predict_rows"), arrived(grpo, "Sampler")
+    rows, sampler = arrived(predict, "predict_rows"), arrived(predict, "Sampler")
     options = {"max_new_tokens": 3, "slots": 2, "workers": 1, "scores": "likelihood"}
     switches = {"thinking": False, "task_description": True}
     config = config_of(

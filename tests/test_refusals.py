@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+import engine.run
 import hicodet
 import hoi_r1
+import sft
 import teacher
 from tests.runs import config_of, examples_of, metrics
 
@@ -113,7 +115,7 @@ def test_a_resumed_run_is_told_the_same(folder, tmp_path, capsys):
     for stage in ("sft", "grpo", "predict"):
         config = config_of(stage, folder, tmp_path / stage)
         (tmp_path / stage).mkdir()
-        hoi_r1._write_config(config, examples_for(stage, config), tmp_path / stage)
+        engine.run._write_config(config, examples_for(stage, config), tmp_path / stage)
         stored = json.loads((tmp_path / stage / "config.json").read_text())
         for name in ("run.lock", "metrics.jsonl"):
             (tmp_path / stage / name).write_text("")
@@ -241,7 +243,7 @@ def test_what_is_not_finite_is_null_in_the_log(folder, tmp_path):
     """JSON has no NaN: other readers than Python's stop at it."""
     config = config_of("sft", folder, tmp_path / "run", max_steps=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hoi_r1, "sft_loss", lambda *arguments: arguments[0].sum() * float("nan"))
+        patch.setattr(sft, "sft_loss", lambda *arguments: arguments[0].sum() * float("nan"))
         hoi_r1.main(config)
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
     (row,) = metrics(tmp_path / "run")

@@ -6,7 +6,9 @@ import math
 import pytest
 import torch
 
-import grpo
+import engine.attention
+import engine.decode
+import engine.sampler
 from tests.test_grpo import (  # noqa: F401  fixtures
     make_prompt,
     model,
@@ -38,7 +40,7 @@ def generate(reference, prompt, max_new_tokens, end_id):
 def test_greedy_ids_equal_generate(model, reference, prompts, slots):
     """Unequal prompts in one batch; the end token is one that the first prompt really reaches."""
     end_id = int(generate(reference, prompts[0], 12, -1)[5])
-    rollout = grpo.sample(
+    rollout = engine.sampler.sample(
         model, prompts, group_size=1, max_new_tokens=12, end_id=end_id, temperature=0, slots=slots
     )
     for prompt, ids, finished in zip(prompts, rollout.completion_ids, rollout.finished):
@@ -52,7 +54,7 @@ def test_greedy_ids_equal_generate(model, reference, prompts, slots):
 def test_sampled_logprobs_equal_a_fresh_forward(model, reference, prompts, temperature):
     banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
     banned[300:] = True
-    rollout = grpo.sample(
+    rollout = engine.sampler.sample(
         model,
         prompts,
         group_size=3,
@@ -74,15 +76,15 @@ def test_sampled_logprobs_equal_a_fresh_forward(model, reference, prompts, tempe
 def test_a_sample_depends_on_its_seed_alone(model, prompts):
     options = {"max_new_tokens": 10, "end_id": 7}
     seeds = [11, 12, 13, 14, 15, 16]
-    together = grpo.sample(model, prompts, group_size=2, seeds=seeds, **options)
-    few_slots = grpo.sample(model, prompts, group_size=2, seeds=seeds, slots=1, **options)
-    alone = grpo.sample(model, prompts[1:2], group_size=2, seeds=[13, 14], **options)
+    together = engine.sampler.sample(model, prompts, group_size=2, seeds=seeds, **options)
+    few_slots = engine.sampler.sample(model, prompts, group_size=2, seeds=seeds, slots=1, **options)
+    alone = engine.sampler.sample(model, prompts[1:2], group_size=2, seeds=[13, 14], **options)
     for row in range(6):
         assert together.completion_ids[row].tolist() == few_slots.completion_ids[row].tolist()
     for row in range(2):
         assert together.completion_ids[2 + row].tolist() == alone.completion_ids[row].tolist()
     with pytest.raises(ValueError, match="seeds"):
-        grpo.sample(model, prompts, group_size=2, seeds=seeds[:5], **options)
+        engine.sampler.sample(model, prompts, group_size=2, seeds=seeds[:5], **options)
 
 
 def test_rows_that_are_done_leave_and_others_stay_themselves(model, prompts):
@@ -91,11 +93,11 @@ def test_rows_that_are_done_leave_and_others_stay_themselves(model, prompts):
     banned[:10] = False
     many = [prompts[i % 3] for i in range(7)]
     options = {"group_size": 2, "max_new_tokens": 40, "end_id": 7, "banned": banned}
-    together = grpo.sample(model, many, seeds=list(range(14)), slots=5, **options)
+    together = engine.sampler.sample(model, many, seeds=list(range(14)), slots=5, **options)
     lengths = [len(ids) for ids in together.completion_ids]
     assert len(set(lengths)) > 4
     for i, prompt in enumerate(many):
-        alone = grpo.sample(model, [prompt], seeds=[2 * i, 2 * i + 1], **options)
+        alone = engine.sampler.sample(model, [prompt], seeds=[2 * i, 2 * i + 1], **options)
         for mine, other in zip(alone.completion_ids, together.completion_ids[2 * i :]):
             assert mine.tolist() == other.tolist()
 
@@ -106,7 +108,7 @@ def test_first_token_follows_the_exact_softmax():
     banned = torch.tensor([False, False, False, False, False, True])
     draws = 20_000
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(3))
-    ids, logprobs = grpo.draw_tokens(
+    ids, logprobs = engine.decode.draw_tokens(
         logits.expand(draws, -1), temperature=2.0, uniforms=uniforms, banned=banned
     )
     expected = torch.softmax(logits[:5] / 2.0, 0)
@@ -120,7 +122,7 @@ def test_first_token_follows_the_exact_softmax():
 def test_draw_tokens_never_draws_what_is_banned_at_the_ends():
     banned = torch.tensor([True, False, True])
     uniforms = torch.tensor([0.0, 1 - 2**-24])
-    ids, _ = grpo.draw_tokens(
+    ids, _ = engine.decode.draw_tokens(
         torch.zeros(2, 3), temperature=1.0, uniforms=uniforms, banned=banned
     )
     assert ids.tolist() == [1, 1]
@@ -135,7 +137,7 @@ def test_draw_tokens_inverts_the_distribution_function(vocabulary):
     banned[vocabulary // 2] = False
     uniforms = torch.rand(300)
     uniforms[:20], uniforms[20:40] = 0, 1 - 2**-24
-    ids, logprobs = grpo.draw_tokens(logits, temperature=0.7, uniforms=uniforms, banned=banned)
+    ids, logprobs = engine.decode.draw_tokens(logits, temperature=0.7, uniforms=uniforms, banned=banned)
     expected = torch.log_softmax(logits.masked_fill(banned, -torch.inf) / 0.7, -1)
     cdf = expected.double().exp().cumsum(-1)
     first = torch.searchsorted(cdf, uniforms.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
@@ -148,7 +150,7 @@ def test_a_prompt_arrives_as_soon_as_a_slot_is_free(model, prompts):
     """Nobody waits for the longest row: with one slot free the next prompt is asked for."""
     banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
     banned[:10] = False
-    sampler = grpo.Sampler(
+    sampler = engine.sampler.Sampler(
         model, slots=2, group_size=1, prompt_room=40, max_new_tokens=60, end_id=7, banned=banned
     )
     order = []
@@ -174,7 +176,7 @@ def test_a_prompt_arrives_as_soon_as_a_slot_is_free(model, prompts):
 def test_a_prompt_that_is_too_long_is_refused(model, prompts):
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     options = {"slots": 3, "group_size": 1, "max_new_tokens": 3, "end_id": 7, "temperature": 0}
-    sampler = grpo.Sampler(model, prompt_room=longest - 1, **options)
+    sampler = engine.sampler.Sampler(model, prompt_room=longest - 1, **options)
     with pytest.raises(ValueError, match=f"{longest} tokens.*prompt_room is {longest - 1}"):
         sampler.collect(prompts, None)
 
@@ -182,11 +184,11 @@ def test_a_prompt_that_is_too_long_is_refused(model, prompts):
 def test_a_sampler_can_be_used_again(model, prompts):
     """As by a trainer, step after step; what the slots held before is gone."""
     options = {"group_size": 2, "max_new_tokens": 12, "end_id": 7}
-    sampler = grpo.Sampler(model, slots=2, prompt_room=40, **options)
+    sampler = engine.sampler.Sampler(model, slots=2, prompt_room=40, **options)
     for step in range(3):
         seeds = list(range(6 * step, 6 * step + 6))
         again = sampler.collect(prompts, seeds)
-        fresh = grpo.sample(model, prompts, seeds=seeds, **options)
+        fresh = engine.sampler.sample(model, prompts, seeds=seeds, **options)
         for mine, other in zip(again.completion_ids, fresh.completion_ids, strict=True):
             assert mine.tolist() == other.tolist()
 
@@ -197,9 +199,9 @@ def test_windows_of_the_vision_tower_equal_the_library(model, reference, monkeyp
     images = [make_prompt(model, *size, 1, 1, generator) for size in ((5, 3), (2, 7), (4, 4))]
     pixels = torch.cat([image.pixel_values for image in images])
     grid = torch.cat([image.image_grid_thw for image in images])
-    calls, windows = [], grpo._windows_by_length
+    calls, windows = [], engine.attention._windows_by_length
     monkeypatch.setattr(
-        grpo, "_windows_by_length", lambda *args: calls.append(args) or windows(*args)
+        engine.attention, "_windows_by_length", lambda *args: calls.append(args) or windows(*args)
     )
     weights = torch.randn(15 + 14 + 16, model.config.text_config.hidden_size)
     gradients = []
@@ -216,26 +218,26 @@ def test_windows_of_the_vision_tower_equal_the_library(model, reference, monkeyp
 
 def test_seeds_must_fit_the_rows(model, prompts):
     options = {"slots": 2, "group_size": 2, "prompt_room": 40, "max_new_tokens": 3, "end_id": 7}
-    sampler = grpo.Sampler(model, **options)
+    sampler = engine.sampler.Sampler(model, **options)
     for seeds in ([[1], [2, 3, 4]], [[1, 2], None]):
         with pytest.raises(ValueError, match="2 rows need 2 seeds"):
             list(sampler.run(zip(prompts, seeds)))
     for seeds in ([], [1, 2, 3], None):
         with pytest.raises(ValueError, match="seeds"):
             sampler.collect(prompts, seeds)
-    greedy = grpo.Sampler(model, temperature=0, **options)
+    greedy = engine.sampler.Sampler(model, temperature=0, **options)
     with pytest.raises(ValueError, match="need 0 seeds"):
         list(greedy.run([(prompts[0], [1, 2])]))
 
 
 def test_a_run_that_is_broken_off_leaves_nothing_behind(model, prompts):
     options = {"slots": 2, "group_size": 1, "prompt_room": 40, "max_new_tokens": 12, "end_id": 7}
-    sampler = grpo.Sampler(model, **options)
+    sampler = engine.sampler.Sampler(model, **options)
     broken = sampler.run(zip(prompts, [[1], [2], [3]]))
     next(broken)
     broken.close()
     found, expected = (
-        s.collect(prompts, [4, 5, 6]) for s in (sampler, grpo.Sampler(model, **options))
+        s.collect(prompts, [4, 5, 6]) for s in (sampler, engine.sampler.Sampler(model, **options))
     )
     for mine, other in zip(found.completion_ids, expected.completion_ids, strict=True):
         assert mine.tolist() == other.tolist()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import engine.chat
 import hicodet
 import teacher
 from hicodet import HOI, Sample
@@ -36,7 +37,7 @@ def make_samples(folder, count):
 def make_teacher(**changes):
     fields = {"model": "gpt-4o-mini", "base_url": "http://127.0.0.1:9/v1", "key": "", "prompt": "p",
               "max_tokens": 512, "max_side": 512, "timeout": 1.0, "retries": 0, "backoff": 0.0}
-    return teacher.Teacher(**fields | changes)
+    return engine.chat.Teacher(**fields | changes)
 
 
 # ---- template
@@ -203,22 +204,22 @@ def test_a_reply_cut_at_the_limit_is_rejected():
 
 def test_input_tokens():
     # Text: 6 // 3 + 20 = 22. Low detail 2833; high at 768: 2 x 2 tiles, 2833 + 4 * 5667 = 25501.
-    assert teacher.input_tokens(make_teacher(prompt="prompt")) == 22 + 2833
-    assert teacher.input_tokens(make_teacher(prompt="prompt", max_side=768)) == 22 + 25501
+    assert engine.chat.input_tokens(make_teacher(prompt="prompt")) == 22 + 2833
+    assert engine.chat.input_tokens(make_teacher(prompt="prompt", max_side=768)) == 22 + 25501
     # 1024 pixels: the shorter side is shrunk to 768, so 2 x 2 tiles again.
-    assert teacher.input_tokens(make_teacher(prompt="prompt", max_side=1024)) == 22 + 25501
+    assert engine.chat.input_tokens(make_teacher(prompt="prompt", max_side=1024)) == 22 + 25501
     # Qwen2.5-VL: 512 / 28 is 18.3, so 19 x 19 patches.
-    assert teacher.input_tokens(make_teacher(prompt="prompt", model="Qwen")) == 22 + 361
-    assert teacher.known_prices("gpt-4o-mini-2024-07-18") == teacher.PRICES["gpt-4o-mini"]
-    assert teacher.known_prices("gpt-4o-min") is None
+    assert engine.chat.input_tokens(make_teacher(prompt="prompt", model="Qwen")) == 22 + 361
+    assert engine.chat.known_prices("gpt-4o-mini-2024-07-18") == engine.chat.PRICES["gpt-4o-mini"]
+    assert engine.chat.known_prices("gpt-4o-min") is None
 
 
 def test_budget_reserves_before_it_spends():
-    budget = teacher.Budget((1.0, 2.0), max_cost=0.01)
+    budget = engine.chat.Budget((1.0, 2.0), max_cost=0.01)
     first = budget.reserve(2000, 1000)  # 0.002 + 0.002
     second = budget.reserve(2000, 1000)
     assert first == second == pytest.approx(0.004)
-    with pytest.raises(teacher.Stop, match="--max-cost"):  # 0.008 are reserved
+    with pytest.raises(engine.chat.Stop, match="--max-cost"):  # 0.008 are reserved
         budget.reserve(2000, 1000)
     used = budget.settle(first, {"prompt_tokens": 1500, "completion_tokens": 100})
     assert used["cost"] == pytest.approx(0.0017) and budget.tokens == 1600
@@ -230,17 +231,17 @@ def test_budget_reserves_before_it_spends():
 
 
 def test_budget_learns_from_the_largest_request():
-    budget = teacher.Budget((1.0, 0.0), max_cost=math.inf)
+    budget = engine.chat.Budget((1.0, 0.0), max_cost=math.inf)
     budget.settle(budget.reserve(10, 0), {"prompt_tokens": 5000, "completion_tokens": 0})
     assert budget.reserve(10, 0) == pytest.approx(0.005)
 
 
 @pytest.mark.parametrize("header, expected", [
-    (None, 0), ("", 0), ("2.5", 2.5), ("-3", 0), ("soon", 0), ("1e300", teacher.MAX_RETRY_AFTER),
+    (None, 0), ("", 0), ("2.5", 2.5), ("-3", 0), ("soon", 0), ("1e300", engine.chat.MAX_RETRY_AFTER),
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Fri, 31 Dec 9999 23:59:59 GMT", 3600), ("nan", 0),
 ])
 def test_retry_after(header, expected):
-    assert teacher.seconds(header) == expected
+    assert engine.chat.seconds(header) == expected
 
 
 def test_the_key_is_not_in_the_teachers_text():
@@ -258,10 +259,10 @@ def result(name, content=f"<think>{THINK}</think>", status=200):
 @pytest.mark.parametrize("limit", ["requests", "bytes"])
 def test_request_files_keep_the_limits_and_have_every_image_once(limit, tmp_path):
     samples, out = make_samples(tmp_path, 17), tmp_path / "traces.jsonl"
-    size = len(json.dumps(teacher.request_body(samples[0], make_teacher()))) + 150
+    size = len(json.dumps(engine.chat.request_body(samples[0], make_teacher()))) + 150
     limits = {"max_requests": 5} if limit == "requests" else {"max_bytes": 3 * size}
-    budget = teacher.Budget((0.075, 0.3), math.inf)
-    assert teacher.write_requests(samples, make_teacher(), out, budget, **limits) == ({}, "")
+    budget = engine.chat.Budget((0.075, 0.3), math.inf)
+    assert engine.chat.write_requests(samples, make_teacher(), out, budget, **limits) == ({}, "")
     files = sorted(tmp_path.glob("traces.requests-*.jsonl"))
     assert len(files) >= 4 and not list(tmp_path.glob("*.tmp"))
     names = []
@@ -272,17 +273,17 @@ def test_request_files_keep_the_limits_and_have_every_image_once(limit, tmp_path
         assert all(r["method"] == "POST" and r["url"] == "/v1/chat/completions" for r in requests)
         names += [r["custom_id"] for r in requests]
     assert names == [sample.file_name for sample in samples]
-    assert requests[-1]["body"] == teacher.request_body(samples[-1], make_teacher())
+    assert requests[-1]["body"] == engine.chat.request_body(samples[-1], make_teacher())
     with pytest.raises(ValueError, match="requests-001.jsonl is there already"):
-        teacher.write_requests(samples, make_teacher(), out, budget)
+        engine.chat.write_requests(samples, make_teacher(), out, budget)
 
 
 def test_request_files_leave_out_cut_images_and_stop_at_the_budget(tmp_path):
     samples = make_samples(tmp_path, 10)
     samples[2].path.write_bytes(samples[2].path.read_bytes()[:300])
     # A request costs at most ((1 // 3 + 20 + 2833) * 1 + 512 * 1) / 1e6 = 0.003365: two fit in.
-    missing, ended = teacher.write_requests(
-        samples, make_teacher(), tmp_path / "t.jsonl", teacher.Budget((1.0, 1.0), 0.0068))
+    missing, ended = engine.chat.write_requests(
+        samples, make_teacher(), tmp_path / "t.jsonl", engine.chat.Budget((1.0, 1.0), 0.0068))
     assert list(missing) == [samples[2].file_name] and str(samples[2].path) in str(missing)
     assert "--max-cost" in ended
     assert (tmp_path / "t.requests-001.jsonl").read_text().count("\n") == 2
@@ -301,7 +302,7 @@ def test_results_are_collected_in_any_order(tmp_path):
     for path, part in zip(paths, (results[:11], results[11:])):
         path.write_text("".join(part))
     random.shuffle(paths)
-    out, budget = tmp_path / "t.jsonl", teacher.Budget((0.075, 0.3), math.inf)
+    out, budget = tmp_path / "t.jsonl", engine.chat.Budget((0.075, 0.3), math.inf)
     file = teacher.TraceFile(out)
     missing = teacher.collect(paths, wanted, make_teacher(), file, budget)
     assert missing.keys() == {samples[3].file_name, samples[4].file_name}
@@ -321,4 +322,4 @@ def test_results_of_something_else_are_refused(line, tmp_path):
     file = teacher.TraceFile(tmp_path / "t.jsonl")
     with pytest.raises(ValueError, match="r, line 2: no result"):
         teacher.collect([tmp_path / "r"], {sample.file_name: sample}, make_teacher(), file,
-                        teacher.Budget((0.0, 0.0), math.inf))
+                        engine.chat.Budget((0.0, 0.0), math.inf))

@@ -20,6 +20,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
+import engine.chat
 import hicodet
 import teacher
 from demo import toy
@@ -165,10 +166,10 @@ def test_faults_in_random_order_lose_nothing_and_repeat_nothing(data, tmp_path):
     ("429", False, 0.01), ("500", False, 0), ("half a body", True, 0), ("invalid JSON", True, 0),
     ("closed socket", True, 0), ("stall", True, 0)])
 def test_each_fault_is_worth_another_try(fault, billed, wait):
-    one = teacher.Teacher("m", Server(lambda: fault).url, KEY, "p", 9, 9, timeout=0.3, retries=0,
+    one = engine.chat.Teacher("m", Server(lambda: fault).url, KEY, "p", 9, 9, timeout=0.3, retries=0,
                           backoff=1)
-    with pytest.raises(teacher.Transient) as failed:
-        teacher.post(one, {})
+    with pytest.raises(engine.chat.Transient) as failed:
+        engine.chat.post(one, {})
     assert (failed.value.billed, failed.value.retry_after) == (billed, wait)
 
 

@@ -16,9 +16,16 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
+import engine.attention
+import engine.examples
+import engine.policy
+import engine.run
 import grpo
 import hicodet
 import hoi_r1
+import predict
+import sft
+import train
 from tests.runs import config_of, metrics, policy_of, weights
 
 
@@ -30,14 +37,14 @@ def any_reward(monkeypatch):
         value = float((ids % 7).float().mean())
         return {"format": value, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": value}
 
-    monkeypatch.setattr(hoi_r1.GRPOTrainer, "score", score)
+    monkeypatch.setattr(grpo.GRPOTrainer, "score", score)
 
 
 def assert_resumes_bit_for_bit(stage, method, crash, folder, tmp_path, **options):
     """A run whose `Run` method crashes, resumed, comes to the weights of one that did not."""
     hoi_r1.main(config_of(stage, folder, tmp_path / "whole", **options))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hoi_r1.Run, method, crash)
+        patch.setattr(engine.run.Run, method, crash)
         with pytest.raises(KeyboardInterrupt):
             hoi_r1.main(config_of(stage, folder, tmp_path / "cut", **options))
     hoi_r1.main(config_of(stage, folder, tmp_path / "cut", resume=True, **options))
@@ -48,7 +55,7 @@ def assert_resumes_bit_for_bit(stage, method, crash, folder, tmp_path, **options
 
 def test_sft_resumes_bit_for_bit(folder, tmp_path):
     """4 steps at once equal 3 steps, a crash after the checkpoint of step 2, and the rest."""
-    log = hoi_r1.Run.log
+    log = engine.run.Run.log
 
     def crash(run, name, step, values):
         log(run, name, step, values)
@@ -66,7 +73,7 @@ def test_sft_resumes_bit_for_bit(folder, tmp_path):
 
 def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
     """With a crash while the second checkpoint is written."""
-    save = hoi_r1.Run.save
+    save = engine.run.Run.save
 
     def crash(run, policy, optimizer, done):
         if done == 2:
@@ -120,10 +127,10 @@ def test_what_a_crash_cut_short_is_not_seen(folder, tmp_path):
 
 def test_a_checkpoint_before_the_first_good_step_changes_nothing(folder, tmp_path, monkeypatch):
     """The library would make AdamW's moments by a step of its own, and that step would count."""
-    sft_loss = hoi_r1.sft_loss
+    sft_loss = sft.sft_loss
     for save_every in (0, 1):
         losses = iter([math.nan, 1.0, 1.0])
-        monkeypatch.setattr(hoi_r1, "sft_loss", lambda *values: sft_loss(*values) * next(losses))
+        monkeypatch.setattr(sft, "sft_loss", lambda *values: sft_loss(*values) * next(losses))
         options = {"max_steps": 3, "save_every": save_every}
         hoi_r1.main(config_of("sft", folder, tmp_path / str(save_every), **options))
         skipped = [row["skipped"] for row in metrics(tmp_path / str(save_every))]
@@ -137,13 +144,13 @@ def test_a_step_whose_loss_is_not_finite_is_left_out(
     stage, folder, tmp_path, monkeypatch, any_reward
 ):
     """Its gradient is finite: NaN is added behind the last operation."""
-    sft_loss, objective = hoi_r1.sft_loss, grpo.grpo_objective
+    sft_loss, objective = sft.sft_loss, grpo.grpo_objective
 
     def spoilt(*values, **options):
         terms = objective(*values, **options)
         return terms | {"objective": terms["objective"] + math.nan}
 
-    monkeypatch.setattr(hoi_r1, "sft_loss", lambda *values: sft_loss(*values) + math.nan)
+    monkeypatch.setattr(sft, "sft_loss", lambda *values: sft_loss(*values) + math.nan)
     monkeypatch.setattr(grpo, "grpo_objective", spoilt)
     hoi_r1.main(config_of(stage, folder, tmp_path / "run", max_steps=1))
     (row,) = metrics(tmp_path / "run")
@@ -203,15 +210,15 @@ def test_epochs_steps_and_checkpoints(folder, tmp_path):
 
 def test_what_the_switches_switch(folder, tmp_path, ranks):
     config = config_of("grpo", folder, "x", kl_coef=0.0)
-    assert hoi_r1.load_reference(config, ranks.device) is None
-    assert hoi_r1.load_reference(replace(config, kl_coef=0.1), ranks.device) is not None
-    examples = hoi_r1.training_examples(config, ranks)
+    assert engine.policy.load_reference(config, ranks.device) is None
+    assert engine.policy.load_reference(replace(config, kl_coef=0.1), ranks.device) is not None
+    examples = train.training_examples(config, ranks)
     policy = policy_of(config, ranks)
     assert policy.model.language_model.layers[0].gradient_checkpointing
     config = replace(config, gradient_checkpointing=False, task_description=True)
     policy = policy_of(config, ranks)
     assert not policy.model.language_model.layers[0].gradient_checkpointing
-    long = hoi_r1.training_examples(config, ranks)[0].prompt.prompt_ids
+    long = train.training_examples(config, ranks)[0].prompt.prompt_ids
     assert "airplane: board, direct" in examples.decode(long)
     assert "airplane" not in examples.decode(examples[0].prompt.prompt_ids)
 
@@ -239,13 +246,13 @@ def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
     part.with_name("part-0001.jsonl").write_text("".join(lines[:2]) + lines[2][:-9])
     part.unlink()
     (tmp_path / "test" / "predictions.jsonl").unlink()
-    asked, read = [], hoi_r1.read_ahead
+    asked, read = [], engine.examples.read_ahead
 
     def read_ahead(examples, indices, workers):
         asked.extend(indices)
         return read(examples, indices, workers)
 
-    monkeypatch.setattr(hoi_r1, "read_ahead", read_ahead)
+    monkeypatch.setattr(predict, "read_ahead", read_ahead)
     hoi_r1.main(replace(config, resume=True))
     assert asked == [2, 3, 4, 5]
     assert (tmp_path / "test" / "predictions.jsonl").read_text() == whole
@@ -264,7 +271,7 @@ def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
     saved = json.loads((path / "preprocessor_config.json").read_text())
     assert saved["image_processor_type"] == "Qwen2VLImageProcessor"  # the name that servers know
     assert not list(path.glob("*.bin")) and not (tmp_path / "run" / "model.tmp").exists()
-    names = {grpo.GROUP_ATTENTION, grpo.WINDOW_ATTENTION}  # which mean nothing to others
+    names = {engine.attention.GROUP_ATTENTION, engine.attention.WINDOW_ATTENTION}  # which mean nothing to others
     assert not any(name in (path / "config.json").read_text() for name in names)
 
 
@@ -274,9 +281,9 @@ def test_weights_in_pickles_are_refused(folder, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
-        hoi_r1.load_model(str(tmp_path / "model"), torch.device("cpu"))
+        engine.policy.load_model(str(tmp_path / "model"), torch.device("cpu"))
     save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    hoi_r1.load_model(str(tmp_path / "model"), torch.device("cpu"))
+    engine.policy.load_model(str(tmp_path / "model"), torch.device("cpu"))
 
 
 def test_a_folder_is_not_given_to_two_runs(folder, tmp_path, capsys):
