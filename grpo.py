@@ -12,7 +12,6 @@ Departures from the paper, or readings of it:
    reported is logged against them and never used in the loss.
 """
 
-import math
 import time
 from dataclasses import dataclass
 
@@ -21,11 +20,11 @@ import torch
 from torch import Tensor
 
 import hicodet
-import rewards
 from engine.attention import PackedBatch, pack, token_logprobs
 from engine.examples import Example, Examples
-from engine.policy import micro_batches, refresh
+from engine.policy import ClippedAdamW, Ranks, accumulate, micro_batches, refresh
 from engine.sampler import Rollout, Sampler
+from rewards import total_reward
 
 LOG_RATIO_LIMIT = 20.0  # e^20 is half a billion; more would overflow or take over all gradients
 
@@ -120,18 +119,43 @@ def grpo_objective(
     }
 
 
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor | None,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    weights: Tensor,
+    num_outputs: float,
+    **options,
+) -> dict[str, Tensor]:
+    """Minus the objective's mean over the outputs (Eq. 2), as far as these B outputs make it.
+
+    old_logprobs: (B, C), or None where pi_old is pi_theta: then its own, detached. weights: (B,),
+    0 for an output not to count. num_outputs: of the global batch, so that a sum over micro-batches
+    and ranks is the mean. options: of `grpo_objective`. Returns scalars: "loss", which carries the
+    gradient, and the means "kl" and "clip_fraction".
+    """
+    old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
+    terms = grpo_objective(
+        logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, **options
+    )
+    means = {name: (term * weights).sum() / num_outputs for name, term in terms.items()}
+    return {"loss": -means.pop("objective"), **means}
+
+
 # One batch
 
 
-def sample_seeds(seed: int, step: int, places: list[int], group_size: int) -> list[int]:
-    """One seed for each completion of the prompts at these places of the global batch."""
-    keys = [[seed, step, place, g] for place in places for g in range(group_size)]
+def sample_seeds(seed: int, step: int, place: int, group_size: int) -> list[int]:
+    """One seed for each completion of the image at this place of the global batch."""
+    keys = [[seed, step, place, g] for g in range(group_size)]
     return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1) for key in keys]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A micro-batch of whole groups, B = prompts of the part x G."""
+class MicroBatch:
+    """Whole groups in one packed row, B = their images x G."""
 
     packed: PackedBatch
     advantages: Tensor  # (B,)
@@ -140,23 +164,45 @@ class Part:
     sampled_logprobs: Tensor  # (N,) what the sampler reported
 
 
-class GRPOTrainer:
-    """One batch of GRPO at a time: sample, reward, update, refresh (Sec. 3.3)."""
+class GRPO:
+    """One batch of GRPO at a time: sample, score, advantages, optimize, refresh (Sec. 3.3)."""
+
+    name, schedule = "grpo", "linear"  # of the learning rate, Sec. 4.2
 
     def __init__(
-        self, policy, stepper, replica, reference, examples: Examples, config, ranks
+        self,
+        policy,
+        optimizer: ClippedAdamW,
+        replica,
+        reference,
+        examples: Examples,
+        ranks: Ranks,
+        *,
+        slots: int,
+        group_size: int,
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+        updates_per_batch: int,
+        tokens_per_microbatch: int,
+        objective: dict,
+        rewards: dict,
     ):
-        self.policy, self.stepper, self.replica = policy, stepper, replica
-        self.reference = reference  # pi_ref, or None where there is no KL term
-        self.examples, self.config, self.ranks = examples, config, ranks
+        """reference: pi_ref, or None where there is no KL term. objective: options of
+        `grpo_objective`; rewards: of `rewards.total_reward`."""
+        self.policy, self.optimizer, self.replica = policy, optimizer, replica
+        self.reference, self.examples, self.ranks = reference, examples, ranks
+        self.group_size, self.seed, self.updates_per_batch = group_size, seed, updates_per_batch
+        self.tokens_per_microbatch = tokens_per_microbatch
+        self.objective, self.rewards = objective, rewards
         banned = examples.banned(policy.config.text_config.vocab_size).to(ranks.device)
-        self.distribution = {"temperature": config.temperature, "banned": banned}
+        self.distribution = {"temperature": temperature, "banned": banned}
         self.sampler = Sampler(  # one for all steps: a GPU compiles its step once
             replica,
-            slots=min(config.slots, math.ceil(config.batch_size / ranks.world)),
-            group_size=config.group_size,
+            slots=slots,
+            group_size=group_size,
             prompt_room=examples.longest_prompt(),
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=max_new_tokens,
             end_id=examples.end_id,
             **self.distribution,
         )
@@ -167,130 +213,130 @@ class GRPOTrainer:
     ) -> tuple[dict, dict]:
         """One batch. Returns what is logged, and the completions of its first image to be read."""
         times = [time.perf_counter()]
-        rollout = self.sample(step, batch)
+        groups = self.sample(step, batch)
         times.append(time.perf_counter())
-        scored = [self.score(example.hois, ids) for example, ids in self.rows(batch, rollout)]
-        totals = torch.tensor([row["total"] for row in scored]).view(-1, self.config.group_size)
-        advantages = group_advantages(totals)
+        scored = [self.score(*pair) for pair in zip(batch, groups, strict=True)]
+        advantages = group_advantages(torch.tensor([[one["total"] for one in g] for g in scored]))
         times.append(time.perf_counter())
-        logged = self.optimize(self.parts(batch, weights, rollout, advantages), sum(weights), lr)
+        micros = self.micro_batches(batch, weights, groups, advantages)
+        logged = self.optimize(micros, self.ranks.sum(sum(weights)) * self.group_size, lr)
         refresh(self.replica, self.policy)
         times.append(time.perf_counter())
-        rows = [
-            {"rewards": scored[i], "ids": tuple(ids.tolist()), "finished": bool(done)}
-            for i, (ids, done) in enumerate(zip(rollout.completion_ids, rollout.finished))
-        ]
-        rows = self.ranks.gather(rows if weights[0] else [])
         seconds = dict(zip(("sample", "reward", "update"), np.diff(times).tolist()))
-        size = self.config.group_size
-        first = zip(rollout.completion_ids[:size], scored)
-        texts = [{"text": self.examples.decode(ids), **reward} for ids, reward in first]
-        shown = {"file_name": batch[0].sample.file_name, "completions": texts}
-        return logged | rollout_metrics(rows, size, seconds), shown
+        counted = zip(groups, scored) if weights[0] else ()
+        rows = [group_row(group, rewards) for group, rewards in counted]
+        first = {"file_name": batch[0].sample.file_name, "completions": scored[0]}
+        return logged | rollout_metrics(self.ranks.gather(rows), seconds), first
 
-    def rows(self, batch: list[Example], rollout: Rollout):
-        """(example, ids) of each completion."""
-        groups = [example for example in batch for _ in range(self.config.group_size)]
-        return zip(groups, rollout.completion_ids, strict=True)
-
-    def sample(self, step: int, batch: list[Example]) -> Rollout:
-        """G completions of each prompt from pi_old."""
+    def sample(self, step: int, batch: list[Example]) -> list[Rollout]:
+        """G completions of each image from pi_old."""
         places = [self.ranks.rank + i * self.ranks.world for i in range(len(batch))]
-        seeds = sample_seeds(self.config.seed, step, places, self.config.group_size)
+        seeds = [sample_seeds(self.seed, step, place, self.group_size) for place in places]
         return self.sampler.collect([example.prompt for example in batch], seeds)
 
-    def score(self, hois: tuple[hicodet.HOI, ...], ids: Tensor) -> dict[str, float]:
-        """The rewards of one completion (Eqs. 6-23)."""
-        completion = hicodet.parse_completion(self.examples.decode(ids))
-        return rewards.total_reward(completion, hois, **reward_options(self.config))
+    def score(self, example: Example, group: Rollout) -> list[dict]:
+        """The text and the rewards (Eqs. 6-23) of each completion of an image."""
+        texts = [self.examples.decode(ids) for ids in group.completion_ids]
+        hois, parse = example.text_hois, hicodet.parse_completion
+        return [{"text": t, **total_reward(parse(t), hois, **self.rewards)} for t in texts]
 
-    def parts(self, batch, weights, rollout, advantages) -> list[Part]:
-        """The batch in micro-batches, with pi_ref's log-probs."""
-        size, device = self.config.group_size, self.ranks.device
-        groups = [rollout.completion_ids[i * size : (i + 1) * size] for i in range(len(batch))]
-        sampled = [rollout.logprobs[i * size : (i + 1) * size] for i in range(len(batch))]
-        lengths = [len(e.prompt.prompt_ids) + sum(map(len, g)) for e, g in zip(batch, groups)]
-        budget, parts = self.config.tokens_per_microbatch, []
-        for part, kept in micro_batches(lengths, weights, budget, self.ranks):
-            prompts = [batch[i].prompt for i in part]
-            packed = pack(self.policy, prompts, [groups[i] for i in part])
-            with torch.no_grad():
-                reference = self.reference and token_logprobs(
-                    self.reference, packed, **self.distribution
-                )
-            parts.append(
-                Part(
-                    packed,
-                    advantages[part].flatten().to(device),
-                    torch.tensor(kept, device=device).repeat_interleave(size),
-                    reference,
-                    torch.cat([row for i in part for row in sampled[i]]).to(device),
-                )
-            )
-        return parts
+    def micro_batches(
+        self,
+        batch: list[Example],
+        weights: list[float],
+        groups: list[Rollout],
+        advantages: Tensor,
+    ) -> list[MicroBatch]:
+        """The batch in micro-batches, with pi_ref's log-probs. advantages: (P, G)."""
+        lengths = [
+            len(example.prompt.prompt_ids) + sum(map(len, group.completion_ids))
+            for example, group in zip(batch, groups)
+        ]
+        parts = micro_batches(lengths, weights, self.tokens_per_microbatch, self.ranks)
+        return [self.micro_batch(batch, groups, advantages, *part) for part in parts]
 
-    def optimize(self, parts: list[Part], prompts: float, lr: float) -> dict:
+    @torch.no_grad()
+    def micro_batch(self, batch, groups, advantages, places, weights) -> MicroBatch:
+        """The groups at these places of the batch, in one packed row."""
+        prompts = [batch[i].prompt for i in places]
+        packed = pack(self.policy, prompts, [groups[i].completion_ids for i in places])
+        device, reference = self.ranks.device, None
+        if self.reference:
+            reference = token_logprobs(self.reference, packed, **self.distribution)
+        return MicroBatch(
+            packed,
+            advantages[places].flatten().to(device),
+            torch.tensor(weights, device=device).repeat_interleave(self.group_size),
+            reference,
+            torch.cat([row for i in places for row in groups[i].logprobs]).to(device),
+        )
+
+    def optimize(self, micros: list[MicroBatch], num_outputs: float, lr: float) -> dict:
         """`updates_per_batch` optimizer steps on one batch of completions. Returns their means."""
-        count = self.ranks.sum(prompts) * self.config.group_size
-        old_logprobs, logged = None, []  # before the first step pi_old is pi_theta
-        for _ in range(self.config.updates_per_batch):
-            logprobs, values = self.optimizer_step(parts, old_logprobs, count, lr)
-            old_logprobs = old_logprobs or logprobs
+        old_logprobs, logged = [None] * len(micros), []  # before the first step pi_old is pi_theta
+        for number in range(self.updates_per_batch):
+            logprobs, values = self.optimizer_step(micros, old_logprobs, num_outputs, lr)
+            old_logprobs = old_logprobs if number else logprobs
             logged.append(values)
         gaps = [
-            (logprobs[part.packed.completion_mask] - part.sampled_logprobs).abs().max().item()
-            for part, logprobs in zip(parts, old_logprobs)
+            (logprobs[micro.packed.completion_mask] - micro.sampled_logprobs).abs().max().item()
+            for micro, logprobs in zip(micros, old_logprobs)
         ]
         means = {name: float(np.mean([values[name] for values in logged])) for name in logged[0]}
         return means | {"logprob_gap": max(self.ranks.gather(gaps))}
 
-    def optimizer_step(self, parts, old_logprobs, count: float, lr: float) -> tuple[list, dict]:
-        """One step on the objective (Eqs. 2-5), a mean over the `count` outputs of all ranks.
+    def optimizer_step(
+        self, micros: list[MicroBatch], old_logprobs: list, num_outputs: float, lr: float
+    ) -> tuple[list[Tensor], dict]:
+        """One step on Eqs. 2-5. Returns pi_theta's log-probs, detached, and what is logged.
 
-        old_logprobs: (B, C) of each part, or None where they are pi_theta's own. Returns
-        pi_theta's log-probs of each part, detached, and what is logged.
+        old_logprobs: (B, C) of each micro-batch, or None. num_outputs: of all ranks.
         """
-        config, ranks = self.config, self.ranks
-        options = {name: getattr(config, name) for name in ("clip_eps", "kl_coef", "ratio")}
         found: list[Tensor] = []
-        sums = {"objective": 0.0, "kl": 0.0, "clip_fraction": 0.0}
-        for k, part in enumerate(parts):
-            logprobs = self.policy.token_logprobs(part.packed, **self.distribution)
+
+        def terms(pair):
+            micro, old = pair
+            logprobs = self.policy.token_logprobs(micro.packed, **self.distribution)
             found.append(logprobs.detach())
-            old, mask = (old_logprobs or found)[k], part.packed.completion_mask
-            terms = grpo_objective(
-                logprobs, old, part.ref_logprobs, part.advantages, mask, **options
+            return grpo_loss(
+                logprobs,
+                old,
+                micro.ref_logprobs,
+                micro.advantages,
+                micro.packed.completion_mask,
+                micro.weights,
+                num_outputs,
+                **self.objective,
             )
-            terms = {name: (term * part.weights).sum() / count for name, term in terms.items()}
-            (-terms["objective"] * ranks.world).backward()  # FSDP takes the mean over ranks
-            sums = {name: sums[name] + term.detach() for name, term in terms.items()}
-        # read here, not in the loop, where Python would wait for the GPU after each part
-        sums = {name: ranks.sum(float(value)) for name, value in sums.items()}
-        loss = -sums.pop("objective")
-        return found, {"loss": loss, **sums, "grad_norm": self.stepper.step(lr, loss)}
+
+        logged = accumulate(zip(micros, old_logprobs, strict=True), terms, self.ranks)
+        return found, logged | {"grad_norm": self.optimizer.step(lr, logged["loss"])}
 
 
-def reward_options(config) -> dict:
-    """The reading and the ablation of the rewards."""
-    return {"duplicate_rule": config.duplicate_rule, "without": config.without}
+def group_row(group: Rollout, scored: list[dict]) -> dict:
+    """What `rollout_metrics` needs of the G completions of an image."""
+    return {
+        "ids": [tuple(ids.tolist()) for ids in group.completion_ids],
+        "finished": group.finished.tolist(),
+        "rewards": [{k: v for k, v in one.items() if k != "text"} for one in scored],
+    }
 
 
-def rollout_metrics(rows: list[dict], group_size: int, seconds: dict[str, float]) -> dict:
-    """Means over the completions of all ranks, G rows a group: "rewards", "ids", "finished"."""
-    groups = [rows[i : i + group_size] for i in range(0, len(rows), group_size)]
+def rollout_metrics(groups: list[dict], seconds: dict[str, float]) -> dict[str, float]:
+    """Means over the completions of all ranks. groups: of `group_row`."""
     logged = {f"seconds_{name}": value for name, value in seconds.items()}
-    for name in rows[0]["rewards"]:
-        values = np.array([[row["rewards"][name] for row in group] for group in groups])
+    for name in groups[0]["rewards"][0]:
+        values = np.array([[one[name] for one in group["rewards"]] for group in groups])
         within = values.std(1, ddof=1)  # between images it would hide that groups are all alike
         logged[f"reward_{name}"], logged[f"reward_{name}_std"] = values.mean(), within.mean()
         if name == "total":
             logged["zero_variance_groups"] = np.mean(within < 1e-3)
     # a sampler that is all but greedy shows here first
-    distinct = [len({row["ids"] for row in group}) for group in groups]
-    logged["distinct_completions"] = np.mean(distinct) / group_size
-    lengths = [len(row["ids"]) for row in rows]
+    distinct = [len(set(group["ids"])) for group in groups]
+    logged["distinct_completions"] = np.mean(distinct) / len(groups[0]["ids"])
+    lengths = [len(ids) for group in groups for ids in group["ids"]]
     logged["completion_length"] = np.mean(lengths)
-    logged["truncated"] = np.mean([not row["finished"] for row in rows])
+    logged["truncated"] = np.mean([not done for group in groups for done in group["finished"]])
     for name in ("sample", "update"):
         logged[f"{name}_tokens_per_second"] = sum(lengths) / seconds[name]
     return {name: float(value) for name, value in logged.items()}

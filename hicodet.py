@@ -10,8 +10,6 @@ Follows Sec. 3.1 (prompt of Fig. 4, answers as JSON text) and Sec. 4.2 (merging)
    Known Object setting of their object.
 """
 
-import contextlib
-import hashlib
 import json
 import math
 import zlib
@@ -134,8 +132,11 @@ OBJECTS = tuple(
     "toothbrush".split(", ")
 )
 MERGE_IOU = 0.5  # pairs that overlap by more are the same two things (Sec. 4.2, our reading)
-CACHE_FORMAT = 1  # to be raised with every change to what is read from the .mat files, or how
 LAYOUT_HINT = "Expected the layout of hico_20160224_det, the official release of HICO-DET."
+
+
+class InputError(ValueError):
+    """What the user must mend: a file, a folder, a value. The programs print it as one line."""
 
 
 @dataclass(frozen=True)
@@ -175,21 +176,19 @@ def load_split(root: str | Path, split: str) -> list[Sample]:
 
     `root` holds anno_bbox.mat, images/train2015, images/test2015 and, optionally, anno.mat, whose
     image-level labels say which objects an image is known for; without it the classes listed in
-    anno_bbox.mat do, invisible ones included. Images are not opened. What was read is kept in
-    `root`, if it can be written to, and the next call takes a fraction of the time.
-    Raises ValueError for another split or another layout, FileNotFoundError without anno_bbox.mat.
+    anno_bbox.mat do, invisible ones included. Images are not opened.
+    Raises InputError for another layout, FileNotFoundError without anno_bbox.mat.
     """
     if split not in ("train", "test"):
         raise ValueError(f'split must be "train" or "test", not {split!r}')
     root = Path(root)
     folder = root / "images" / f"{split}2015"
-    rows = _kept(root, split, lambda: _read_rows(root, split))
-    return [_to_sample(folder, *row) for row in rows]
+    return [_to_sample(folder, *row) for row in _read_rows(root, split)]
 
 
 def training_counts(root: str | Path) -> list[int]:
     """Visible training pairs of each of the 600 HOI classes; a class with fewer than 10 is Rare."""
-    return _kept(Path(root), "counts", lambda: _read_counts(Path(root) / "anno_bbox.mat"))
+    return _read_counts(Path(root) / "anno_bbox.mat")
 
 
 def require_images(samples: Iterable[Sample]) -> None:
@@ -203,55 +202,10 @@ def require_images(samples: Iterable[Sample]) -> None:
         )
 
 
-def _kept(root: Path, name: str, read: Callable[[], list]) -> list:
-    """read(), or from a file beside anno_bbox.mat what it returned before for the same .mat files.
-
-    The file is JSON, so tuples come back as lists, below a line with a hash of the .mat files and
-    the JSON itself: a file that is out of date, cut, damaged or not ours fails it, and is replaced.
-    """
-    path = root / f"anno_bbox.{name}.cache.json"
-    try:
-        sources = _hash_sources(root, name)
-    except OSError:  # a .mat file that cannot be read, which `read` has words for
-        return read()
-    with contextlib.suppress(OSError):  # missing, most likely
-        seal, _, kept = path.read_bytes().partition(b"\n")
-        if seal == _seal(sources, kept):
-            return json.loads(kept)
-    value = read()
-    text = json.dumps(value, separators=(",", ":")).encode()
-    _write_cache(path, _seal(sources, text) + b"\n" + text)
-    return value
-
-
-def _hash_sources(root: Path, name: str) -> bytes:
-    """SHA-256 of all that a kept value depends on: which it is, the code, and both .mat files."""
-    digest = hashlib.sha256(f"{CACHE_FORMAT} {name}".encode())
-    for path in (root / "anno_bbox.mat", root / "anno.mat"):
-        there = path.is_file()
-        digest.update(hashlib.sha256(path.read_bytes()).digest() if there else b"none")
-    return digest.digest()
-
-
-def _seal(sources: bytes, text: bytes) -> bytes:
-    return hashlib.sha256(sources + text).hexdigest().encode()
-
-
-def _write_cache(path: Path, content: bytes) -> None:
-    """Writes the file if the folder lets it. Not aside first: what is cut fails its seal."""
-    if not path.parent.stat().st_mode & 0o222:  # root could write, but is asked not to
-        return
-    try:
-        path.write_bytes(content)  # several ranks may do so at once, and write the same
-    except OSError:  # a read-only or full disk: the next call reads the .mat files again
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
 def _to_sample(
     folder: Path, name: str, width: int, height: int, pairs: Sequence, objects: Sequence[str]
 ) -> Sample:
-    """A Sample from a row of `_read_rows`. Merges here, so that no kept file has other rules."""
+    """A Sample from a row of `_read_rows`."""
     pairs = tuple(Pair(tuple(human), tuple(obj), hoi_id) for human, obj, hoi_id in pairs)
     return Sample(name, folder / name, width, height, merge_pairs(pairs), pairs, frozenset(objects))
 
@@ -275,7 +229,7 @@ def _read_rows(root: Path, split: str) -> list[tuple]:
                 raise ValueError(f"field filename: {row[0]} for the second time")
             rows[row[0]] = row
     except ValueError as error:
-        raise ValueError(f"{path}, {where}: {error}. {LAYOUT_HINT}") from error
+        raise InputError(f"{path}, {where}: {error}. {LAYOUT_HINT}") from error
     return list(rows.values())
 
 
@@ -289,7 +243,7 @@ def _read_counts(path: Path) -> list[int]:
                 hoi_id, visible = _read_class(entry)
                 counts[hoi_id] += visible and len(entry["connection"])
     except ValueError as error:
-        raise ValueError(f"{path}, bbox_train: {error}. {LAYOUT_HINT}") from error
+        raise InputError(f"{path}, bbox_train: {error}. {LAYOUT_HINT}") from error
     return counts
 
 
@@ -305,10 +259,10 @@ def _read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
         variables = loadmat(path, variable_names=names)
     except unreadable as error:
-        raise ValueError(f"{path} is not a readable .mat file: {error}. {LAYOUT_HINT}") from error
+        raise InputError(f"{path} is not a readable .mat file: {error}. {LAYOUT_HINT}") from error
     for name in names:
         if name not in variables:
-            raise ValueError(f"{path} has no variable {name}. {LAYOUT_HINT}")
+            raise InputError(f"{path} has no variable {name}. {LAYOUT_HINT}")
     return variables
 
 
@@ -330,7 +284,7 @@ def _image_level_objects(path: Path, split: str) -> dict[str, frozenset[str]] | 
     variables = _read_mat(path, (f"list_{split}", f"anno_{split}"))
     files, labels = variables[f"list_{split}"].ravel(), variables[f"anno_{split}"]
     if labels.shape != (len(PAIRS), files.size):
-        raise ValueError(
+        raise InputError(
             f"{path}: anno_{split} has shape {labels.shape}, not {len(PAIRS)} classes x "
             f"{files.size} images of list_{split}. {LAYOUT_HINT}"
         )

@@ -19,10 +19,8 @@ import argparse
 import dataclasses
 import math
 import sys
-import traceback
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 
 
 def option(default, text: str, least: float | None = None, below: float = math.inf):
@@ -60,16 +58,12 @@ class RunConfig(Config):
     dry_run: bool = option(False, "print the first sample as the model would see it, and stop")
     resume: bool = option(False, "go on with the run in --out, from its last checkpoint or image")
 
-    def prompt_switches(self) -> dict[str, bool]:
-        """The ablations of Table 2."""
-        return {"thinking": self.thinking, "task_description": self.task_description}
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
     """What both trainings are told; defaults are Sec. 4.2, or the README's table of readings."""
 
-    learning_rate: float = option(1e-6, "of AdamW, at its highest", least=0)
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW", least=0)
     warmup_steps: int = option(0, "steps over which the learning rate rises", least=0)
     adam_beta2: float = option(0.999, "decay of AdamW's second moment", least=0, below=1)
     weight_decay: float = option(0.0, "of AdamW", least=0)
@@ -183,35 +177,45 @@ def parse_config(argv: list[str] | None = None):
         parser.error(str(error))
 
 
-def demo(config: DemoConfig) -> None:
-    """SFT, GRPO, predictions and mAP on the toy, all as commands of their own."""
-    from demo.run import run_demo  # only here: no other stage needs the toy
-
-    run_demo(**dataclasses.asdict(config))
-
-
-def main(config) -> None:
-    """Run one stage. What this project refuses is one line; any other error keeps its traceback."""
+def run_stage(config) -> None:
+    """Run the stage of a config. It is imported only now, with the seconds that torch takes."""
     if isinstance(config, DemoConfig):
-        return demo(config)
-    import torch.distributed as dist
+        from demo.run import run_demo
 
-    import predict
+        return run_demo(**dataclasses.asdict(config))
+    if isinstance(config, PredictConfig):
+        from predict import predict
+
+        return predict(config)
     import train
 
+    return (train.sft if isinstance(config, SFTConfig) else train.grpo)(config)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line. What the user must mend is one line; all else keeps its traceback."""
+    config = parse_config(argv)
+    from hicodet import InputError  # numpy: only once the command line is known to be right
+
     try:
-        (predict.predict if isinstance(config, PredictConfig) else train.train)(config)
-    except (ValueError, OSError) as error:
-        origin, root = traceback.extract_tb(error.__traceback__)[-1].filename, Path(__file__).parent
-        if Path(origin).parent not in (root, root / "engine"):
-            raise
+        run_stage(config)
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
-        failed = sys.exc_info()[0] is not None
-        if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
-            dist.destroy_process_group()  # would wait for the others if this rank alone failed
+        leave_ranks(failed=sys.exc_info()[0] is not None)
+
+
+def leave_ranks(failed: bool) -> None:
+    """Close the process group, if one was opened."""
+    if "torch" not in sys.modules:
+        return
+    import torch.distributed as dist
+
+    # a rank that failed alone would wait for the others
+    if dist.is_initialized() and not (failed and dist.get_world_size() > 1):
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(parse_config())
+    main()

@@ -1,10 +1,16 @@
-"""Greedy prediction for a split: predictions.jsonl (Sec. 4.1)."""
+"""Greedy prediction for a split of HICO-DET (Sec. 4.1): predictions.jsonl and summary.json.
+
+`predict` takes PredictConfig of hoi_r1.py and unpacks it; what it calls takes plain arguments.
+"""
 
 import codecs
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -14,14 +20,77 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hicodet
-import rewards
 from engine.examples import Example, Examples, describe, read_ahead
-from engine.files import read_rows, write_aside, write_json
+from engine.files import json_lines, replace_file, write_json
 from engine.policy import Ranks, load_model, start_ranks
-from engine.run import claim_folder
+from engine.run import open_run
 from engine.sampler import Sampler
+from rewards import total_reward
 
-PREDICTION = ("max_new_tokens", "slots", "workers", "scores")  # what predict_rows takes of a config
+
+def predict(config) -> None:
+    """Write predictions.jsonl and summary.json for a split. config: hoi_r1.PredictConfig."""
+    ranks = start_ranks()
+    samples = hicodet.load_split(config.data, config.split)[: config.limit or None]
+    hicodet.require_images(samples)
+    prompt_text = partial(hicodet.prompt_text, task_description=config.task_description)
+    examples = Examples(config.model, samples, thinking=config.thinking, prompt_text=prompt_text)
+    if config.dry_run:
+        return ranks.print(describe(examples, text_reward))
+    settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
+    run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
+    stored, number = stored_rows(run.folder)
+    ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
+    dist.barrier()  # every rank has listed the parts before one is added
+    todo = [index for index in range(len(samples)) if index not in stored]
+    model, started = load_model(config.model, ranks.device), time.perf_counter()
+    rows = predict_rows(
+        model,
+        examples,
+        todo,
+        ranks,
+        max_new_tokens=config.max_new_tokens,
+        slots=config.slots,
+        workers=config.workers,
+        scores=config.scores,
+    )
+    mine = write_rows(run.folder / f"part-{number + ranks.rank:04d}.jsonl", rows)
+    stored |= {row["index"]: row for row in ranks.gather(mine)}
+    summary = summarise([stored[index] for index in range(len(samples))])
+    if todo:
+        seconds = time.perf_counter() - started
+        tokens = sum(stored[index]["length"] for index in todo)
+        summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
+    if ranks.rank == 0 and (todo or not (run.folder / "predictions.jsonl").exists()):
+        write_json(run.folder / "summary.json", summary)
+        lines = (json.dumps(stored[index]["line"]) + "\n" for index in range(len(samples)))
+        replace_file(run.folder / "predictions.jsonl", "".join(lines))
+    ranks.print(json.dumps(summary, indent=2))
+
+
+def text_reward(text: str, hois: tuple[hicodet.HOI, ...], **options) -> dict[str, float]:
+    """The rewards of a completion's text (Eqs. 6-23). options: of `rewards.total_reward`."""
+    return total_reward(hicodet.parse_completion(text), hois, **options)
+
+
+def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
+    """The rows of a run that is resumed, by image, and the number of its first new part file."""
+    parts = sorted(folder.glob("part-*.jsonl"))
+    rows = [row for part in parts for _, row in json_lines(part, cut_last=True)]
+    # behind the last: a crash may have come before each rank had begun its part
+    number = max((int(part.stem.split("-")[1]) + 1 for part in parts), default=0)
+    return {row["index"]: row for row in rows}, number
+
+
+def write_rows(path: Path, rows: Iterator[dict]) -> list[dict]:
+    """Write rows to a new file as they come, and return them."""
+    written = []
+    with open(path, "x") as part:
+        for row in rows:
+            part.write(json.dumps(row) + "\n")
+            part.flush()
+            written.append(row)
+    return written
 
 
 def predict_rows(
@@ -66,8 +135,10 @@ def predict_rows(
             bar.update()
 
 
-def prediction(examples, example: Example, ids: Tensor, logprobs: Tensor | None) -> dict:
-    """The line of predictions.jsonl and the rewards of one completion."""
+def prediction(
+    examples: Examples, example: Example, ids: Tensor, logprobs: Tensor | None
+) -> dict:
+    """The line of predictions.jsonl and the rewards of one completion. ids, logprobs: (C,)."""
     text = examples.decode(ids)
     completion = hicodet.parse_completion(text)
     scores = None
@@ -76,7 +147,7 @@ def prediction(examples, example: Example, ids: Tensor, logprobs: Tensor | None)
     size = (example.sample.width, example.sample.height)
     instances = hicodet.predicted_instances(completion, size, example.model_size, scores)
     line = {"file_name": example.sample.file_name, "text": text, "instances": instances}
-    reward = rewards.total_reward(completion, example.hois) if example.hois else None
+    reward = total_reward(completion, example.text_hois) if example.text_hois else None
     return {"line": line, "reward": reward}
 
 
@@ -109,40 +180,3 @@ def summarise(rows: list[dict]) -> dict:
         "completion_length": float(np.mean([row["length"] for row in rows])),
         "truncated": 1 - float(np.mean([row["finished"] for row in rows])),
     }
-
-
-def predict(config) -> None:
-    """Write predictions.jsonl and summary.json for a split."""
-    ranks = start_ranks()
-    samples = hicodet.load_split(config.data, config.split)[: config.limit or None]
-    hicodet.require_images(samples)
-    examples = Examples(config.model, samples, **config.prompt_switches())
-    if config.dry_run:
-        return ranks.print(describe(examples[0], examples, {}))
-    folder, lock = claim_folder(config, examples, ranks)  # locked until this function ends
-    parts = sorted(folder.glob("part-*.jsonl"))
-    stored = {row["index"]: row for part in parts for row in read_rows(part)}
-    ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
-    # behind the last: a crash may have come before each rank had begun its part
-    number = max((int(part.stem.split("-")[1]) + 1 for part in parts), default=0) + ranks.rank
-    dist.barrier()  # every rank has listed the parts before one is added
-    todo = [index for index in range(len(samples)) if index not in stored]
-    model, started = load_model(config.model, ranks.device), time.perf_counter()
-    mine: list[dict] = []
-    with open(folder / f"part-{number:04d}.jsonl", "x") as part:
-        options = {name: getattr(config, name) for name in PREDICTION}
-        for row in predict_rows(model, examples, todo, ranks, **options):
-            part.write(json.dumps(row) + "\n")
-            part.flush()
-            mine.append(row)
-    stored |= {row["index"]: row for row in ranks.gather(mine)}
-    rows, seconds = [stored[index] for index in range(len(samples))], time.perf_counter() - started
-    summary = summarise(rows)
-    if todo:
-        tokens = sum(stored[index]["length"] for index in todo)
-        summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    if ranks.rank == 0 and (todo or not (folder / "predictions.jsonl").exists()):
-        write_json(folder / "summary.json", summary)
-        lines = "".join(json.dumps(row["line"]) + "\n" for row in rows)
-        write_aside(folder / "predictions.jsonl", lines)
-    ranks.print(json.dumps(summary, indent=2))

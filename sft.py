@@ -1,4 +1,7 @@
-"""Supervised fine-tuning on a teacher's reasoning and the ground truth: Sec. 3.2, Eq. 1."""
+"""Supervised fine-tuning on a teacher's reasoning and the ground truth: Sec. 3.2, Eq. 1.
+
+Axes: B completions of a micro-batch, C their length.
+"""
 
 import time
 
@@ -6,41 +9,65 @@ import torch
 from torch import Tensor
 
 from engine.attention import pack
-from engine.examples import Example
-from engine.policy import Stepper, micro_batches
+from engine.examples import END_OF_TURN, Example
+from engine.policy import ClippedAdamW, Ranks, accumulate, micro_batches
+from hicodet import HOI, Sample, format_completion
+
+
+def supervised_text(hois: tuple[HOI, ...], think: str | None) -> str:
+    """What SFT supervises (Sec. 3.2): `<think>` to the closing end of the turn.
+
+    hois: in the text's frame. think: None for an image without a trace. No token of the prompt or
+    the image is supervised.
+    """
+    return format_completion(hois, think) + END_OF_TURN
 
 
 def sft_loss(logprobs: Tensor, weights: Tensor, num_tokens: float) -> Tensor:
     """Negative log-likelihood of trace and answer (Eq. 1), per supervised token of the batch.
 
     logprobs: (B, C), zeros behind each target's end. weights: (B,), 0 for a row not to count.
-    num_tokens: supervised tokens of the global batch, so that a sum over parts and ranks is the
-    loss. No token of the prompt or the image is among the log-probs.
+    num_tokens: supervised tokens of the global batch, so that a sum over micro-batches and ranks is
+    the loss.
     """
     return -(logprobs.sum(1) * weights).sum() / num_tokens
 
 
-def sft_update(
-    policy, stepper: Stepper, batch: list[Example], weights: list[float], *, lr, budget, ranks
-) -> dict:
-    """One optimizer step on this rank's share of a batch. Returns what is logged.
+class SFT:
+    """One batch of SFT at a time."""
 
-    budget: tokens of a micro-batch.
-    """
-    started = time.perf_counter()
-    num_tokens = ranks.sum(sum(w * len(e.target_ids) for e, w in zip(batch, weights)))
-    lengths = [len(e.prompt.prompt_ids) + len(e.target_ids) for e in batch]
-    loss_sum = 0.0
-    for part, kept in micro_batches(lengths, weights, budget, ranks):
-        targets = [[batch[i].target_ids] for i in part]
-        packed = pack(policy, [batch[i].prompt for i in part], targets)
-        kept = torch.tensor(kept, device=ranks.device)
-        loss = sft_loss(policy.token_logprobs(packed), kept, num_tokens)
-        (loss * ranks.world).backward()  # FSDP takes the mean over ranks, the loss is a sum
-        loss_sum += loss.detach()
-    loss = ranks.sum(float(loss_sum))  # read here: in the loop Python would wait for the GPU
-    norm = stepper.step(lr, loss)
-    seconds = time.perf_counter() - started
-    tokens = ranks.sum(sum(w * n for w, n in zip(weights, lengths)))
-    rate = {"seconds_update": seconds, "tokens_per_second": tokens / seconds}
-    return {"loss": loss, "grad_norm": norm, "supervised_tokens": num_tokens} | rate
+    name, schedule = "sft", "cosine"  # of the learning rate, Sec. 4.2
+
+    def __init__(self, policy, optimizer: ClippedAdamW, ranks: Ranks, tokens_per_microbatch: int):
+        self.policy, self.optimizer, self.ranks = policy, optimizer, ranks
+        self.tokens_per_microbatch = tokens_per_microbatch
+
+    def update(
+        self, step: int, batch: list[Example], weights: list[float], lr: float
+    ) -> tuple[dict, None]:
+        """One optimizer step on this rank's share of a batch. Returns what is logged."""
+        started, ranks = time.perf_counter(), self.ranks
+        num_tokens = ranks.sum(sum(w * len(e.target_ids) for e, w in zip(batch, weights)))
+        lengths = [len(e.prompt.prompt_ids) + len(e.target_ids) for e in batch]
+
+        def terms(micro):
+            places, kept = micro
+            targets = [[batch[i].target_ids] for i in places]
+            packed = pack(self.policy, [batch[i].prompt for i in places], targets)
+            logprobs = self.policy.token_logprobs(packed)
+            return {"loss": sft_loss(logprobs, torch.tensor(kept, device=ranks.device), num_tokens)}
+
+        micros = micro_batches(lengths, weights, self.tokens_per_microbatch, ranks)
+        loss = accumulate(micros, terms, ranks)["loss"]
+        norm = self.optimizer.step(lr, loss)
+        seconds = time.perf_counter() - started
+        tokens = ranks.sum(sum(w * n for w, n in zip(weights, lengths)))
+        rate = {"seconds_update": seconds, "tokens_per_second": tokens / seconds}
+        return {"loss": loss, "grad_norm": norm, "supervised_tokens": num_tokens, **rate}, None
+
+
+def traced_samples(
+    samples: list[Sample], thinks: dict[str, str], untraced: str
+) -> list[Sample]:
+    """The samples to train on: untraced "skip" leaves out those without a trace."""
+    return [s for s in samples if untraced != "skip" or s.file_name in thinks]

@@ -41,7 +41,7 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -61,8 +61,8 @@ from engine.chat import (
     request_body,
     write_requests,
 )
-from engine.files import lock
-from hicodet import HOI, Sample
+from engine.traces import TAGS, TraceFile, read_lines
+from hicodet import HOI, InputError, Sample
 
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
 
@@ -70,7 +70,6 @@ TASK = "Look at the image and reason about how its people interact with objects.
 REQUEST = """\
 Answer the four questions in order, in a few plain sentences, between <think> and </think>. Name \
 object classes and verbs literally. No coordinates, no lists, no <answer>."""
-TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
 SAME_PERSON_IOU = 0.5  # as in merging: one person is annotated anew for every verb
 
 # What a trace's words are checked against (`unanswered`).
@@ -137,85 +136,6 @@ def template_trace(hois: Sequence[HOI]) -> str:
     pairs = [f"for {name}: {', '.join(verbs)}" for name, verbs in verbs_of.items()]
     return (f"{who} {join_words(doing)}. The object class{plural} {join_words(list(verbs_of))}. "
             f"The verb classes are, {'; '.join(pairs)}.")
-
-
-# ---- traces.jsonl
-
-
-def read_lines(path: str | Path) -> Iterator[dict]:
-    """The lines of a traces.jsonl. Raises ValueError naming file and line for what is no trace."""
-    names: set[str] = set()
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}, line {number}"
-            try:
-                trace = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                hint = "" if line.endswith(b"\n") else "; cut off? Resuming teacher.py drops it"
-                raise ValueError(f"{where}: no JSON object ({error}{hint})") from None
-            for key in ("file_name", "think"):
-                value = trace.get(key) if isinstance(trace, dict) else None
-                if not isinstance(value, str) or not value.strip():
-                    raise ValueError(f'{where}: "{key}" must be a text, not {value!r}')
-            if held := [tag for tag in TAGS if tag in trace["think"]]:
-                raise ValueError(f'{where}: "think" holds {held[0]!r}; it is the text between tags')
-            if trace["file_name"] in names:
-                raise ValueError(f"{where}: {trace['file_name']} comes twice; delete one line")
-            names.add(trace["file_name"])
-            yield trace
-
-
-def read_traces(path: str | Path) -> dict[str, str]:
-    """The traces of a file, {file_name: think}, in the file's order.
-
-    Raises ValueError naming file and line for a malformed line or an image that comes twice; so
-    does a last line cut by a kill -9, until teacher.py resumes the file and drops that line.
-    """
-    return {trace["file_name"]: trace["think"] for trace in read_lines(path)}
-
-
-class TraceFile:
-    """traces.jsonl, open for appending by one process at a time; use it in a with statement.
-
-    A line reaches the file in one write, so kill -9 can cut only the last one; opening drops it.
-    The lock goes with the process, however it ends. Raises ValueError if another process has the
-    file open, or for a malformed line.
-    """
-
-    def __init__(self, path: Path):
-        self.file = open(path, "ab+", buffering=0)
-        lock(self.file)
-        self._mend_last_line()
-        self.names, self.cost = set(), 0.0
-        for trace in read_lines(path):
-            self.names.add(trace["file_name"])
-            usage = trace.get("usage")
-            self.cost += float(usage.get("cost", 0.0)) if isinstance(usage, dict) else 0.0
-
-    def __enter__(self) -> "TraceFile":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.file.close()
-
-    def _mend_last_line(self) -> None:
-        self.file.seek(0)
-        text = self.file.read()
-        last = text[text.rfind(b"\n") + 1 :]
-        try:
-            if last:
-                json.loads(last)
-                self.file.write(b"\n")  # whole, and written by hand
-        except ValueError:
-            self.file.truncate(len(text) - len(last))
-
-    def append(self, sample: Sample, think: str, teacher: str, attempts: int, usage: dict) -> None:
-        """Writes the trace of an image. Raises OSError if the disk is full."""
-        line = json.dumps({"file_name": sample.file_name, "think": think, "teacher": teacher,
-                           "attempts": attempts, "usage": usage}).encode() + b"\n"
-        if self.file.write(line) != len(line):
-            raise OSError(f"{self.file.name}: the disk is full; make room and run this again")
-        self.names.add(sample.file_name)
 
 
 # ---- is it a trace?
@@ -323,7 +243,7 @@ def ask_all(
             except Stop as error:
                 ended = ended or str(error)
                 continue
-            except (Transient, OSError) as error:  # OSError: the image
+            except (Transient, InputError) as error:  # InputError: the image
                 think, reason = None, str(error)
                 given_up += isinstance(error, Transient)
             if think:
@@ -352,7 +272,7 @@ def collect(
 ) -> dict[str, str]:
     """Appends the accepted traces of a batch's result files, in any order; the first one counts.
 
-    wanted: the images by file name. Returns why others were not accepted. Raises ValueError naming
+    wanted: the images by file name. Returns why others were not accepted. Raises InputError naming
     the line that is no result, or one of other data.
     """
     missing: dict[str, str] = {}
@@ -364,7 +284,7 @@ def collect(
                 result = json.loads(line)
                 sample = wanted[result["custom_id"]]
             except (ValueError, LookupError, TypeError, RecursionError) as error:
-                raise ValueError(f"{path}, line {number}: no result of a request for this data: "
+                raise InputError(f"{path}, line {number}: no result of a request for this data: "
                                  f"{error!r}") from None
             if sample.file_name in file.names:
                 continue
@@ -385,14 +305,14 @@ def collect(
 
 
 def make_teacher(args: argparse.Namespace) -> Teacher:
-    """The teacher that the flags and the environment describe. Raises ValueError."""
+    """The teacher that the flags and the environment describe. Raises InputError."""
     host = r"(\[[0-9A-Fa-f:]+\]|[^\s/?#@:\[]+)(:[0-9]+)?"
     if not re.fullmatch(rf"https?://{host}(/[^\s?#@]*)?", args.base_url):
-        raise ValueError(f"--base-url {args.base_url}: expected http(s)://host[:port]/v1, without "
+        raise InputError(f"--base-url {args.base_url}: expected http(s)://host[:port]/v1, without "
                          "user or password; a key goes into OPENAI_API_KEY")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch("[!-~]*", key):
-        raise ValueError("OPENAI_API_KEY holds characters that no key has: set it anew")
+        raise InputError("OPENAI_API_KEY holds characters that no key has: set it anew")
     lists = hicodet.TASK_DESCRIPTION if args.lists else ""
     return Teacher(
         args.teacher, args.base_url.rstrip("/"), key,
@@ -401,12 +321,12 @@ def make_teacher(args: argparse.Namespace) -> Teacher:
 
 
 def make_budget(args: argparse.Namespace, spent: float) -> Budget:
-    """The teacher's prices and what may be spent. Raises ValueError for --max-cost without any."""
+    """The teacher's prices and what may be spent. Raises InputError for --max-cost without any."""
     known = known_prices(args.teacher) or (None, None)
     given = (args.input_price, args.output_price)
     prices = [known[i] if given[i] is None else given[i] for i in range(2)]
     if args.max_cost < math.inf and None in prices:
-        raise ValueError(f"--max-cost {args.max_cost:g}: the prices of {args.teacher} are not "
+        raise InputError(f"--max-cost {args.max_cost:g}: the prices of {args.teacher} are not "
                          "known; give --input-price and --output-price")
     factor = BATCH_DISCOUNT if args.backend == "batch" else 1.0
     return Budget(tuple((price or 0.0) * factor for price in prices), args.max_cost, spent)
@@ -415,7 +335,7 @@ def make_budget(args: argparse.Namespace, spent: float) -> Budget:
 def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget) -> None:
     """Prints the first request without its image, and what all of them will take."""
     if not samples:
-        raise ValueError("no training image needs a trace: none has ground truth without one")
+        raise InputError("no training image needs a trace: none has ground truth without one")
     body = request_body(samples[0], teacher)
     image = body["messages"][0]["content"][1]["image_url"]
     image["url"] = f"data:image/jpeg;base64,({len(image['url'])} characters)"
@@ -436,7 +356,7 @@ def run(args: argparse.Namespace) -> bool:
         return True
     with TraceFile(args.out) as file:
         if not file.names <= set(every):
-            raise ValueError(f"{args.out} has {min(file.names - set(every))}, which is no training "
+            raise InputError(f"{args.out} has {min(file.names - set(every))}, which is no training "
                              f"image of {args.data}: give another --out")
         todo = [sample for sample in samples if sample.file_name not in file.names]
         print(f"{args.out}: {len(todo)} of {len(samples)} images have no trace yet")
@@ -463,7 +383,7 @@ def make_traces(
     if args.backend == "batch":
         return write_requests(todo, teacher, args.out, budget)
     if not teacher.key and teacher.base_url == OPENAI_URL:
-        raise ValueError("OPENAI_API_KEY is not set: export it, or give a local --base-url")
+        raise InputError("OPENAI_API_KEY is not set: export it, or give a local --base-url")
     return ask_all(todo, teacher, file, budget, args.attempts, args.concurrency)
 
 
@@ -525,7 +445,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
     try:
         sys.exit(0 if run(args) else 1)
-    except (OSError, ValueError) as error:
+    except (OSError, InputError) as error:
         sys.exit(f"teacher.py: error: {error}")
     except KeyboardInterrupt:
         sys.exit("teacher.py: interrupted; run the same command again to go on")

@@ -1,18 +1,24 @@
-"""The training loop of both stages (Sec. 4.2), and evaluation in training."""
+"""Both trainings (Secs. 3.2, 3.3, 4.2): their parts are made here, and they share one loop.
 
+`sft` and `grpo` take the options of a stage, SFTConfig or GRPOConfig of hoi_r1.py, and unpack them;
+what they call takes plain arguments.
+"""
+
+import dataclasses
 import math
 import time
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 import evaluate
 import hicodet
-import teacher
-from engine.examples import Examples, batches, describe
+from engine.examples import Examples, batches, describe, picture
 from engine.policy import (
+    ClippedAdamW,
     Ranks,
-    Stepper,
     learning_rate,
     load_model,
     load_policy,
@@ -20,103 +26,202 @@ from engine.policy import (
     refresh,
     start_ranks,
 )
-from engine.run import Run
-from grpo import GRPOTrainer, reward_options
-from predict import predict_rows, summarise
-from sft import sft_update
+from engine.run import Run, open_run
+from engine.traces import read_traces
+from grpo import GRPO
+from hicodet import InputError
+from predict import predict_rows, summarise, text_reward
+from sft import SFT, supervised_text, traced_samples
+
+SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
 
 
-def training_examples(config, ranks: Ranks) -> Examples:
-    """The annotated training images; for SFT with their traces."""
-    samples = [sample for sample in hicodet.load_split(config.data, "train") if sample.hois]
-    thinks = None
-    if hasattr(config, "traces"):
-        thinks = {}
-        if config.traces and not config.thinking:
-            raise ValueError("--no-thinking takes no --traces: there is no reasoning to train on")
-        if config.thinking:
-            if not config.traces:
-                raise ValueError("--traces: give the file of teacher.py, or --no-thinking")
-            if not Path(config.traces).is_file():
-                raise ValueError(f"--traces {config.traces}: no such file; teacher.py writes it")
-            thinks = teacher.read_traces(config.traces)
-            traced = [sample for sample in samples if sample.file_name in thinks]
-            kept = len(traced) if config.untraced == "skip" else len(samples)
-            ranks.print(f"{len(traced)} of {len(samples)} images have a trace; training on {kept}")
-            samples = traced if config.untraced == "skip" else samples
-    if not samples:
-        raise ValueError(f"no image of {config.data} to train on (annotated, with a trace)")
-    hicodet.require_images(samples)
-    return Examples(config.model, samples, thinks, **config.prompt_switches())
-
-
-def train(config) -> None:
-    """SFT or GRPO."""
-    ranks, is_sft = start_ranks(), hasattr(config, "traces")
-    examples = training_examples(config, ranks)
-    judge = Judge(config, ranks) if config.eval_every else None
+def sft(config) -> None:
+    """Thinking distillation and answer supervision (Sec. 3.2). config: hoi_r1.SFTConfig."""
+    ranks = start_ranks()
+    samples, thinks = annotated_samples(config.data), {}
+    if config.thinking:
+        thinks, total = traces_of(config.traces), len(samples)
+        traced = sum(sample.file_name in thinks for sample in samples)
+        samples = traced_samples(samples, thinks, config.untraced)
+        ranks.print(f"{traced} of {total} images have a trace; training on {len(samples)}")
+    elif config.traces:
+        raise InputError("--no-thinking takes no --traces: there is no reasoning to train on")
+    options = prompt_options(config) | {"thinks": thinks, "target_text": supervised_text}
+    examples = Examples(config.model, with_images(samples, config.data), **options)
     if config.dry_run:
-        options = {} if is_sft else reward_options(config)
-        return ranks.print(describe(examples[0], examples, options))
-    run = Run(config, examples, ranks)
+        return ranks.print(describe(examples))
+    parts = set_up(config, examples, ranks, needs_replica=config.eval_every > 0)
+    stage = SFT(parts.policy, parts.optimizer, ranks, config.tokens_per_microbatch)
+    fit(stage, parts, examples, ranks, **loop_options(config, len(samples)))
+
+
+def grpo(config) -> None:
+    """Reinforcement learning with the HOI rewards (Sec. 3.3). config: hoi_r1.GRPOConfig."""
+    ranks = start_ranks()
+    samples = with_images(annotated_samples(config.data), config.data)
+    examples = Examples(config.model, samples, **prompt_options(config))
+    reward_options = {"duplicate_rule": config.duplicate_rule, "without": config.without}
+    if config.dry_run:
+        return ranks.print(describe(examples, partial(text_reward, **reward_options)))
+    parts = set_up(config, examples, ranks, needs_replica=True)
+    stage = GRPO(
+        parts.policy,
+        parts.optimizer,
+        parts.replica,
+        load_reference(config.model, ranks.device) if config.kl_coef else None,
+        examples,
+        ranks,
+        slots=min(config.slots, math.ceil(config.batch_size / ranks.world)),
+        group_size=config.group_size,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+        updates_per_batch=config.updates_per_batch,
+        tokens_per_microbatch=config.tokens_per_microbatch,
+        objective={name: getattr(config, name) for name in ("clip_eps", "kl_coef", "ratio")},
+        rewards=reward_options,
+    )
+    fit(stage, parts, examples, ranks, **loop_options(config, len(samples)))
+
+
+def annotated_samples(data: str) -> list[hicodet.Sample]:
+    """The training images with ground truth; others have nothing to train on."""
+    return [sample for sample in hicodet.load_split(data, "train") if sample.hois]
+
+
+def with_images(samples: list[hicodet.Sample], data: str) -> list[hicodet.Sample]:
+    """The samples, of which there is one at least, and whose images are there."""
+    if not samples:
+        raise InputError(f"no image of {data} to train on (annotated, with a trace)")
+    hicodet.require_images(samples)
+    return samples
+
+
+def traces_of(path: str) -> dict[str, str]:
+    """The teacher's traces by file name, from the file of --traces."""
+    if not path:
+        raise InputError("--traces: give the file of teacher.py, or --no-thinking")
+    if not Path(path).is_file():
+        raise InputError(f"--traces {path}: no such file; teacher.py writes it")
+    return read_traces(path)
+
+
+def prompt_options(config) -> dict:
+    """How Examples are asked: the ablations of Table 2."""
+    prompt_text = partial(hicodet.prompt_text, task_description=config.task_description)
+    return {"thinking": config.thinking, "prompt_text": prompt_text}
+
+
+def loop_options(config, images: int) -> dict:
+    """What `fit` takes of a config."""
+    names = ("batch_size", "seed", "workers", "warmup_steps", "save_every", "eval_every")
+    options = {name: getattr(config, name) for name in names}
+    steps = config.max_steps or config.epochs * math.ceil(images / config.batch_size)
+    return options | {"peak_learning_rate": config.learning_rate, "steps": steps}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a training works with."""
+
+    run: Run
+    policy: object  # pi_theta
+    optimizer: ClippedAdamW
+    replica: object | None  # in the dtype of computation, for sampling
+    evaluation: "Evaluation | None"
+    done: int  # steps of the run that is resumed
+
+
+def set_up(config, examples: Examples, ranks: Ranks, *, needs_replica: bool) -> Parts:
+    """The run's folder, the policy and its optimizer, restored where a run is resumed."""
+    held_out = held_out_examples(config) if config.eval_every else None
+    settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
+    run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
+    if ranks.rank == 0:
+        picture(examples[0]).save(run.folder / "first_sample.png")
     checkpointing = config.gradient_checkpointing
     policy = load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
-    replica = load_model(config.model, ranks.device) if judge or not is_sft else None
-    stepper = Stepper(
+    replica = load_model(config.model, ranks.device) if needs_replica else None
+    optimizer = ClippedAdamW(
         policy,
         beta2=config.adam_beta2,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
     )
-    done = run.load(policy, stepper.optimizer)
-    if not is_sft:
-        reference = load_reference(config, ranks.device)
-        trainer = GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)
-    steps = config.max_steps or config.epochs * math.ceil(len(examples) / config.batch_size)
-    name, schedule = ("sft", "cosine") if is_sft else ("grpo", "linear")
-    stream = batches(examples, config, ranks, done=done, steps=steps)
-    with tqdm(total=steps, initial=done, disable=ranks.rank > 0, desc=name, unit="step") as bar:
-        for step, batch, weights, waited in stream:
-            started = time.perf_counter() - waited
-            lr = learning_rate(step, steps, config.learning_rate, config.warmup_steps, schedule)
-            if is_sft:
-                options = {"lr": lr, "budget": config.tokens_per_microbatch, "ranks": ranks}
-                values = sft_update(policy, stepper, batch, weights, **options)
-            else:
-                values, rollout = trainer.update(step, batch, weights, lr)
-                run.log("rollouts", step + 1, rollout)
-            seconds = time.perf_counter() - started
-            values |= {"seconds": seconds, "seconds_waiting": waited}
-            values |= {"share_waiting": waited / seconds}  # for images: more --workers if large
-            values |= {"learning_rate": lr, "skipped": stepper.bad_in_a_row > 0}
-            if judge and (step + 1) % config.eval_every == 0:
-                refresh(replica, policy)
-                values |= judge(replica)
-            run.log("metrics", step + 1, values)
-            shown = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
-            bar.set_postfix({name: f"{values[name]:.3g}" for name in shown if name in values})
-            bar.update()
-            if config.save_every and (step + 1) % config.save_every == 0:
-                run.save(policy, stepper.optimizer, step + 1)
-    run.export(policy, examples)
+    done = run.load(policy, optimizer.adamw)
+    if config.resume and not done:
+        ranks.print(f"{run.folder}: no checkpoint yet, starting from the first step")
+    evaluation = None
+    if held_out:
+        counts, limit = hicodet.training_counts(config.data), config.eval_max_new_tokens
+        evaluation = Evaluation(held_out, replica, counts, ranks, max_new_tokens=limit)
+    return Parts(run, policy, optimizer, replica, evaluation, done)
+
+
+def fit(
+    stage,
+    parts: Parts,
+    examples: Examples,
+    ranks: Ranks,
+    *,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    peak_learning_rate: float,
+    warmup_steps: int,
+    save_every: int,
+    eval_every: int,
+) -> None:
+    """The training loop. stage: SFT or GRPO, whose `update` does one batch."""
+    run, optimizer, done = parts.run, parts.optimizer, parts.done
+    order = {"batch_size": batch_size, "steps": steps, "seed": seed, "workers": workers}
+    bar = tqdm(
+        total=steps, initial=done, disable=ranks.rank > 0, desc=stage.name, unit="step"
+    )
+    for step, batch, weights, waited in batches(examples, ranks, done=done, **order):
+        started = time.perf_counter() - waited
+        lr = learning_rate(step, steps, peak_learning_rate, warmup_steps, stage.schedule)
+        values, rollout = stage.update(step, batch, weights, lr)
+        seconds = time.perf_counter() - started
+        values |= {"seconds": seconds, "seconds_waiting": waited}
+        values |= {"share_waiting": waited / seconds}  # for images: more --workers if large
+        values |= {"learning_rate": lr, "skipped": optimizer.bad_in_a_row > 0}
+        if eval_every and (step + 1) % eval_every == 0:
+            values |= parts.evaluation(parts.policy)
+        if rollout:
+            run.log("rollouts", step + 1, rollout)
+        run.log("metrics", step + 1, values)
+        bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
+        bar.update()
+        if save_every and (step + 1) % save_every == 0:
+            run.save(parts.policy, optimizer.adamw, step + 1)
+    bar.close()
+    run.export(parts.policy, [examples.tokenizer, examples.processor])
     ranks.print(f"model: {run.folder / 'model'}")
 
 
-class Judge:
+def held_out_examples(config) -> Examples:
+    """The test images of --eval-every, from the first."""
+    samples = hicodet.load_split(config.data, "test")[: config.eval_images]
+    hicodet.require_images(samples)
+    return Examples(config.model, samples, **prompt_options(config))
+
+
+class Evaluation:
     """Held-out images for --eval-every: mean greedy reward, and mAP over the classes they show."""
 
-    def __init__(self, config, ranks: Ranks):
-        samples = hicodet.load_split(config.data, "test")[: config.eval_images]
-        hicodet.require_images(samples)
-        self.examples = Examples(config.model, samples, **config.prompt_switches())
-        self.ranks, self.max_new_tokens = ranks, config.eval_max_new_tokens
-        self.counts = hicodet.training_counts(config.data)
+    def __init__(self, examples: Examples, replica, counts, ranks: Ranks, *, max_new_tokens: int):
+        self.examples, self.replica, self.counts = examples, replica, counts
+        self.ranks, self.max_new_tokens = ranks, max_new_tokens
 
-    def __call__(self, model) -> dict[str, float]:
+    def __call__(self, policy) -> dict[str, float]:
+        refresh(self.replica, policy)
         samples = self.examples.samples
         indices, limit = list(range(len(samples))), self.max_new_tokens
         options = {"max_new_tokens": limit, "slots": 32}  # in the memory that training leaves
-        mine = predict_rows(model, self.examples, indices, self.ranks, **options)
+        mine = predict_rows(self.replica, self.examples, indices, self.ranks, **options)
         rows = sorted(self.ranks.gather(list(mine)), key=lambda row: row["index"])
         lines, summary = [row["line"] for row in rows], summarise(rows)
         result = evaluate.evaluate(lines, samples, self.counts, classes="present")

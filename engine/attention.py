@@ -45,7 +45,7 @@ class Prompt:
     image_grid_thw: Tensor  # (1, 3) long, patches in time, height, width
 
 
-def _has_flash(x: Tensor) -> bool:
+def has_flash(x: Tensor) -> bool:
     """Whether PyTorch's flash attention over rows of unequal lengths takes this tensor."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
@@ -65,7 +65,7 @@ class GroupLayout:
         No mask over (L, L): a call for each prompt and each completion, or on a GPU one flash
         attention of everything, which took 0.84 of the time of two calls a group.
         """
-        if _has_flash(q):
+        if has_flash(q):
             keys, *ends = self.sequences
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
             k, v = k.index_select(0, keys), v.index_select(0, keys)
@@ -134,7 +134,7 @@ def _window_attention(
     query, key, value: (1, H, L, D). cu_seq_lens_q: (windows + 1,), where each begins and the last
     ends. The library's own way with SDPA is a call for each window, some 27 an image and layer.
     """
-    if _has_flash(query):  # with 16 images 0.3 of the time of the way below
+    if has_flash(query):  # with 16 images 0.3 of the time of the way below
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         return varlen_attn(q, k, v, *ends, scale=scaling)[None], None
@@ -166,7 +166,7 @@ AttentionInterface.register(WINDOW_ATTENTION, _window_attention)
 def use_group_attention(model: nn.Module) -> nn.Module:
     """Give a Qwen2.5-VL the attention functions of this module, and return it.
 
-    Its vision tower embeds patches by a product from then on, equal up to rounding.
+    Its vision tower embeds patches by a matmul from then on, equal up to rounding.
     """
     model.config.text_config._attn_implementation = GROUP_ATTENTION
     # set here: asked for when a model is loaded, a name with "flash" is looked for on the hub
@@ -177,7 +177,7 @@ def use_group_attention(model: nn.Module) -> nn.Module:
 
 
 def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
-    """The vision tower's convolution as a product, which it is: a patch is as large as its kernel.
+    """Patch embedding as a matmul (kernel = stride = patch).
 
     pixels: (patches, patch size). On a CPU it takes a ninth of the convolution's time.
     """
@@ -262,7 +262,7 @@ def token_logprobs(
     temperature and banned ((V,) bool or None) must be those the tokens were sampled with.
     Returns (B, C) fp32 with gradient, zeros behind each completion's end.
     """
-    hidden = _hidden_states(model, batch, None)[batch.predicted_from]
+    hidden = hidden_states(model, batch, None)[batch.predicted_from]
     logprobs = head_logprobs(model.lm_head, hidden, batch.completion_ids, temperature, banned)
     padded = torch.zeros(batch.completion_mask.shape, device=hidden.device)
     return padded.masked_scatter(batch.completion_mask, logprobs)
@@ -292,7 +292,7 @@ def _chunk_logprobs(head, hidden, ids, temperature, banned):
     return torch.log_softmax(logits / temperature, dim=-1).gather(1, ids[:, None])[:, 0]
 
 
-def _hidden_states(model, batch, cache):
+def hidden_states(model, batch, cache):
     """Last hidden states (L, width) of a packed row; `cache` (or None) collects keys and values."""
     return model.model(
         input_ids=batch.input_ids,

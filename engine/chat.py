@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from PIL import Image
 from tqdm import tqdm
 
-from hicodet import Sample
+from engine.files import open_image
+from hicodet import InputError, Sample
 
 OPENAI_URL = "https://api.openai.com/v1"
 # Model: USD per million tokens in and out; tokens billed for an image and, at high detail, for each
@@ -61,12 +61,8 @@ class Teacher:
 
 
 def request_body(sample: Sample, teacher: Teacher) -> dict:
-    """The chat-completions request for an image. Raises OSError if the file is no whole image."""
-    try:
-        with Image.open(sample.path) as file:
-            image = file.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
-        raise OSError(f"{sample.path} is no readable image ({error}): replace it") from None
+    """The chat-completions request for an image. Raises InputError if the file is broken."""
+    image = open_image(sample.path)
     image.thumbnail((teacher.max_side, teacher.max_side))
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=90)
@@ -213,18 +209,18 @@ def write_requests(
 ) -> tuple[dict[str, str], str]:
     """Writes the request files of a batch beside `out`; returns as ask_all does.
 
-    Raises ValueError if some are there already: handing them in twice would cost twice.
+    Raises InputError if some are there already: handing them in twice would cost twice.
     """
     old = sorted(out.parent.glob(f"{out.stem}.requests-*.jsonl"))
     if old:
-        raise ValueError(f"{old[0]} is there already: --collect its results if it was handed in, "
+        raise InputError(f"{old[0]} is there already: --collect its results if it was handed in, "
                          "then delete it")
     missing, ended, part, size, parts = {}, "", [], 0, []
     for sample in tqdm(samples, desc="requests", unit="img"):
         try:
             body = request_body(sample, teacher)
             budget.reserve(input_tokens(teacher), teacher.max_tokens)
-        except OSError as error:
+        except InputError as error:
             missing[sample.file_name] = str(error)
             continue
         except Stop as error:

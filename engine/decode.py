@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
-from engine.attention import _has_flash
+from engine.attention import has_flash
 
 DRAW_BLOCK = 512  # tokens of the vocabulary that are looked through at a time
 PIECE = 256  # keys that a GPU's multiprocessor reads in a decoding step
@@ -37,7 +37,7 @@ class GroupCache:
         self.own_values = buffers(slots * heads * group_size, completion_room)
 
 
-class _Prefill:
+class Prefill:
     """Collects the keys and values of a packed row of prompts into slots of a GroupCache."""
 
     def __init__(self, cache: GroupCache, slots: list[int], lengths: tuple[int, ...]):
@@ -51,7 +51,7 @@ class _Prefill:
         return key, value
 
 
-class _Step:
+class DecodeStep:
     """One new token in each row of the first slots: `update` and `attend` of every layer.
 
     prompt_lengths: (slots,). own_lengths: (slots, G), tokens that the row has in the cache. room:
@@ -64,7 +64,7 @@ class _Step:
         self.prompt_lengths = prompt_lengths.repeat_interleave(cache.heads)
         self.own_lengths = own_lengths[:, None].expand(-1, cache.heads, -1).flatten()
         self.rows = torch.arange(len(self.own_lengths), device=own_lengths.device)
-        if _has_flash(cache.own_keys[0]):
+        if has_flash(cache.own_keys[0]):
             prompt_room, own_room = (x[0].shape[1] for x in (cache.prompt_keys, cache.own_keys))
             queries = self.group_size * cache.served
             self.prompt_pieces = _Pieces(self.prompt_lengths, prompt_room, queries)
@@ -88,28 +88,31 @@ class _Step:
         # (slots, K, G, heads that a key-value head serves, D)
         shape = (cache.heads, -1, self.slots, self.group_size, q.shape[3])
         q = q[0].view(shape).permute(2, 0, 3, 1, 4)
-        attend = self._attend_pieces if _has_flash(q) else self._attend_whole
+        attend = self._attend_pieces if has_flash(q) else self._attend_whole
         output = attend(q, *prompt, *own, scaling)
         return output.to(v.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
 
     def _attend_whole(self, q, prompt_keys, prompt_values, own_keys, own_values, scaling):
-        """With scores in memory, in fp32. Returns the shape of q, fp32."""
-        own_keys, own_values = own_keys[:, : self.room].float(), own_values[:, : self.room].float()
-        groups, rows = q.reshape(len(prompt_keys), -1, q.shape[4]).float(), q.flatten(0, 2).float()
-        on_prompt = (groups @ prompt_keys.float().mT).view(*q.shape[:4], -1) * scaling
-        on_own = (rows @ own_keys.mT).view(*q.shape[:4], -1) * scaling
-        places = torch.arange(prompt_keys.shape[1], device=q.device)
-        hidden = places >= self.prompt_lengths.view(*q.shape[:2], 1, 1, 1)
+        """With scores in memory, in fp32. q and what is returned: (slots, K, G, heads, D)."""
+        shape, groups = q.shape[:4], len(prompt_keys)  # groups: slots * K
+        own_keys, own_values = (x[:, : self.room].float() for x in (own_keys, own_values))
+        on_prompt = q.reshape(groups, -1, q.shape[4]).float() @ prompt_keys.float().mT
+        on_prompt = on_prompt.view(*shape, -1) * scaling  # (slots, K, G, heads, prompt room)
+        places = torch.arange(on_prompt.shape[4], device=q.device)
+        hidden = places >= self.prompt_lengths.view(*shape[:2], 1, 1, 1)
         on_prompt = on_prompt.masked_fill(hidden, -torch.inf)
+        on_own = q.flatten(0, 2).float() @ own_keys.mT
+        on_own = on_own.view(*shape, -1) * scaling  # (slots, K, G, heads, room)
         places = torch.arange(self.room, device=q.device)
-        hidden = places > self.own_lengths.view(*q.shape[:3], 1, 1)
+        hidden = places > self.own_lengths.view(*shape[:3], 1, 1)
         on_own = on_own.masked_fill(hidden, -torch.inf)
+        # one softmax over both, (slots, K, G, heads, 1)
         highest = torch.maximum(on_prompt.amax(-1, True), on_own.amax(-1, True))
         on_prompt, on_own = (on_prompt - highest).exp(), (on_own - highest).exp()
         total = on_prompt.sum(-1, True) + on_own.sum(-1, True)
-        output = on_prompt.view(len(prompt_keys), -1, on_prompt.shape[4]) @ prompt_values.float()
-        output = output.view(q.shape) + (on_own.flatten(0, 2) @ own_values).view(q.shape)
-        return output / total
+        from_prompt = on_prompt.view(groups, -1, on_prompt.shape[4]) @ prompt_values.float()
+        from_own = on_own.flatten(0, 2) @ own_values
+        return (from_prompt.view(q.shape) + from_own.view(q.shape)) / total
 
     def _attend_pieces(self, q, prompt_keys, prompt_values, own_keys, own_values, scaling):
         """With flash attention over pieces of the keys, which a GPU reads side by side.
@@ -165,11 +168,11 @@ class _Pieces:
 
 
 class _Shared:
-    """Linear layers that are called one after the other on the same input, as one product.
+    """Linear layers that are called one after the other on the same input, as one matmul.
 
-    With few rows a product is a matter of launches: keys, values and queries together take a GPU
-    less than apart. The layers' parameters become views of the whole: what is copied into them
-    reaches it, but they get no gradient, and a copy of the model would part from the whole.
+    Fuse layers that share an input: small batches are launch-bound. The layers' parameters become
+    views of the whole, so copying into them updates it; they get no gradient, and the model must
+    not be deepcopied afterwards.
     """
 
     def __init__(self, *layers: nn.Linear):
@@ -185,7 +188,7 @@ class _Shared:
             layer.forward = partial(self.forward, number)
 
     def forward(self, number: int, x: Tensor) -> Tensor:
-        """The product for all layers at the first, and then each one's part of it."""
+        """The matmul for all layers at the first call, and then each one's part of it."""
         if number == 0:
             self.parts = F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
         part = self.parts[number]
@@ -198,8 +201,8 @@ class _Shared:
 def prepare_for_decoding(model: nn.Module) -> None:
     """Make a model's step on a GPU one of fewer and larger kernels. Done twice, it does nothing.
 
-    Changes the model: from then on it is for inference, where it is, though its parameters may be
-    written to. Layers that are not plain, as in a quantised model, are left alone.
+    The model is for inference from then on, though its parameters may be written to. Layers other
+    than nn.Linear, as in a quantised model, are left alone.
     """
     if getattr(model, "prepared_for_decoding", False):
         return
@@ -224,7 +227,7 @@ def _(x: Tensor) -> Tensor:
 
 
 def _hold_angles(module, arguments, angles):
-    """A compiler does not look into `_hold`, or it would compute sines anew in every layer."""
+    """Without `_hold`, which the compiler cannot look into, it computes sines in every layer."""
     return tuple(_hold(x) for x in angles)
 
 

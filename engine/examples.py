@@ -1,75 +1,81 @@
-"""Samples as the model reads them: prompt, patches, frames; read ahead by worker processes."""
+"""Samples as the model reads them: prompt, patches, boxes in the text's frame; read ahead.
+
+Axes: S prompt length, C completion length, V vocabulary.
+"""
 
 import dataclasses
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
 
 import hicodet
-import rewards
 from engine.attention import Prompt
-from engine.files import from_model
+from engine.files import open_image, read_from_model
 from engine.pictures import draw_hois
 from engine.policy import Ranks
+from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its question and its ground truth, in the frame of the model."""
+    """One image with its question and its ground truth."""
 
     sample: hicodet.Sample
     prompt: Prompt
     model_size: tuple[int, int]  # (width, height) of the image after the processor's resize
-    hois: tuple[hicodet.HOI, ...]  # boxes in that frame
-    target_ids: Tensor | None  # (C,) what SFT supervises: trace, answer and the end of the turn
+    text_hois: tuple[hicodet.HOI, ...]  # boxes in the frame that the text speaks, the model's
+    target_ids: Tensor | None  # (C,) what SFT supervises
 
 
-class Examples(torch.utils.data.Dataset):
+class Examples(Dataset):
     """Samples turned into Examples, each when it is asked for.
 
-    thinks: None, or for SFT the trace of each file name; an image without one is asked for the
-    answer alone.
+    thinking: whether the prompt asks for reasoning. thinks: for SFT the trace of each file name; an
+    image without one is asked for the answer alone. prompt_text(thinking=) is the text of the user
+    turn, target_text(hois, think) what SFT supervises (None: no targets).
     """
 
     def __init__(
         self,
         model: str,
         samples: list[hicodet.Sample],
-        thinks: dict[str, str] | None = None,
         *,
         thinking: bool = True,
-        task_description: bool = True,
+        thinks: dict[str, str] | None = None,
+        prompt_text: Callable[..., str] = hicodet.prompt_text,
+        target_text: Callable[[tuple, str | None], str] | None = None,
     ):
-        self.samples, self.thinks, self.thinking = samples, thinks, thinking
-        config = from_model(AutoConfig.from_pretrained, model, "configuration")
+        self.samples, self.thinking, self.thinks = samples, thinking, thinks
+        self.target_text = target_text
+        config = read_from_model(AutoConfig.from_pretrained, model, "configuration")
         if config.model_type != "qwen2_5_vl":
-            raise ValueError(f"--model {model}: a {config.model_type}, which is no Qwen2.5-VL")
-        self.tokenizer = from_model(AutoTokenizer.from_pretrained, model, "tokenizer")
+            raise InputError(f"--model {model}: a {config.model_type}, which is no Qwen2.5-VL")
+        self.tokenizer = read_from_model(AutoTokenizer.from_pretrained, model, "tokenizer")
         # by name: AutoImageProcessor may ask for torchvision, and takes its resize where it is
-        self.processor = from_model(
+        self.processor = read_from_model(
             Qwen2VLImageProcessorPil.from_pretrained, model, "image processor"
         )
         self.image_id = config.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         if END_OF_TURN not in self.tokenizer.get_vocab() or not self.tokenizer.chat_template:
-            raise ValueError(f"--model {model}: no tokenizer with {END_OF_TURN} and chat template")
-        self.questions = {think: self.question(think, task_description) for think in (True, False)}
+            raise InputError(f"--model {model}: no tokenizer with {END_OF_TURN} and chat template")
+        self.questions = {think: self.question(prompt_text(thinking=think)) for think in (1, 0)}
 
-    def question(self, thinking: bool, task_description: bool) -> Tensor:
-        """Ids of Fig. 4 behind one image placeholder, in the model's chat template."""
-        text = hicodet.prompt_text(thinking=thinking, task_description=task_description)
+    def question(self, text: str) -> Tensor:
+        """Ids of the user turn behind one image placeholder, in the model's chat template."""
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
         text = self.tokenizer.apply_chat_template(
             [message], add_generation_prompt=True, tokenize=False
@@ -77,7 +83,7 @@ class Examples(torch.utils.data.Dataset):
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"][0]
         if (images := int((ids == self.image_id).sum())) != 1:
             model = self.tokenizer.name_or_path
-            raise ValueError(f"--model {model}: its chat template makes {images} placeholders")
+            raise InputError(f"--model {model}: its chat template makes {images} placeholders")
         return ids
 
     def __len__(self) -> int:
@@ -99,7 +105,7 @@ class Examples(torch.utils.data.Dataset):
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
         hois = tuple(in_model_frame(hoi, sample, model_size) for hoi in sample.hois)
-        target = None if self.thinks is None else self.target_ids(hois, think)
+        target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
         return Example(sample, prompt, model_size, hois, target)
 
     def prompt(self, sample: hicodet.Sample, thinking: bool) -> Prompt:
@@ -119,9 +125,8 @@ class Examples(torch.utils.data.Dataset):
         text = max(len(ids) - 1 for ids in self.questions.values())  # less the placeholder
         return text + most // self.processor.merge_size**2
 
-    def target_ids(self, hois: tuple[hicodet.HOI, ...], think: str | None) -> Tensor:
-        """What SFT supervises (Sec. 3.2): `<think>` to the closing end of the turn."""
-        text = hicodet.format_completion(hois, think) + END_OF_TURN
+    def token_ids(self, text: str) -> Tensor:
+        """(C,) ids of a text."""
         return self.tokenizer(text, return_tensors="pt")["input_ids"][0]
 
     def decode(self, ids: Tensor) -> str:
@@ -148,14 +153,10 @@ def in_model_frame(hoi: hicodet.HOI, sample: hicodet.Sample, model_size) -> hico
 
 
 def read_image(sample: hicodet.Sample) -> Image.Image:
-    """The image as RGB. Raises ValueError naming the file if it is cut or of another size."""
-    try:
-        with Image.open(sample.path) as file:
-            image = file.convert("RGB")
-    except OSError as error:
-        raise ValueError(f"{sample.path}: not a readable image ({error}); fetch it again") from None
+    """The image as RGB. Raises InputError naming the file if it is broken or of another size."""
+    image = open_image(sample.path)
     if image.size != (sample.width, sample.height):
-        raise ValueError(
+        raise InputError(
             f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
             f"{sample.height}: images and anno_bbox.mat belong to different data"
         )
@@ -171,30 +172,26 @@ def batch_order(count: int, batch_size: int, steps: int, seed: int) -> list[list
     return order[:steps]
 
 
-class Attempts(torch.utils.data.Dataset):
-    """Examples, with the error in the place of one that cannot be read.
-
-    What a worker process raises comes out of a DataLoader wrapped in its traceback.
-    """
-
-    def __init__(self, examples: Examples):
-        self.examples = examples
-
-    def __getitem__(self, index: int) -> Example | ValueError:
-        try:
-            return self.examples[index]
-        except ValueError as error:
-            return error
+def _example_or_error(examples: Examples, index: int) -> Example | InputError:
+    """DataLoader puts a worker's traceback into the message of what it raises; returned, it is
+    one line."""
+    try:
+        return examples[index]
+    except InputError as error:
+        return error
 
 
 def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator[Example]:
     """The examples in this order, read and resized by worker processes before they are needed."""
     options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
     loader = DataLoader(
-        Attempts(examples), sampler=indices, batch_size=None, **(options if workers else {})
+        indices,
+        batch_size=None,
+        collate_fn=partial(_example_or_error, examples),
+        **(options if workers else {}),
     )
     for example in loader:
-        if isinstance(example, ValueError):
+        if isinstance(example, InputError):
             raise example
         # copies: what a worker sends holds shared memory and an open file as long as it lives
         prompt = Prompt(*(part.clone() for part in vars(example.prompt).values()))
@@ -202,15 +199,22 @@ def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator
 
 
 def batches(
-    examples: Examples, config, ranks: Ranks, *, done: int, steps: int
+    examples: Examples,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    steps: int,
+    done: int,
+    seed: int,
+    workers: int,
 ) -> Iterator[tuple[int, list[Example], list[float], float]]:
-    """This rank's part of the batch of each step from `done` on.
+    """This rank's share of the batch of each step from `done` on.
 
-    Yields the step, the part, its weights, and the seconds that were waited for its images.
+    Yields the step, the share, its weights, and the seconds that were waited for its images.
     """
-    order = batch_order(len(examples), config.batch_size, steps, config.seed)
+    order = batch_order(len(examples), batch_size, steps, seed)
     shares = [ranks.share(batch) for batch in order[done:]]
-    stream = read_ahead(examples, [i for share, _ in shares for i in share], config.workers)
+    stream = read_ahead(examples, [i for share, _ in shares for i in share], workers)
     for step, (share, weights) in enumerate(shares, start=done):
         started = time.perf_counter()
         batch = [next(stream) for _ in share]
@@ -222,32 +226,28 @@ def picture(example: Example) -> Image.Image:
     image = read_image(example.sample).resize(example.model_size, Image.Resampling.BICUBIC)
     width, height = example.model_size
     caption = f"{example.sample.file_name}, seen as {width} x {height}"
-    return draw_hois(image, example.hois, caption=caption)
+    return draw_hois(image, example.text_hois, caption=caption)
 
 
-def describe(example: Example, examples: Examples, options: dict) -> str:
+def describe(examples: Examples, reward: Callable[[str, tuple], dict] | None = None) -> str:
     """What --dry-run prints: the first prompt, its answer, token counts, and what is supervised.
 
-    options: of the rewards.
+    reward(text, hois): of a completion; None without rewards.
     """
-    ids, tokenizer = example.prompt.prompt_ids, examples.tokenizer
+    example, tokenizer = examples[0], examples.tokenizer
+    ids = example.prompt.prompt_ids
     images = int((ids == examples.image_id).sum())
-    pad = tokenizer.decode([examples.image_id])
+    pad, (width, height) = tokenizer.decode([examples.image_id]), example.model_size
     lines = [
-        f"--- {example.sample.path}, {example.sample.width} x {example.sample.height} pixels, seen "
-        f"by the model as {example.model_size[0]} x {example.model_size[1]}",
+        f"--- {example.sample.path}, {example.sample.width} x {example.sample.height} pixels, "
+        f"seen by the model as {width} x {height}",
         f"--- prompt: {len(ids)} tokens, {images} of them image",
         tokenizer.decode(ids).replace(pad * images, f"{pad} x {images}"),
     ]
-    if example.target_ids is None:
-        answer = hicodet.format_completion(example.hois, "...")
-        completion = hicodet.parse_completion(answer)
-        reward = rewards.total_reward(completion, example.hois, **options)
-        lines += ["--- a perfect completion and its reward", answer, json.dumps(reward)]
-    else:
+    if example.target_ids is not None:
         tokens = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
-        lines += [
-            f"--- supervised: these {len(tokens)} tokens, and none of the prompt",
-            " | ".join(tokens),
-        ]
-    return "\n".join(lines)
+        head = f"--- supervised: these {len(tokens)} tokens, and none of the prompt"
+        return "\n".join([*lines, head, " | ".join(tokens)])
+    answer = hicodet.format_completion(example.text_hois, "...")
+    lines += ["--- a perfect completion and its reward", answer]
+    return "\n".join(lines + ([json.dumps(reward(answer, example.text_hois))] if reward else []))

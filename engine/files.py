@@ -1,51 +1,74 @@
-"""Files: locked, read line by line, replaced at one stroke."""
+"""Files: locked, read line by line, opened as images, replaced whole."""
 
 import fcntl
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from safetensors import SafetensorError
+from PIL import Image
+
+from hicodet import InputError
 
 
 def lock(file: IO) -> None:
-    """Keep other processes from a file until it is closed. Raises ValueError if one has it."""
+    """Keep other processes from a file until it is closed. Raises InputError if one has it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{file.name} is being written by another process: let it finish, or "
-                         "give another --out") from None
+        raise InputError(
+            f"{file.name} is being written by another process: let it finish, or give another --out"
+        ) from None
 
 
-def write_aside(path: Path, text: str) -> None:
-    """Replace a file at one stroke."""
+def replace_file(path: Path, text: str) -> None:
+    """Write a file aside and rename it, so that it is always whole."""
     aside = path.with_name(path.name + ".tmp")
     aside.write_text(text)
-    aside.replace(path)
+    os.replace(aside, path)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Replace a JSON file at one stroke."""
-    write_aside(path, json.dumps(value, indent=2) + "\n")
+    """Replace a JSON file, whole."""
+    replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The whole lines of a JSON lines file of a run; a crash may have cut the last one."""
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        try:
-            rows += [json.loads(line)] if line.endswith("\n") else []
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}; remove the line") from None
-    return rows
+def json_lines(path: str | Path, *, cut_last: bool = False) -> Iterator[tuple[str, object]]:
+    """The values of a JSON lines file, each with its place, "FILE, line 7", for an error to name.
+
+    cut_last: a last line without its line break was cut by a crash, and is left out.
+    Raises InputError naming file and line for what is not JSON.
+    """
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}, line {number}"
+            if cut_last and not line.endswith(b"\n"):
+                return
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where}: not JSON ({error}); remove the line") from None
+            yield where, value
 
 
-def from_model(read: Callable, path: str, what: str):
-    """What the library reads from --model. Raises ValueError naming the folder if it cannot."""
+def open_image(path: Path) -> Image.Image:
+    """An image file as RGB, decoded to its last byte. Raises InputError naming a broken one."""
     try:
-        return read(path)
+        with Image.open(path) as file:
+            return file.convert("RGB")
+    # what Pillow raises for broken, hostile and huge files
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
+
+
+def read_from_model(read: Callable, folder: str, what: str):
+    """read(folder), a reader of the library. Raises InputError naming the folder if it cannot."""
+    from safetensors import SafetensorError  # here: teacher.py needs no tensors
+
+    try:
+        return read(folder)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        inside = Path(path) / "model"
+        inside = Path(folder) / "model"
         hint = f"; is {inside} meant?" if inside.is_dir() else ""
-        raise ValueError(f"--model {path}: no {what} that can be read ({error}){hint}") from None
+        raise InputError(f"--model {folder}: no {what} that can be read ({error}){hint}") from None

@@ -3,11 +3,13 @@
 import math
 import os
 import types
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
     fully_shard,
@@ -17,7 +19,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 from engine.attention import token_logprobs, use_group_attention
-from engine.files import from_model
+from engine.files import read_from_model
+from hicodet import InputError
 
 logging.disable_progress_bar()  # of the library's loading and saving
 
@@ -85,24 +88,22 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None):
     """A Qwen2.5-VL with group attention, in eval mode; from safetensors only.
 
-    Raises ValueError if there are no weights, or not all.
+    Raises InputError if there are no weights, or not all.
     """
     options = {"dtype": dtype or compute_dtype(device), "use_safetensors": True}
     read = partial(
         Qwen2_5_VLForConditionalGeneration.from_pretrained, **options, output_loading_info=True
     )
-    model, found = from_model(read, path, "weights in safetensors")
+    model, found = read_from_model(read, path, "weights in safetensors")
     if found["missing_keys"]:  # the library would draw them
         missing = sorted(found["missing_keys"])
-        raise ValueError(f"--model {path}: {len(missing)} weights are missing, as {missing[0]}")
+        raise InputError(f"--model {path}: {len(missing)} weights are missing, as {missing[0]}")
     return use_group_attention(model).to(device).eval()
 
 
-def load_reference(config, device: torch.device):
-    """pi_ref, the policy that RL starts from; None without a KL term."""
-    if not config.kl_coef:
-        return None
-    reference = load_model(config.model, device)
+def load_reference(path: str, device: torch.device):
+    """pi_ref, the policy that RL starts from."""
+    reference = load_model(path, device)
     compile_layers(reference, device)
     return reference
 
@@ -133,7 +134,7 @@ def shard_policy(policy, device: torch.device, *, gradient_checkpointing: bool):
     """pi_theta from a model in fp32, which it changes: sharded, on the device, in train mode."""
     if gradient_checkpointing:
         checkpoint_activations(policy)
-    else:  # under checkpointing what is compiled may have no break, as there is at our attention
+    else:  # our attention breaks the graph, which checkpointing forbids in compiled layers
         compile_layers(policy, device)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     # inputs stay as they are: cast, the vision tower's rotary angles would be coarser than pi_old's
@@ -156,13 +157,13 @@ def refresh(replica, policy) -> None:
         copy.copy_(parameter.to(copy.dtype).full_tensor())  # half the traffic where that is bf16
 
 
-class Stepper:
+class ClippedAdamW:
     """AdamW with clipping, which changes nothing when the loss or the gradient is not finite."""
 
     def __init__(self, policy, *, beta2: float, weight_decay: float, max_grad_norm: float):
         self.max_grad_norm, self.bad_in_a_row = max_grad_norm, 0
         self.parameters = list(policy.parameters())
-        self.optimizer = torch.optim.AdamW(
+        self.adamw = torch.optim.AdamW(
             self.parameters,
             betas=(0.9, beta2),
             weight_decay=weight_decay,
@@ -170,7 +171,7 @@ class Stepper:
         )
         for parameter in self.parameters:
             # before the first save, which would make them by a step of its own and count that
-            self.optimizer.state[parameter] = {
+            self.adamw.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
                 "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
@@ -179,21 +180,21 @@ class Stepper:
     def step(self, lr: float, loss: float) -> float:
         """Apply the accumulated gradient at this rate. Returns its norm before clipping.
 
-        loss: of the global batch, so that all ranks decide alike. Raises RuntimeError after
+        loss: of the global batch, so that all ranks decide alike. Raises InputError after
         MAX_BAD_STEPS steps in a row that had to be left out.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         norm = float(norm.full_tensor())
         if math.isfinite(norm) and math.isfinite(loss):
-            for group in self.optimizer.param_groups:
+            for group in self.adamw.param_groups:
                 group["lr"] = lr
-            self.optimizer.step()
+            self.adamw.step()
             self.bad_in_a_row = 0
         else:
             self.bad_in_a_row += 1
-        self.optimizer.zero_grad()
+        self.adamw.zero_grad()
         if self.bad_in_a_row == MAX_BAD_STEPS:
-            raise RuntimeError(
+            raise InputError(
                 f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite: lower "
                 "--learning-rate, and look at the last lines of metrics.jsonl"
             )
@@ -211,18 +212,36 @@ def learning_rate(step: int, steps: int, highest: float, warmup: int, schedule: 
 def micro_batches(
     lengths: list[int], weights: list[float], budget: int, ranks: Ranks
 ) -> list[tuple[list[int], list[float]]]:
-    """Split items into parts of at most `budget` tokens: the indices and the weights of each.
+    """Split items into micro-batches of at most `budget` tokens: indices and weights of each.
 
     The longest come first, so that memory runs out at once if it does; an item over the budget
-    stands alone. Every rank gets the same number of parts, a missing one as item 0 with weight 0.
+    stands alone. Every rank gets as many micro-batches, a missing one as item 0 with weight 0.
     """
-    parts: list[list[int]] = []
+    micros: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not parts or lengths[index] > room:
-            parts.append([])
+        if not micros or lengths[index] > room:
+            micros.append([])
             room = budget
-        parts[-1].append(index)
+        micros[-1].append(index)
         room -= lengths[index]
-    missing = max(ranks.gather([len(parts)])) - len(parts)
-    return [(part, [weights[i] for i in part]) for part in parts] + [([0], [0.0])] * missing
+    missing = max(ranks.gather([len(micros)])) - len(micros)
+    weighted = [(indices, [weights[i] for i in indices]) for indices in micros]
+    return weighted + [([0], [0.0])] * missing
+
+
+def accumulate(
+    micro_batches: Iterable, terms_of: Callable[..., dict[str, Tensor]], ranks: Ranks
+) -> dict[str, float]:
+    """Add up the gradient of "loss" over micro-batches and ranks.
+
+    terms_of: named scalars of a micro-batch, among them "loss", which carries the gradient. Returns
+    the sum of each over micro-batches and ranks.
+    """
+    sums: dict[str, Tensor] = {}
+    for micro in micro_batches:
+        terms = terms_of(micro)
+        (terms["loss"] * ranks.world).backward()  # FSDP takes the mean over ranks
+        sums = {name: sums.get(name, 0.0) + term.detach() for name, term in terms.items()}
+    # read here: in the loop Python would wait for the GPU after each micro-batch
+    return {name: ranks.sum(float(value)) for name, value in sums.items()}

@@ -1,6 +1,5 @@
 """The folder of a run: its lock, settings, checkpoints, logs and the final model."""
 
-import dataclasses
 import json
 import math
 import os
@@ -14,84 +13,25 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from engine.examples import Examples, picture
-from engine.files import lock as lock_file
-from engine.files import read_rows, write_aside, write_json
+from engine.files import json_lines, lock, replace_file, write_json
 from engine.policy import Ranks
+from hicodet import InputError
 
-# what does not change the weights a run comes to, beyond the rounding of sums
+# options that --resume may change: the final weights do not depend on them, but for rounding
 FREE_ON_RESUME = {
     *("resume", "out", "data", "traces", "workers", "dry_run", "save_every", "slots"),
     *("tokens_per_microbatch", "gradient_checkpointing"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
 }
-
-
 # what a run has in its folder before its first result
 BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png"}
 
 
-def claim_folder(config, examples: Examples, ranks: Ranks) -> tuple[Path, TextIO | None]:
-    """Make --out the folder of this run, and lock it until the returned file is closed.
-
-    Raises ValueError if another process writes to it, if it holds anything that is not of a run,
-    or a run, unless it is this one and to be resumed.
-    """
-    folder, lock, refusal = Path(config.out), None, ""
-    if ranks.rank == 0:
-        try:
-            lock = _lock_folder(folder)
-            _write_config(config, examples, folder)
-        except (ValueError, OSError) as error:
-            refusal = f"--out {folder}: {error}"
-    if refusal := ranks.gather([refusal])[0]:
-        if ranks.rank:
-            sys.exit(1)  # the first rank says why
-        raise ValueError(refusal)
-    return folder, lock
-
-
-def _lock_folder(folder: Path) -> TextIO:
-    """Make the folder and lock it for this process. Raises ValueError if it is in use."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "run.lock"
-    if not path.exists() and any(folder.iterdir()):
-        raise ValueError("holds files that are not of a run; choose another folder")
-    lock = open(path, "w")
-    lock_file(lock)
-    return lock
-
-
-def _write_config(config, examples: Examples, folder: Path) -> None:
-    """Write config.json. Raises ValueError if the folder holds a run, or to resume another one."""
-    path, mine = folder / "config.json", json.loads(json.dumps(dataclasses.asdict(config)))
-    mine["examples"] = examples.fingerprint()
-    if Path(config.model).is_dir():
-        mine["model"] = os.path.realpath(config.model)
-    if any(found.name not in BEFORE_RESULTS for found in folder.iterdir()):
-        if not config.resume:
-            raise ValueError("holds a run: --resume it, or choose another folder")
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"config.json is damaged ({error}); choose another folder") from None
-        for name in mine.keys() - FREE_ON_RESUME:
-            if stored.get(name) != mine[name]:
-                raise ValueError(
-                    f"the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; --resume may "
-                    f"change only {', '.join(sorted(FREE_ON_RESUME))}"
-                )
-    write_json(path, mine)
-
-
 class Run:
-    """The folder of a training: config.json, metrics.jsonl, checkpoints and the final model."""
+    """The folder of one run, locked as long as this object lives."""
 
-    def __init__(self, config, examples: Examples, ranks: Ranks):
-        self.config, self.ranks = config, ranks
-        self.folder, self.lock = claim_folder(config, examples, ranks)
-        if ranks.rank == 0:
-            picture(examples[0]).save(self.folder / "first_sample.png")
+    def __init__(self, folder: Path, lock_file: TextIO | None, ranks: Ranks):
+        self.folder, self.lock_file, self.ranks = folder, lock_file, ranks
 
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first."""
@@ -99,9 +39,9 @@ class Run:
 
     def load(self, policy, optimizer) -> int:
         """Restore the last checkpoint, if there is one. Returns the number of steps done."""
+        if self.ranks.rank == 0:
+            self._remove_unfinished()
         done = 0
-        for path in self.folder.glob("*.tmp") if self.ranks.rank == 0 else ():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()  # what a crash cut short
         if self.checkpoints():
             latest = self.checkpoints()[-1]
             model, moments = get_state_dict(policy, optimizer)
@@ -109,18 +49,26 @@ class Run:
                 dcp.load({"model": model, "optimizer": moments}, checkpoint_id=latest)
             except (CheckpointException, OSError) as error:
                 cause = str(error).strip().splitlines()[-1]
-                raise ValueError(
+                raise InputError(
                     f"{latest} cannot be read ({cause}): remove it to start from the first step"
                 ) from None
             set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
             done = int(latest.name.split("-")[1])
-        elif self.config.resume:
-            self.ranks.print(f"{self.folder}: no checkpoint yet, starting from the first step")
-        for path in self.folder.glob("*.jsonl") if self.ranks.rank == 0 else ():
-            # without steps that will be run again
-            kept = [json.dumps(row) + "\n" for row in read_rows(path) if row["step"] <= done]
-            write_aside(path, "".join(kept))
+        if self.ranks.rank == 0:
+            self._cut_logs(done)
         return done
+
+    def _remove_unfinished(self) -> None:
+        """Remove what a crash cut short."""
+        for path in self.folder.glob("*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _cut_logs(self, done: int) -> None:
+        """Leave out of every log the steps that will be run again."""
+        for path in self.folder.glob("*.jsonl"):
+            rows = (row for _, row in json_lines(path, cut_last=True))
+            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
+            replace_file(path, "".join(kept))
 
     def save(self, policy, optimizer, done: int) -> None:
         """Write a checkpoint aside, rename it when it is whole, then drop those before it."""
@@ -135,16 +83,17 @@ class Run:
         dist.barrier()
 
     def log(self, name: str, step: int, values: dict) -> None:
-        """One line of metrics.jsonl or rollouts.jsonl; what is not finite is null there."""
-        values = {k: None if v in (math.inf, -math.inf) or v != v else v for k, v in values.items()}
+        """One line of metrics.jsonl or rollouts.jsonl; a number that is not finite is null."""
         if self.ranks.rank == 0:
+            row = {"step": step} | {name: _finite_or_none(value) for name, value in values.items()}
             with open(self.folder / f"{name}.jsonl", "a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                file.write(json.dumps(row) + "\n")
 
-    def export(self, policy, examples: Examples) -> None:
+    def export(self, policy, parts: list) -> None:
         """Write model/ for `from_pretrained`, weights in fp32; whole or absent.
 
-        In bf16 most of what a short run at 1e-6 has moved would be rounded away.
+        parts: tokenizer and image processor. In bf16 most of what a short run at 1e-6 has moved
+        would be rounded away.
         """
         state = {}
         for name, parameter in policy.named_parameters():
@@ -154,8 +103,67 @@ class Run:
         if self.ranks.rank == 0:
             folder, aside = self.folder / "model", self.folder / "model.tmp"
             policy.save_pretrained(aside, state_dict=state)
-            for part in (examples.tokenizer, examples.processor):
+            for part in parts:
                 part.save_pretrained(aside)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         dist.barrier()
+
+
+def _finite_or_none(value):
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_run(out: str, settings: dict, *, resume: bool, ranks: Ranks) -> Run:
+    """Make `out` the folder of this run, lock it, and write its settings to config.json.
+
+    settings: the options, and "examples", what the run works on; all that JSON can hold. Raises
+    InputError if another process writes to the folder, if it holds anything that is not of a run,
+    or a run, unless it is this one and to be resumed.
+    """
+    folder, lock_file, refusal = Path(out), None, ""
+    if ranks.rank == 0:
+        try:
+            lock_file = _lock_folder(folder)
+            _write_settings(folder, settings, resume)
+        except (InputError, OSError) as error:
+            refusal = f"--out {folder}: {error}"
+            if lock_file:
+                lock_file.close()
+    if refusal := ranks.gather([refusal])[0]:
+        if ranks.rank:
+            sys.exit(1)  # the first rank says why
+        raise InputError(refusal)
+    return Run(folder, lock_file, ranks)
+
+
+def _lock_folder(folder: Path) -> TextIO:
+    """Make the folder and lock it for this process. Raises InputError if it is in use."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    if not path.exists() and any(folder.iterdir()):
+        raise InputError("holds files that are not of a run; choose another folder")
+    file = open(path, "w")
+    lock(file)
+    return file
+
+
+def _write_settings(folder: Path, settings: dict, resume: bool) -> None:
+    """Write config.json. Raises InputError if the folder holds a run, or to resume another one."""
+    path, mine = folder / "config.json", json.loads(json.dumps(settings))  # as they are read back
+    if Path(mine["model"]).is_dir():
+        mine["model"] = os.path.realpath(mine["model"])
+    if any(found.name not in BEFORE_RESULTS for found in folder.iterdir()):
+        if not resume:
+            raise InputError("holds a run: --resume it, or choose another folder")
+        try:
+            stored = json.loads(path.read_text())
+        except ValueError as error:
+            raise InputError(f"config.json is damaged ({error}); choose another folder") from None
+        for name in mine.keys() - FREE_ON_RESUME:
+            if stored.get(name) != mine[name]:
+                raise InputError(
+                    f"the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; --resume may "
+                    f"change only {', '.join(sorted(FREE_ON_RESUME))}"
+                )
+    write_json(path, mine)

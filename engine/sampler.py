@@ -10,8 +10,14 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from engine.attention import Prompt, _hidden_states, pack
-from engine.decode import GroupCache, _Prefill, _Step, draw_tokens, prepare_for_decoding
+from engine.attention import Prompt, hidden_states, pack
+from engine.decode import (
+    DecodeStep,
+    GroupCache,
+    Prefill,
+    draw_tokens,
+    prepare_for_decoding,
+)
 
 PREFILL_PROMPTS = 16  # prompts of one prefill, which keeps its activations below the update's
 LOOK_EVERY = 16  # steps on a GPU between two looks at which rows are done
@@ -19,11 +25,11 @@ LOOK_EVERY = 16  # steps on a GPU between two looks at which rows are done
 
 @dataclass(frozen=True)
 class Rollout:
-    """B sampled completions in the order of their prompts, G rows a prompt (CPU tensors)."""
+    """The G completions of one prompt (CPU tensors)."""
 
-    completion_ids: list[Tensor]  # B of (length,), the closing end-of-turn token included
-    logprobs: list[Tensor]  # B of (length,) fp32, of what was sampled, at its temperature
-    finished: Tensor  # (B,) bool: ended by itself, not cut at max_new_tokens
+    completion_ids: list[Tensor]  # G of (length,), the closing end-of-turn token included
+    logprobs: list[Tensor]  # G of (length,) fp32, of what was sampled, at its temperature
+    finished: Tensor  # (G,) bool: ended by itself, not cut at max_new_tokens
 
 
 class Sampler:
@@ -84,18 +90,18 @@ class Sampler:
                 taken = list(islice(arriving, room))
                 more = len(taken) == room
                 if taken:
-                    self.admit(free[: len(taken)], *zip(*taken))
+                    self.prefill(free[: len(taken)], *zip(*taken))
             elif len(free) == len(self.owners):
                 return
             else:
-                self.advance(compact=not more)
-            yield from self.leave()
+                self.decode(compact=not more)
+            yield from self.finish()
 
     def slots(self, busy: bool) -> list[int]:
         """The slots that hold a prompt, or those that are free."""
         return [slot for slot, owner in enumerate(self.owners) if (owner is not None) == busy]
 
-    def admit(self, slots: list[int], numbers, arrived) -> None:
+    def prefill(self, slots: list[int], numbers, arrived) -> None:
         """Prefill prompts into free slots and draw the first token of each of their rows."""
         prompts, seeds = zip(*arrived)
         needed = self.group_size if self.temperature else 0
@@ -105,7 +111,7 @@ class Sampler:
         lengths, room = batch.layout.prompt_lengths, self.cache.prompt_keys[0].shape[1]
         if max(lengths) > room:
             raise ValueError(f"a prompt of {max(lengths)} tokens, where prompt_room is {room}")
-        hidden = _hidden_states(self.model, batch, _Prefill(self.cache, slots, lengths))
+        hidden = hidden_states(self.model, batch, Prefill(self.cache, slots, lengths))
         at = torch.tensor(slots, device=hidden.device)
         self.prompt_lengths[at] = torch.tensor(lengths, device=at.device)
         last = [positions.max() for positions in batch.position_ids.split(lengths, dim=2)]
@@ -125,13 +131,15 @@ class Sampler:
         return torch.stack(draws).view(len(seeds), self.group_size, -1)
 
     def step(self, room: int) -> None:
-        """Feed the last token of every row and draw the next; done rows run along, unheard.
+        """Feed the last token of every row and draw the next.
+
+        Finished rows are computed and discarded.
 
         room: tokens that the longest row has then.
         """
         slots = torch.arange(self.active, device=self.counts.device)
         own_lengths = (self.counts[slots] - 1).clamp(min=0)
-        step = _Step(self.cache, self.prompt_lengths[slots], own_lengths, room)
+        step = DecodeStep(self.cache, self.prompt_lengths[slots], own_lengths, room)
         last = self.ids[slots].gather(2, own_lengths[..., None]).view(1, -1)
         positions = (self.first_positions[slots, None] + own_lengths).view(1, 1, -1)
         hidden = self.model.model.language_model(
@@ -161,7 +169,7 @@ class Sampler:
         self.counts[slots] = counts
         self.done[slots] = done | (ids == self.end_id) | (counts == self.max_new_tokens)
 
-    def advance(self, compact: bool) -> None:
+    def decode(self, compact: bool) -> None:
         """A step for every row; on a GPU several, between two looks at which rows are done."""
         cuda = self.model.device.type == "cuda"
         if compact and not cuda and len(self.slots(busy=True)) * 2 <= self.active:
@@ -190,8 +198,8 @@ class Sampler:
     def capture(self) -> torch.cuda.CUDAGraph:
         """Compile a step and record its kernels.
 
-        Trial steps change nothing: where all rows are done, none is written but in the cache, and
-        there only the place that a row's next step writes again.
+        Warm-up runs with every row marked done; the cache slot it writes is overwritten by the next
+        step.
         """
         prepare_for_decoding(self.model)
         step, done = torch.compile(self.step, dynamic=False), self.done.clone()
@@ -204,7 +212,7 @@ class Sampler:
         self.done.copy_(done)
         return graph
 
-    def leave(self) -> Iterator[tuple[int, Rollout]]:
+    def finish(self) -> Iterator[tuple[int, Rollout]]:
         """Free the slots in which every row is done, and yield what they hold."""
         done = self.done.all(1).tolist()
         for slot in self.slots(busy=True):
@@ -220,46 +228,10 @@ class Sampler:
         logprobs = [row[:length].clone() for row, length in zip(logprobs, lengths)]
         return Rollout(ids, logprobs, torch.stack([row[-1] == self.end_id for row in ids]))
 
-    def collect(self, prompts: list[Prompt], seeds: list[int] | None) -> Rollout:
-        """The completions of all prompts, in their order. seeds: P * G, None when greedy."""
-        size, rows = self.group_size, len(prompts) * self.group_size
-        if (self.temperature == 0) != (seeds is None) or len(seeds or range(rows)) != rows:
-            raise ValueError(f"sampling {rows} completions needs as many seeds, greedy none")
-        groups = [seeds and seeds[i * size : (i + 1) * size] for i in range(len(prompts))]
-        found = dict(self.run(zip(prompts, groups, strict=True)))
-        parts = [found[number] for number in range(len(prompts))]
-        return Rollout(
-            [ids for part in parts for ids in part.completion_ids],
-            [logprobs for part in parts for logprobs in part.logprobs],
-            torch.cat([part.finished for part in parts]),
-        )
-
-
-def sample(
-    model: nn.Module,
-    prompts: list[Prompt],
-    *,
-    group_size: int,
-    max_new_tokens: int,
-    end_id: int,
-    temperature: float = 1.0,
-    banned: Tensor | None = None,
-    seeds: list[int] | None = None,
-    slots: int = 64,
-) -> Rollout:
-    """Sample G completions of every prompt from softmax(logits / temperature), not cut in any way.
-
-    seeds: one for each of the P * G completions; None for greedy decoding, temperature 0. The rest
-    is told by Sampler. Raises ValueError if seeds and temperature do not fit.
-    """
-    sampler = Sampler(
-        model,
-        slots=min(slots, len(prompts)),
-        group_size=group_size,
-        prompt_room=max(len(prompt.prompt_ids) for prompt in prompts),
-        max_new_tokens=max_new_tokens,
-        end_id=end_id,
-        temperature=temperature,
-        banned=banned,
-    )
-    return sampler.collect(prompts, seeds)
+    def collect(
+        self, prompts: list[Prompt], seeds: list[list[int]] | None = None
+    ) -> list[Rollout]:
+        """The G completions of each prompt, in the prompts' order. seeds: G a prompt, or greedy."""
+        seeds = [None] * len(prompts) if seeds is None else seeds
+        found = dict(self.run(zip(prompts, seeds, strict=True)))
+        return [found[number] for number in range(len(prompts))]

@@ -18,13 +18,21 @@ from pathlib import Path
 
 import torch
 
-import engine.attention
-import engine.examples
-import engine.policy
-import engine.sampler
 import grpo
 import hicodet
 import hoi_r1
+from engine.attention import head_logprobs, pack, token_logprobs, use_group_attention
+from engine.examples import Example
+from engine.policy import (
+    ClippedAdamW,
+    checkpoint_activations,
+    compile_layers,
+    compute_dtype,
+    refresh,
+    shard_policy,
+    start_ranks,
+)
+from engine.sampler import Sampler
 from tests import bench_cpu
 from tests.bench_models import (
     ORDINARY,
@@ -117,19 +125,20 @@ def with_library(model, function: Callable) -> Callable:
         try:
             return function()
         finally:
-            engine.attention.use_group_attention(model)
+            use_group_attention(model)
 
     return run
 
 
 def bench_sampler(size: Size, device: torch.device, runs: Runs) -> Result:
     """G completions of each prompt: Sampler against transformers' generate(), which samples too."""
-    model = random_model(size, device, engine.policy.compute_dtype(device))
+    model = random_model(size, device, compute_dtype(device))
     prompts, rows = random_prompts(model, size, size.prompts), size.prompts * size.group_size
+    seeds = torch.arange(rows).view(size.prompts, -1).tolist()
     vocabulary = model.config.text_config.vocab_size
     banned = (torch.arange(vocabulary) >= ORDINARY).to(device)
     samplers = {
-        new: engine.sampler.Sampler(
+        new: Sampler(
             model, slots=size.prompts, group_size=size.group_size, prompt_room=size.prompt_length,
             max_new_tokens=new, end_id=-1, banned=banned)
         for new in (1, size.sampled)
@@ -137,8 +146,8 @@ def bench_sampler(size: Size, device: torch.device, runs: Runs) -> Result:
     with torch.no_grad():
         measured = measure(
             device, runs,
-            prefill=lambda: samplers[1].collect(prompts, list(range(rows))),
-            ours=lambda: samplers[size.sampled].collect(prompts, list(range(rows))),
+            prefill=lambda: samplers[1].collect(prompts, seeds),
+            ours=lambda: samplers[size.sampled].collect(prompts, seeds),
             baseline=with_library(
                 model, lambda: generate(model, prompts, size.group_size, size.sampled)))
     step = (measured["ours"][0] - measured["prefill"][0]) / (size.sampled - 1)
@@ -154,7 +163,7 @@ def bench_sampler(size: Size, device: torch.device, runs: Runs) -> Result:
 def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
     """Forward and backward of one group's log-probs: packed against G separate rows."""
     group = 4
-    model = random_model(size, device, engine.policy.compute_dtype(device)).train()
+    model = random_model(size, device, compute_dtype(device)).train()
     prompts = random_prompts(model, size, 1)
     completions = random_completions(1, group, size.trained)
     advantages = torch.randn(group, 1, device=device)
@@ -167,7 +176,7 @@ def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
             gradients[name] = [p.grad.clone() for p in model.parameters()]
 
     def ours():
-        step("ours", engine.attention.token_logprobs(model, engine.attention.pack(model, prompts, completions)))
+        step("ours", token_logprobs(model, pack(model, prompts, completions)))
 
     def baseline():
         step("baseline", separate_logprobs(model, prompts[0], torch.stack(completions[0])))
@@ -189,13 +198,13 @@ def bench_logprobs(size: Size, device: torch.device, runs: Runs) -> Result:
     vocabulary, width = 151936, size.text["hidden_size"]
     own = 4 * size.trained
     total = size.prompt_length + own
-    dtype = engine.policy.compute_dtype(device)
+    dtype = compute_dtype(device)
     head = torch.nn.Linear(width, vocabulary, bias=False, device=device, dtype=dtype)
     hidden = torch.randn(total, width, device=device, dtype=dtype, requires_grad=True)
     ids = torch.randint(vocabulary, (total,), device=device)
 
     def ours():
-        engine.attention.head_logprobs(head, hidden[-own:], ids[-own:], 1.0, None).sum().backward()
+        head_logprobs(head, hidden[-own:], ids[-own:], 1.0, None).sum().backward()
 
     def baseline():
         logprobs = torch.log_softmax(head(hidden).float(), dim=-1)
@@ -210,7 +219,7 @@ def bench_logprobs(size: Size, device: torch.device, runs: Runs) -> Result:
 
 def bench_vision(size: Size, device: torch.device, runs: Runs) -> Result:
     """The vision tower forward and backward: windows together against a loop over them."""
-    model = random_model(size, device, engine.policy.compute_dtype(device)).train()
+    model = random_model(size, device, compute_dtype(device)).train()
     visual, prompts = model.model.visual, random_prompts(model, size, 4)
     pixels = torch.cat([p.pixel_values for p in prompts]).to(device, model.dtype)
     grid = torch.cat([p.image_grid_thw for p in prompts]).to(device)
@@ -230,8 +239,8 @@ def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
     """
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     lengths = [ANSWER_LENGTHS[i] for i in order.tolist()]
-    model = random_model(size, device, engine.policy.compute_dtype(device)).train()
-    engine.policy.checkpoint_activations(model)
+    model = random_model(size, device, compute_dtype(device)).train()
+    checkpoint_activations(model)
     prompts = random_prompts(model, size, 8)
     batches = [[torch.randint(3000, (n,)) for n in lengths[i : i + 8]] for i in range(0, 32, 8)]
     losses = {}
@@ -246,7 +255,7 @@ def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
         losses[name] = total
 
     def ours(targets):
-        return -engine.attention.token_logprobs(model, engine.attention.pack(model, prompts, [[t] for t in targets])).sum()
+        return -token_logprobs(model, pack(model, prompts, [[t] for t in targets])).sum()
 
     measured = measure(
         device, runs,
@@ -257,7 +266,7 @@ def bench_sft(size: Size, device: torch.device, runs: Runs) -> Result:
 
 
 class BenchExamples:
-    """What GRPOTrainer asks of Examples."""
+    """What GRPO asks of Examples."""
 
     def __init__(self, size: Size):
         self.size, self.end_id = size, -1  # no completion ends by itself
@@ -278,23 +287,25 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     Against generate(), separate rows in pi_ref and pi_theta, and the same AdamW and refresh;
     without rewards, which take milliseconds.
     """
-    ranks = engine.policy.start_ranks()
+    ranks = start_ranks()
     options = {"batch_size": size.prompts, "group_size": size.group_size,
                "max_new_tokens": size.sampled, **size.step}
     config = hoi_r1.GRPOConfig(model="random", data="", out="", **options)
-    policy = engine.policy.shard_policy(
+    policy = shard_policy(
         random_model(size, device, torch.float32), device,
         gradient_checkpointing=config.gradient_checkpointing)
-    replica, reference = (
-        random_model(size, device, engine.policy.compute_dtype(device)) for _ in range(2))
-    engine.policy.compile_layers(reference, device)
-    stepper = engine.policy.Stepper(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
-    examples = BenchExamples(size)
-    trainer = grpo.GRPOTrainer(policy, stepper, replica, reference, examples, config, ranks)
+    replica, reference = (random_model(size, device, compute_dtype(device)) for _ in range(2))
+    compile_layers(reference, device)
+    optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
+    same = ("slots", "group_size", "max_new_tokens", "temperature", "seed", "updates_per_batch",
+            "tokens_per_microbatch")
+    trainer = grpo.GRPO(
+        policy, optimizer, replica, reference, BenchExamples(size), ranks,
+        objective={}, rewards={}, **{name: getattr(config, name) for name in same})
     name, hois = "random.jpg", bench_cpu.HOIS
     sample = hicodet.Sample(name, Path(name), 640, 480, hois, (), frozenset())
     batch = [
-        engine.examples.Example(sample, prompt, (640, 480), hois, None)
+        Example(sample, prompt, (640, 480), hois, None)
         for prompt in random_prompts(replica, size, size.prompts)
     ]
     logged = {}
@@ -304,8 +315,8 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
 
     def baseline():
         separate_step(policy, replica, reference, [e.prompt for e in batch], size)
-        stepper.step(1e-6, 0.0)
-        engine.policy.refresh(replica, policy)
+        optimizer.step(1e-6, 0.0)
+        refresh(replica, policy)
 
     measured = measure(device, runs, ours=ours, baseline=baseline)
     rates = peaks(device)
@@ -321,7 +332,7 @@ def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
     An end is drawn with probability 1/243 at each token, so lengths are geometric around the mean
     of the real answers, and cut at 2,048 (tiny: a tenth of both).
     """
-    model = random_model(size, device, engine.policy.compute_dtype(device))
+    model = random_model(size, device, compute_dtype(device))
     large = device.type == "cuda"
     mean, longest, count, slots = (243, 2048, 512, 128) if large else (24, 204, 32, 8)
     compared = slots if large else count  # images that the baseline gets
@@ -329,14 +340,14 @@ def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
     allowed = torch.arange(1, mean + 1)  # without 0, which pads what generate() returns
     banned = torch.ones(vocabulary, dtype=torch.bool).index_fill(0, allowed, False).to(device)
     prompts = random_prompts(model, size, count)
-    sampler = engine.sampler.Sampler(
+    sampler = Sampler(
         model, slots=slots, group_size=1, prompt_room=size.prompt_length, max_new_tokens=longest,
         end_id=7, banned=banned)
     tokens = []
 
     def ours():
-        found = sampler.collect(prompts, list(range(count)))
-        tokens.append(sum(len(ids) for ids in found.completion_ids))
+        found = sampler.collect(prompts, [[i] for i in range(count)])
+        tokens.append(sum(len(group.completion_ids[0]) for group in found))
 
     def baseline():
         options = {"eos_token_id": 7, "suppress_tokens": banned.nonzero()[:, 0].tolist()}

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import engine.attention
 import grpo
 import hicodet
+from engine.attention import Prompt, use_group_attention
 
 REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "qwen2.5-vl"
 IMAGE_ID, START_ID, END_ID = 151655, 151652, 151645  # of the real tokenizer
@@ -80,7 +80,7 @@ def random_model(size: Size, device: torch.device, dtype: torch.dtype):
     torch.manual_seed(0)
     with device:
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
-    return engine.attention.use_group_attention(model.eval())
+    return use_group_attention(model.eval())
 
 
 def library_attention(model) -> None:
@@ -97,7 +97,7 @@ def question_ids(length: int, vocabulary: int) -> Tensor:
     return torch.tensor(ids * 2)[:length]
 
 
-def random_prompts(model, size: Size, count: int) -> list[engine.attention.Prompt]:
+def random_prompts(model, size: Size, count: int) -> list[Prompt]:
     """Prompts with an image each; the image is what differs."""
     rows, columns = size.grid
     image = torch.full((rows * columns,), model.config.image_token_id)
@@ -106,7 +106,7 @@ def random_prompts(model, size: Size, count: int) -> list[engine.attention.Promp
     ids = torch.cat([text[:14], start, image, text[14:]])
     grid = torch.tensor([[1, 2 * rows, 2 * columns]])
     pixels = torch.randn(count, 4 * rows * columns, 3 * 2 * 14 * 14)
-    return [engine.attention.Prompt(ids, patches, grid) for patches in pixels]
+    return [Prompt(ids, patches, grid) for patches in pixels]
 
 
 def random_completions(prompts: int, group_size: int, length: int) -> list[list[Tensor]]:
@@ -117,7 +117,7 @@ def random_completions(prompts: int, group_size: int, length: int) -> list[list[
 # The baselines: what TRL and VLM-R1 do
 
 
-def library_inputs(model, prompts: list[engine.attention.Prompt], copies: int) -> dict[str, Tensor]:
+def library_inputs(model, prompts: list[Prompt], copies: int) -> dict[str, Tensor]:
     """`copies` rows of each prompt, its image in every row; prompts of one length."""
     ids = torch.stack([prompt.prompt_ids for prompt in prompts for _ in range(copies)])
     inputs = {
@@ -130,7 +130,7 @@ def library_inputs(model, prompts: list[engine.attention.Prompt], copies: int) -
     return {name: value.to(model.device) for name, value in inputs.items()}
 
 
-def generate(model, prompts: list[engine.attention.Prompt], group_size: int, new: int, **options) -> Tensor:
+def generate(model, prompts: list[Prompt], group_size: int, new: int, **options) -> Tensor:
     """transformers' generate(), sampling from the whole distribution. Returns ids (B, C)."""
     sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     options = {"eos_token_id": -1, "min_new_tokens": new} | options
@@ -139,7 +139,7 @@ def generate(model, prompts: list[engine.attention.Prompt], group_size: int, new
     return output[:, inputs["input_ids"].shape[1] :]
 
 
-def separate_logprobs(model, prompt: engine.attention.Prompt, completions: Tensor) -> Tensor:
+def separate_logprobs(model, prompt: Prompt, completions: Tensor) -> Tensor:
     """Log-probs (G, C) of one prompt's completions as G whole rows, the vision tower G times."""
     inputs = library_inputs(model, [prompt], len(completions))
     completions = completions.to(model.device)
@@ -154,7 +154,7 @@ def separate_logprobs(model, prompt: engine.attention.Prompt, completions: Tenso
     return torch.log_softmax(logits, dim=-1).gather(2, completions[..., None])[..., 0]
 
 
-def separate_step(policy, replica, reference, prompts: list[engine.attention.Prompt], size: Size) -> None:
+def separate_step(policy, replica, reference, prompts: list[Prompt], size: Size) -> None:
     """Sampling, pi_ref and the update's gradient by generate() and G rows a prompt."""
     special = list(range(ORDINARY, replica.config.text_config.vocab_size))
     for model in (policy, replica, reference):
@@ -170,10 +170,10 @@ def separate_step(policy, replica, reference, prompts: list[engine.attention.Pro
         terms = grpo.grpo_objective(logprobs, logprobs.detach(), ref, advantages, mask)
         (-terms["objective"].sum() / len(ids)).backward()
     for model in (policy, replica, reference):
-        engine.attention.use_group_attention(model)
+        use_group_attention(model)
 
 
-def padded_loss(model, prompts: list[engine.attention.Prompt], targets: list[Tensor]) -> Tensor:
+def padded_loss(model, prompts: list[Prompt], targets: list[Tensor]) -> Tensor:
     """The library's own loss of one padded batch, summed over its tokens; prompts of one length."""
     start = len(prompts[0].prompt_ids)
     ids = torch.zeros(len(targets), start + max(map(len, targets)), dtype=torch.long)

@@ -1,6 +1,8 @@
 """Settings of all tests, made before torch is imported, and what several of them share."""
 
+import copy
 import os
+import secrets
 from pathlib import Path
 
 import pytest
@@ -50,3 +52,54 @@ def ranks():
     ranks = engine.policy.start_ranks()
     yield ranks
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def seed():
+    value = secrets.randbits(31)
+    print(f"seed {value}")
+    return value
+
+
+@pytest.fixture(scope="module")
+def model(seed):
+    """The tiny model with group attention."""
+    from demo.toy import tiny_model
+    from engine.attention import use_group_attention
+
+    return use_group_attention(tiny_model(seed))
+
+
+@pytest.fixture(scope="module")
+def reference(model):
+    """The same weights with the library's own attention and convolution."""
+    from tests.bench_models import library_attention
+
+    reference = copy.deepcopy(model)
+    library_attention(reference)
+    assert "forward" not in vars(reference.model.visual.patch_embed)
+    return reference
+
+
+@pytest.fixture(scope="module")
+def prompts(model, seed):
+    """Three prompts of unequal lengths and images."""
+    import torch
+
+    from tests.tiny import make_prompt
+
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(2, 3, 3, 5), (4, 2, 1, 9), (3, 3, 6, 2)]
+    return [make_prompt(model, *shape, generator) for shape in shapes]
+
+
+@pytest.fixture(scope="module")
+def completions(model, prompts, seed):
+    """Completions of unequal lengths, one to three a prompt."""
+    import torch
+
+    from tests.tiny import text_ids
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    lengths = [(4, 7, 1), (5,), (3, 3, 8)]
+    return [[text_ids(model, n, generator) for n in group] for group in lengths]

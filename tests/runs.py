@@ -1,14 +1,18 @@
-"""What the tests of hoi_r1.py build: configs of small runs, their parts, and what they wrote."""
+"""What tests of whole runs share: configs of small runs, their parts, and what they wrote."""
 
 import json
+from functools import partial
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 import engine.examples
 import engine.policy
+import engine.traces
 import hicodet
 import hoi_r1
+import sft
 import teacher
 
 
@@ -35,18 +39,53 @@ def config_of(stage, folder, out, **changes):
     return hoi_r1.STAGES[stage](**values | changes)
 
 
+def run(config):
+    """Run a stage in this process."""
+    try:
+        hoi_r1.run_stage(config)
+    finally:
+        hoi_r1.leave_ranks(failed=False)
+
+
+def refusal(config) -> str:
+    """The one line that a refused run prints."""
+    with pytest.raises((hicodet.InputError, OSError)) as refused:
+        run(config)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
 def examples_of(config, samples, thinks=None):
-    return engine.examples.Examples(config.model, samples, thinks, **config.prompt_switches())
+    """The samples as a stage reads them; with traces as SFT does."""
+    return engine.examples.Examples(
+        config.model,
+        samples,
+        thinking=config.thinking,
+        thinks=thinks,
+        prompt_text=partial(hicodet.prompt_text, task_description=config.task_description),
+        target_text=None if thinks is None else sft.supervised_text,
+    )
+
+
+def training_examples(config):
+    """All annotated training images of a config, for SFT with their traces."""
+    samples = [s for s in hicodet.load_split(config.data, "train") if s.hois]
+    if not hasattr(config, "traces"):
+        return examples_of(config, samples)
+    thinks = engine.traces.read_traces(config.traces)
+    return examples_of(config, [s for s in samples if s.file_name in thinks], thinks)
 
 
 def policy_of(config, ranks):
     checkpointing = config.gradient_checkpointing
-    return engine.policy.load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
+    return engine.policy.load_policy(
+        config.model, ranks.device, gradient_checkpointing=checkpointing
+    )
 
 
-def stepper_of(policy, config):
+def optimizer_of(policy, config):
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
-    return engine.policy.Stepper(policy, beta2=config.adam_beta2, **limits)
+    return engine.policy.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
 
 
 def weights(out):

@@ -9,8 +9,8 @@ import copy
 import pytest
 import torch
 
-import engine.attention
-from tests.test_grpo import completions, make_prompt, model, prompts, seed  # noqa: F401  fixtures
+from engine.attention import pack, token_logprobs
+from tests.tiny import make_prompt, sample
 
 pytestmark = pytest.mark.cuda
 BFLOAT16 = 0.05  # of a log-prob of this small model; half of it was seen
@@ -27,10 +27,10 @@ def gpu():
 def test_log_probs_equal_those_of_the_cpu(model, prompts, completions, dtype):
     tolerance = 1e-4 if dtype == torch.float32 else BFLOAT16
     on_gpu = copy.deepcopy(model).to("cuda", dtype)
-    mine = engine.attention.token_logprobs(on_gpu, engine.attention.pack(on_gpu, prompts, completions))
+    mine = token_logprobs(on_gpu, pack(on_gpu, prompts, completions))
     mine.sum().backward()
     plain = copy.deepcopy(model)
-    other = engine.attention.token_logprobs(plain, engine.attention.pack(plain, prompts, completions))
+    other = token_logprobs(plain, pack(plain, prompts, completions))
     other.sum().backward()
     torch.testing.assert_close(mine.cpu(), other, atol=tolerance, rtol=0)
     largest = max(p.grad.abs().max() for p in plain.parameters())
@@ -46,10 +46,10 @@ def test_samples_equal_those_of_the_cpu(model, prompts):
     many = [make_prompt(model, 2 + i, 5, 5 + i, 9, generator) for i in range(5)]
     options = {"group_size": 2, "max_new_tokens": 200, "end_id": 7, "slots": 3}
     options["seeds"] = list(range(10))
-    expected = engine.sampler.sample(model, many, banned=banned, **options)
+    expected = sample(model, many, banned=banned, **options)
     assert len({len(ids) for ids in expected.completion_ids}) > 4
     on_gpu = copy.deepcopy(model).cuda()
-    found = engine.sampler.sample(on_gpu, many, banned=banned.cuda(), **options)
+    found = sample(on_gpu, many, banned=banned.cuda(), **options)
     for mine, other in zip(found.completion_ids, expected.completion_ids, strict=True):
         assert mine.tolist() == other.tolist()
     for mine, other in zip(found.logprobs, expected.logprobs, strict=True):
@@ -60,9 +60,9 @@ def test_what_is_sampled_in_bf16_has_the_log_probs_of_the_update(model, prompts)
     """Flash attention in pieces and shared products against the packed row."""
     on_gpu = copy.deepcopy(model).to("cuda", torch.bfloat16)
     options = {"group_size": 3, "max_new_tokens": 300, "end_id": -1}
-    rollout = engine.sampler.sample(on_gpu, prompts, seeds=list(range(9)), slots=2, **options)
+    rollout = sample(on_gpu, prompts, seeds=list(range(9)), slots=2, **options)
     groups = [rollout.completion_ids[3 * i : 3 * i + 3] for i in range(3)]
-    packed = engine.attention.pack(on_gpu, prompts, groups)
+    packed = pack(on_gpu, prompts, groups)
     with torch.no_grad():
-        trained = engine.attention.token_logprobs(on_gpu, packed)[packed.completion_mask].cpu()
+        trained = token_logprobs(on_gpu, packed)[packed.completion_mask].cpu()
     torch.testing.assert_close(trained, torch.cat(rollout.logprobs), atol=BFLOAT16, rtol=0)

@@ -50,7 +50,7 @@ def stage(*arguments, ranks=1):
     if ranks > 1:
         run("hoi_r1.py", *arguments, ranks=ranks)
     else:
-        hoi_r1.main(hoi_r1.parse_config([*map(str, arguments)]))
+        hoi_r1.main([*map(str, arguments)])
 
 
 def sft_flags(folder, model, out):

@@ -17,15 +17,15 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import engine.attention
-import engine.examples
-import engine.policy
+import engine.traces
 import hicodet
 import predict
 import sft
 import teacher
-import train
-from tests.runs import config_of, examples_of
+from engine.attention import pack, token_logprobs
+from engine.examples import read_image
+from engine.policy import load_model
+from tests.runs import config_of, examples_of, refusal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -62,7 +62,7 @@ def test_supervised_tokens_with_the_real_tokenizer(folder, real_model):
     ]
     # fmt: on
     assert pieces[-6:] == ['"}', "]", " </", "answer", ">", "<|im_end|>"]
-    assert "".join(pieces) == hicodet.format_completion(example.hois, think) + "<|im_end|>"
+    assert "".join(pieces) == hicodet.format_completion(example.text_hois, think) + "<|im_end|>"
     assert example.target_ids.tolist().count(151645) == 1  # one end of the turn, the last token
     text = tokenizer.decode(example.prompt.prompt_ids)
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
@@ -81,7 +81,7 @@ def test_only_the_target_is_in_the_loss(folder):
     samples = hicodet.load_split(folder / "data", "train")[:3]
     thinks = {s.file_name: teacher.template_trace(s.hois) for s in samples}
     examples = examples_of(config, samples, thinks)
-    model = engine.policy.load_model(config.model, torch.device("cpu"))
+    model = load_model(config.model, torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
     total, count = 0.0, 0
     for example in (examples[i] for i in range(3)):
@@ -98,8 +98,8 @@ def test_only_the_target_is_in_the_loss(folder):
         total += F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
         count += len(example.target_ids)
     batch = [examples[i] for i in range(3)]
-    packed = engine.attention.pack(model, [e.prompt for e in batch], [[e.target_ids] for e in batch])
-    logprobs = engine.attention.token_logprobs(model, packed)
+    packed = pack(model, [e.prompt for e in batch], [[e.target_ids] for e in batch])
+    logprobs = token_logprobs(model, packed)
     loss = sft.sft_loss(logprobs, torch.ones(3), count)
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
     assert packed.completion_mask.sum() == count
@@ -112,22 +112,30 @@ def test_eq1_sft_loss():
     assert loss.item() == pytest.approx(4 * math.log(2) / 3)
 
 
-def test_images_without_a_trace(folder, ranks):
-    assert len(train.training_examples(config_of("sft", folder, "x"), ranks)) == 20
-    bare = replace(hicodet.load_split(folder / "data", "train")[0], hois=())
-    with pytest.MonkeyPatch.context() as patch:  # an image without ground truth trains nothing
-        patch.setattr(hicodet, "load_split", lambda root, split: [bare])
-        with pytest.raises(ValueError, match="no image"):
-            train.training_examples(config_of("grpo", folder, "x"), ranks)
-    examples = train.training_examples(config_of("sft", folder, "x", untraced="answer"), ranks)
-    assert len(examples) == 24
+def test_images_without_a_trace(folder, tmp_path):
+    """Left out, or asked for the answer alone; four of the 24 training images have none."""
+    samples = hicodet.load_split(folder / "data", "train")
+    thinks = engine.traces.read_traces(folder / "traces.jsonl")
+    assert len(samples) == 24
+    assert sft.traced_samples(samples, thinks, "skip") == samples[:20]
+    assert sft.traced_samples(samples, thinks, "answer") == samples
+    examples = examples_of(config_of("sft", folder, "x"), samples, thinks)
     traced, untraced = examples[0], examples[23]
     assert examples.decode(traced.target_ids).startswith("<think>")
     assert examples.decode(untraced.target_ids).startswith("<answer>")
     assert "Thinking Process" in examples.decode(traced.prompt.prompt_ids)
     assert "Thinking Process" not in examples.decode(untraced.prompt.prompt_ids)
-    with pytest.raises(ValueError, match="--traces"):
-        train.training_examples(config_of("sft", folder, "x", traces=""), ranks)
+
+
+def test_an_image_without_ground_truth_trains_nothing(folder, monkeypatch):
+    bare = replace(hicodet.load_split(folder / "data", "train")[0], hois=())
+    monkeypatch.setattr(hicodet, "load_split", lambda root, split: [bare])
+    assert "no image" in refusal(config_of("grpo", folder, "x"))
+
+
+def test_sft_asks_for_traces(folder):
+    assert "--traces" in refusal(config_of("sft", folder, "x", traces=""))
+    assert "--traces" in refusal(config_of("sft", folder, "x", thinking=False))
 
 
 def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_path):
@@ -186,9 +194,9 @@ def test_unreadable_images_are_named(folder, tmp_path):
     cut = tmp_path / sample.file_name
     cut.write_bytes(sample.path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=f"{sample.file_name}: not a readable image"):
-        engine.examples.read_image(replace(sample, path=cut))
+        read_image(replace(sample, path=cut))
     with pytest.raises(ValueError, match="annotated as 99 x 112"):
-        engine.examples.read_image(replace(sample, width=99))
+        read_image(replace(sample, width=99))
 
 
 def test_the_longest_prompt_is_known_before_an_image_is_read(folder, tmp_path):

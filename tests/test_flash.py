@@ -1,5 +1,4 @@
 """What a GPU computes with flash attention over unequal rows, on a CPU with a slow double of it."""
-# ruff: noqa: F811
 
 import copy
 
@@ -10,12 +9,7 @@ from torch.nn.attention.varlen import AuxRequest
 import engine.attention
 import engine.decode
 import engine.sampler
-from tests.test_grpo import (  # noqa: F401  fixtures, and tests that hold for it as well
-    completions,
-    model,
-    prompts,
-    reference,
-    seed,
+from tests.test_grpo import (  # noqa: F401  tests that hold for it as well
     test_gradients_equal_separate_forwards,
     test_token_logprobs_equal_separate_forwards,
 )
@@ -25,6 +19,7 @@ from tests.test_sampler import (  # noqa: F401
     test_rows_that_are_done_leave_and_others_stay_themselves,
     test_sampled_logprobs_equal_a_fresh_forward,
 )
+from tests.tiny import collect, sample
 
 
 def slow_varlen(
@@ -68,7 +63,7 @@ def flash(monkeypatch):
         return slow_varlen(*args, **options)
 
     for module in (engine.attention, engine.decode):
-        monkeypatch.setattr(module, "_has_flash", lambda x: True)
+        monkeypatch.setattr(module, "has_flash", lambda x: True)
         monkeypatch.setattr(module, "varlen_attn", varlen)
     monkeypatch.setattr(engine.decode, "PIECE", 7)
     yield
@@ -92,7 +87,7 @@ def _(q, k, v, ends_q, ends, longest_q, longest, scale):
 def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkeypatch):
     """As a GPU runs it: flash attention, shared products, trial steps, no break in the graph."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
-    plain = engine.sampler.Sampler(model, **options).collect(prompts, list(range(6)))
+    plain = collect(engine.sampler.Sampler(model, **options), prompts, list(range(6)))
 
     def varlen(*args, return_aux=None, **options):
         if return_aux is None:  # of the prefill, which is not compiled
@@ -117,7 +112,7 @@ def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkey
 
     monkeypatch.setattr(sampler, "step", with_trial)
     monkeypatch.setattr(sampler, "compact", lambda: None)
-    found = sampler.collect(prompts, list(range(6)))
+    found = collect(sampler, prompts, list(range(6)))
     for mine, other in zip(found.completion_ids, plain.completion_ids, strict=True):
         assert mine.tolist() == other.tolist()
     for mine, other in zip(found.logprobs, plain.logprobs, strict=True):
@@ -145,14 +140,14 @@ def test_steps_beyond_the_end_change_nothing(model, prompts, monkeypatch):
     sampler = engine.sampler.Sampler(model, banned=banned, **options)
     plain = engine.sampler.Sampler(model, banned=banned, **options)
 
-    def advance(compact):
+    def decode(compact):
         for _ in range(engine.sampler.LOOK_EVERY):
             sampler.step(sampler.max_new_tokens)
 
-    monkeypatch.setattr(sampler, "advance", advance)
+    monkeypatch.setattr(sampler, "decode", decode)
     for first in range(0, 60, 6):
         seeds = list(range(first, first + 6))
-        found, expected = (s.collect(prompts, seeds) for s in (sampler, plain))
+        found, expected = (collect(s, prompts, seeds) for s in (sampler, plain))
         for mine, other in zip(found.completion_ids, expected.completion_ids, strict=True):
             assert mine.tolist() == other.tolist()
         for mine, other in zip(found.logprobs, expected.logprobs, strict=True):
@@ -177,7 +172,7 @@ def test_quantised_layers_are_left_alone(model, prompts):
             setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
     engine.decode.prepare_for_decoding(replica)
     options = {"group_size": 1, "max_new_tokens": 5, "end_id": -1, "temperature": 0}
-    mine, other = (engine.sampler.sample(m, prompts, **options) for m in (replica, model))
+    mine, other = (sample(m, prompts, **options) for m in (replica, model))
     assert [ids.tolist() for ids in mine.completion_ids] == [
         ids.tolist() for ids in other.completion_ids
     ]

@@ -1,86 +1,18 @@
-"""grpo.py: Eqs. 2-5 by hand; group attention, log-probs and sampler against plain forwards."""
+"""grpo.py: Eqs. 2-5 by hand; engine/attention.py against plain forwards."""
 
 import copy
 import math
-import secrets
 
 import pytest
 import torch
 
 import engine.attention
-import engine.policy
 import grpo
-from demo.toy import tiny_model
-from tests.bench_models import library_attention
+from engine.attention import GroupLayout, mask_from_lengths, pack, token_logprobs
+from engine.policy import checkpoint_activations
+from tests.tiny import plain_logprobs
 
 CLIP = 0.2
-
-
-@pytest.fixture(scope="module")
-def seed():
-    value = secrets.randbits(31)
-    print(f"seed {value}")
-    return value
-
-
-@pytest.fixture(scope="module")
-def model(seed):
-    return engine.attention.use_group_attention(tiny_model(seed))
-
-
-@pytest.fixture(scope="module")
-def reference(model):
-    """The same weights with the library's own attention and convolution."""
-    reference = copy.deepcopy(model)
-    library_attention(reference)
-    assert "forward" not in vars(reference.model.visual.patch_embed)
-    return reference
-
-
-def text_ids(model, length, generator):
-    """Random ids of ordinary tokens: Qwen's special ones stand at the end of the vocabulary."""
-    special = min(model.config.image_token_id, model.config.vision_start_token_id, 300)
-    return torch.randint(special, (length,), generator=generator)
-
-
-def make_prompt(model, rows, columns, before, after, generator):
-    """A prompt with an image of rows x columns merged patches and random text around it."""
-    image = torch.full((rows * columns,), model.config.image_token_id)
-    ids = torch.cat(
-        [text_ids(model, before, generator), image, text_ids(model, after, generator)]
-    )
-    pixels = torch.randn(rows * columns * 4, 3 * 2 * 14 * 14, generator=generator)
-    return engine.attention.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
-
-
-@pytest.fixture(scope="module")
-def prompts(model, seed):
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [(2, 3, 3, 5), (4, 2, 1, 9), (3, 3, 6, 2)]
-    return [make_prompt(model, *shape, generator) for shape in shapes]
-
-
-@pytest.fixture(scope="module")
-def completions(model, prompts, seed):
-    generator = torch.Generator().manual_seed(seed + 1)
-    lengths = [(4, 7, 1), (5,), (3, 3, 8)]
-    return [[text_ids(model, n, generator) for n in group] for group in lengths]
-
-
-def plain_logprobs(reference, prompt, completion, temperature=1.0, banned=None):
-    """log-probs of one completion by one ordinary forward over prompt + completion."""
-    ids = torch.cat([prompt.prompt_ids, completion])[None]
-    logits = reference(
-        input_ids=ids,
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.image_grid_thw,
-        mm_token_type_ids=(ids == reference.config.image_token_id).int(),
-        attention_mask=torch.ones_like(ids),
-    ).logits[0, len(prompt.prompt_ids) - 1 : -1]
-    if banned is not None:
-        logits = logits.masked_fill(banned, -torch.inf)
-    logprobs = torch.log_softmax(logits.float() / temperature, -1)
-    return logprobs[torch.arange(len(completion)), completion]
 
 
 # Eqs. 2-5, by hand
@@ -213,7 +145,7 @@ def test_clip_stops_the_gradient_only_where_it_should():
 
 def test_padding_takes_no_part_in_objective_or_gradient():
     logprobs = torch.randn(2, 3, requires_grad=True)
-    mask = engine.attention.mask_from_lengths(torch.tensor([3, 1]))
+    mask = mask_from_lengths(torch.tensor([3, 1]))
     old, ref = torch.randn(2, 3), torch.randn(2, 3)
     terms = grpo.grpo_objective(logprobs, old, ref, torch.tensor([1.0, 1.0]), mask)
     (gradient,) = torch.autograd.grad(terms["objective"].sum(), logprobs)
@@ -225,8 +157,8 @@ def test_padding_takes_no_part_in_objective_or_gradient():
 
 
 def test_token_logprobs_equal_separate_forwards(model, reference, prompts, completions):
-    batch = engine.attention.pack(model, prompts, completions)
-    logprobs = engine.attention.token_logprobs(model, batch, temperature=0.7)
+    batch = pack(model, prompts, completions)
+    logprobs = token_logprobs(model, batch, temperature=0.7)
     rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
     for row, (prompt, completion) in zip(logprobs, rows, strict=True):
         expected = plain_logprobs(reference, prompt, completion, temperature=0.7)
@@ -240,7 +172,7 @@ def test_gradients_equal_separate_forwards(model, reference, prompts, completion
     weights = torch.randn(7)
     rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
     model.zero_grad(), reference.zero_grad()
-    logprobs = engine.attention.token_logprobs(model, engine.attention.pack(model, prompts, completions))
+    logprobs = token_logprobs(model, pack(model, prompts, completions))
     (logprobs.sum(1) * weights).sum().backward()
     for weight, (prompt, completion) in zip(weights, rows):
         (plain_logprobs(reference, prompt, completion).sum() * weight).backward()
@@ -254,12 +186,12 @@ def test_gradients_equal_separate_forwards(model, reference, prompts, completion
 
 
 def test_gradient_checkpointing_changes_nothing(model, prompts, completions):
-    batch = engine.attention.pack(model, prompts, completions)
+    batch = pack(model, prompts, completions)
     gradients = []
     checkpointed = copy.deepcopy(model).train()
-    engine.policy.checkpoint_activations(checkpointed)
+    checkpoint_activations(checkpointed)
     for each in (copy.deepcopy(model), checkpointed):
-        engine.attention.token_logprobs(each, batch).sum().backward()
+        token_logprobs(each, batch).sum().backward()
         gradients.append([p.grad for p in each.parameters()])
     torch.testing.assert_close(*gradients)
 
@@ -267,22 +199,22 @@ def test_gradient_checkpointing_changes_nothing(model, prompts, completions):
 def test_banned_ids_leave_the_distribution(model, reference, prompts, completions):
     banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
     banned[300:] = True
-    batch = engine.attention.pack(model, prompts[:1], completions[:1])
-    logprobs = engine.attention.token_logprobs(model, batch, banned=banned)
+    batch = pack(model, prompts[:1], completions[:1])
+    logprobs = token_logprobs(model, batch, banned=banned)
     expected = plain_logprobs(reference, prompts[0], completions[0][1], banned=banned)
     torch.testing.assert_close(logprobs[1, : len(expected)], expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_completion_does_not_see_its_siblings(model, prompts, completions):
-    alone = engine.attention.token_logprobs(model, engine.attention.pack(model, prompts[:1], [completions[0][:1]]))
+    alone = token_logprobs(model, pack(model, prompts[:1], [completions[0][:1]]))
     changed = [[completions[0][0], completions[0][1].flip(0)]]
-    together = engine.attention.token_logprobs(model, engine.attention.pack(model, prompts[:1], changed))
+    together = token_logprobs(model, pack(model, prompts[:1], changed))
     torch.testing.assert_close(alone[0], together[0, : alone.shape[1]], atol=1e-6, rtol=1e-5)
 
 
 def test_sequences_of_a_row_by_hand():
     """Two completions behind a prompt of 3, one behind a prompt of 2, a prompt alone."""
-    layout = engine.attention.GroupLayout((3, 2, 1), ((2, 1), (4,), ()))
+    layout = GroupLayout((3, 2, 1), ((2, 1), (4,), ()))
     keys, ends_q, ends_k, longest_q, longest_k = layout.sequences
     expected = [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 8, 9, 10, 11], [12]]
     assert keys.tolist() == sum(expected, [])

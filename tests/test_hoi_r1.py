@@ -8,13 +8,13 @@ import torch
 from torch.distributed.tensor import distribute_tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import engine.attention
-import engine.examples
 import engine.policy
 import grpo
 import hoi_r1
-import train
-from tests.runs import config_of, policy_of, stepper_of
+from engine.attention import pack, token_logprobs
+from engine.examples import batch_order
+from hicodet import InputError
+from tests.runs import config_of, optimizer_of, policy_of, training_examples
 
 
 def test_flags_are_checked_before_anything_is_read(capsys):
@@ -34,12 +34,12 @@ def test_bf16_policy_is_the_same_function_as_its_replica(folder, ranks, monkeypa
     config = config_of("sft", folder, "x")
     policy = policy_of(config, ranks)
     replica = engine.policy.load_model(config.model, ranks.device)
-    examples = train.training_examples(config, ranks)
+    examples = training_examples(config)
     batch = [examples[i] for i in range(3)]
-    packed = engine.attention.pack(policy, [e.prompt for e in batch], [[e.target_ids] * 2 for e in batch])
+    packed = pack(policy, [e.prompt for e in batch], [[e.target_ids] * 2 for e in batch])
     mine = policy.token_logprobs(packed)
     with torch.no_grad():
-        other = engine.attention.token_logprobs(replica, packed)
+        other = token_logprobs(replica, packed)
     assert replica.dtype == torch.bfloat16 and mine.dtype == torch.float32
     assert torch.equal(mine.detach(), other)
     mine.sum().backward()
@@ -65,7 +65,7 @@ def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
 def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, checkpointing):
     """As on a GPU, without its code generator; under checkpointing layers are not compiled."""
     config = config_of("sft", folder, "x", gradient_checkpointing=checkpointing)
-    examples = train.training_examples(config, ranks)
+    examples = training_examples(config)
     plain, compiled = policy_of(config, ranks), []
 
     def compile_layers(model, device):
@@ -79,7 +79,7 @@ def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, chec
     for count in (1, 3):  # rows of another length
         batch = [examples[i] for i in range(count)]
         targets = [[e.target_ids, e.target_ids[:5]] for e in batch]
-        packed = engine.attention.pack(policy, [e.prompt for e in batch], targets)
+        packed = pack(policy, [e.prompt for e in batch], targets)
         for model in (plain, policy):
             model.token_logprobs(packed).sum().backward()
     for mine, other in zip(policy.parameters(), plain.parameters(), strict=True):
@@ -88,29 +88,32 @@ def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, chec
 
 
 def test_batch_order_is_pure_and_takes_each_sample_once_an_epoch():
-    order = engine.examples.batch_order(10, 4, 7, seed=5)
+    order = batch_order(10, 4, 7, seed=5)
     assert [len(batch) for batch in order] == [4, 4, 2, 4, 4, 2, 4]
     assert sorted(sum(order[:3], [])) == sorted(sum(order[3:6], [])) == list(range(10))
     assert order[:3] != order[3:6]
-    assert order[:5] == engine.examples.batch_order(10, 4, 5, seed=5)
-    assert order != engine.examples.batch_order(10, 4, 7, seed=6)
+    assert order[:5] == batch_order(10, 4, 5, seed=5)
+    assert order != batch_order(10, 4, 7, seed=6)
 
 
-def test_sample_seeds_belong_to_places_not_to_ranks():
-    whole = grpo.sample_seeds(0, 3, [0, 1, 2], 2)
-    assert grpo.sample_seeds(0, 3, [2], 2) == whole[4:]
-    later = grpo.sample_seeds(0, 4, [0, 1, 2], 2)
-    assert len(set(whole + later + grpo.sample_seeds(1, 3, [0, 1, 2], 2))) == 18
+def test_sample_seeds_are_a_pure_function_of_seed_step_and_place():
+    keys = [(seed, step, place) for seed in (0, 1) for step in (3, 4) for place in (0, 1, 2)]
+    drawn = [grpo.sample_seeds(*key, group_size=2) for key in keys]
+    assert drawn == [grpo.sample_seeds(*key, group_size=2) for key in keys]
+    assert len(set(sum(drawn, []))) == 2 * len(keys)
 
 
 def test_rollout_metrics_by_hand():
-    def row(total, ids, finished=True):
-        rewards = {"format": total / 2, "object": 0, "verb": 0, "iou": total / 2, "total": total}
+    def group(totals, ids, finished):
+        names = {"format": 0.5, "object": 0, "verb": 0, "iou": 0.5, "total": 1}
+        rewards = [{name: part * total for name, part in names.items()} for total in totals]
         return {"rewards": rewards, "ids": ids, "finished": finished}
 
-    # two groups of two: equal rewards of one text; other rewards of other texts, one cut
-    rows = [row(1.0, (5, 6)), row(1.0, (5, 6)), row(0.0, (7,)), row(2.0, (8, 9, 9), False)]
-    logged = grpo.rollout_metrics(rows, 2, {"sample": 2.0, "update": 4.0})
+    groups = [  # equal rewards of one text; other rewards of other texts, one cut
+        group([1.0, 1.0], [(5, 6), (5, 6)], [True, True]),
+        group([0.0, 2.0], [(7,), (8, 9, 9)], [True, False]),
+    ]
+    logged = grpo.rollout_metrics(groups, {"sample": 2.0, "update": 4.0})
     assert logged["reward_total"] == 1.0 and logged["reward_iou"] == 0.5
     assert logged["reward_total_std"] == pytest.approx(2**0.5 / 2)  # of 0 and sqrt((1 + 1) / 1)
     assert logged["zero_variance_groups"] == 0.5
@@ -152,7 +155,7 @@ def test_policy_is_fp32_and_moves_at_the_papers_rate(folder, ranks, tmp_path):
     policy = policy_of(config, ranks)
     before = [p.full_tensor().clone() for p in policy.parameters()]
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
-    stepper = stepper_of(policy, config)
+    stepper = optimizer_of(policy, config)
     for parameter in policy.parameters():
         parameter.grad = torch.ones_like(parameter)
     stepper.step(1e-6, 1.0)
@@ -166,7 +169,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(folder, ranks):
     config = config_of("sft", folder, "x", **options)
     policy = policy_of(config, ranks)
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
-    stepper = stepper_of(policy, config)
+    stepper = optimizer_of(policy, config)
     reference = torch.optim.AdamW(plain.parameters(), betas=(0.9, 0.9), weight_decay=0.1)
     for lr in (1e-3, 4e-4):  # the rate of the step, not that of the config
         gradients = [torch.randn_like(p) for p in plain.parameters()]
@@ -184,7 +187,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient(folder, ranks):
 
 def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
     policy = policy_of(config_of("sft", folder, "x"), ranks)
-    stepper = stepper_of(policy, config_of("sft", folder, "x"))
+    stepper = optimizer_of(policy, config_of("sft", folder, "x"))
     before = [p.full_tensor().clone() for p in policy.parameters()]
 
     def step(value, loss=1.0):
@@ -196,13 +199,13 @@ def test_a_gradient_that_is_not_finite_changes_nothing(folder, ranks):
     assert math.isnan(step(math.nan)) and stepper.bad_in_a_row == 1
     assert all(parameter.grad is None for parameter in policy.parameters())
     step(1.0, loss=math.inf)
-    moments = stepper.optimizer.state.values()
+    moments = stepper.adamw.state.values()
     assert stepper.bad_in_a_row == 2
     assert not any(value.any() for state in moments for value in state.values())
     for old, new in zip(before, policy.parameters(), strict=True):
         assert torch.equal(old, new.full_tensor())
     assert math.isfinite(step(1.0)) and stepper.bad_in_a_row == 0
     assert not torch.equal(before[0], next(policy.parameters()).full_tensor())
-    with pytest.raises(RuntimeError, match="10 steps in a row"):
+    with pytest.raises(InputError, match="10 steps in a row"):
         for _ in range(10):
             step(math.inf)

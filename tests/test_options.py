@@ -1,100 +1,157 @@
-"""hoi_r1.py: what a flag says is what arrives, each at another value than its default."""
+"""hoi_r1.py: what an option does to a run, each at another value than its default."""
 
-import inspect
 import json
 
 import pytest
+import torch
 
-import engine.attention
-import engine.examples
-import engine.policy
-import engine.sampler
-import grpo
-import hicodet
-import hoi_r1
-import predict
-import rewards
-import sft
-import train
-from tests.runs import config_of, metrics
+from tests.runs import config_of, metrics, run, weights
+
+SMALL = {
+    "sft": {"max_steps": 4, "batch_size": 2},
+    "grpo": {"max_steps": 1, "batch_size": 2, "updates_per_batch": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def plain(folder, tmp_path_factory):
+    """A run of each training with the defaults of the small configs."""
+    outs = {}
+    for stage, options in SMALL.items():
+        outs[stage] = tmp_path_factory.mktemp("plain") / stage
+        run(config_of(stage, folder, outs[stage], **options))
+    return outs
 
 
 @pytest.fixture
-def arrived(monkeypatch):
-    """Note the arguments of every call of a function, which does what it did."""
+def changed(folder, tmp_path):
+    """A run of a training with changed options."""
 
-    def note(owner, name):
-        function, calls = getattr(owner, name), []
-        signature = inspect.signature(function)
+    def change(stage, **options):
+        run(config_of(stage, folder, tmp_path / "run", **SMALL[stage] | options))
+        return tmp_path / "run"
 
-        def noting(*values, **options):
-            calls.append(signature.bind(*values, **options).arguments)
-            return function(*values, **options)
-
-        monkeypatch.setattr(owner, name, noting)
-        return calls
-
-    return note
+    return change
 
 
-def assert_holds(arguments, **expected):
-    assert {name: arguments.get(name) for name in expected} == expected
+def same_weights(a, b):
+    a, b = weights(a), weights(b)
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
-# behind two steps of warm-up (1 + cos(pi k / 3)) / 2 of the highest rate, or 1 - k / 3
+def column(out, name):
+    return [row[name] for row in metrics(out)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"adam_beta2": 0.5}, {"weight_decay": 0.5}, {"max_grad_norm": 1e-3}, {"learning_rate": 1e-4}],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_step_change_the_weights_from_the_first_loss_on(options, plain, changed):
+    out = changed("sft", **options)
+    assert column(out, "loss")[0] == column(plain["sft"], "loss")[0]
+    assert not same_weights(out, plain["sft"])
+
+
+@pytest.mark.parametrize("stage", SMALL)
+def test_the_seed_orders_the_images(stage, plain, changed):
+    what = "loss" if stage == "sft" else "file_name"
+    log = "metrics.jsonl" if stage == "sft" else "rollouts.jsonl"
+    runs = (changed(stage, seed=7), plain[stage])
+    rows = [[json.loads(row)[what] for row in (out / log).read_text().splitlines()] for out in runs]
+    assert rows[0] != rows[1]
+
+
+def test_the_batch_size_is_of_images(plain, changed):
+    one = column(changed("sft", batch_size=1), "supervised_tokens")
+    assert max(one) < min(column(plain["sft"], "supervised_tokens"))
+
+
+# behind two steps of warm-up (1 + cos(pi k / 3)) / 2 of the peak rate, or 1 - k / 3
 FALLING = {"sft": [0.75, 0.25], "grpo": [2 / 3, 1 / 3]}
 
 
 @pytest.mark.parametrize("stage", FALLING)
-def test_options_of_both_trainings(stage, folder, tmp_path, arrived):
-    stepper, reading = arrived(train, "Stepper"), arrived(engine.examples, "read_ahead")
-    policy, parts = arrived(train, "load_policy"), arrived(sft if stage == "sft" else grpo, "micro_batches")
-    updating = {"sft": (train, "sft_update"), "grpo": (grpo.GRPOTrainer, "update")}
-    updates = arrived(*updating[stage])
-    limits = {"weight_decay": 0.2, "max_grad_norm": 0.3}
-    options = {"seed": 7, "workers": 1, "batch_size": 2, "max_steps": 5, "warmup_steps": 2}
-    options |= {"adam_beta2": 0.9, "tokens_per_microbatch": 321, "gradient_checkpointing": False}
-    hoi_r1.main(config_of(stage, folder, tmp_path / "run", **options, **limits))
-    assert_holds(stepper[0], beta2=0.9, **limits)
-    order = engine.examples.batch_order(20 if stage == "sft" else 24, 2, 5, seed=7)
-    assert_holds(reading[0], indices=sum(order, []), workers=1)
-    assert_holds(policy[0], gradient_checkpointing=False)
-    assert {call["budget"] for call in parts} == {321} and len(parts) == 5
-    rates = [1e-3 * part for part in (0.5, 1, 1, *FALLING[stage])]
-    assert [call["lr"] for call in updates] == pytest.approx(rates)
-    assert [row["learning_rate"] for row in metrics(tmp_path / "run")] == pytest.approx(rates)
+def test_the_rate_rises_and_falls(stage, changed):
+    out = changed(stage, max_steps=5, warmup_steps=2)
+    expected = [1e-3 * part for part in (0.5, 1, 1, *FALLING[stage])]
+    assert column(out, "learning_rate") == pytest.approx(expected)
 
 
-def test_options_of_grpo(folder, tmp_path, arrived):
-    sampler, reward = arrived(grpo, "Sampler"), arrived(rewards, "total_reward")
-    objective, logprobs = arrived(grpo, "grpo_objective"), arrived(grpo, "token_logprobs")
-    terms = {"clip_eps": 0.3, "kl_coef": 0.2, "ratio": "sequence"}
-    drawing = {"slots": 1, "group_size": 3, "max_new_tokens": 9, "temperature": 0.7}
-    read = {"duplicate_rule": "pair", "without": ("iou",)}
-    options = {"batch_size": 2, "max_steps": 1, "updates_per_batch": 2, **terms, **drawing, **read}
-    hoi_r1.main(config_of("grpo", folder, tmp_path / "run", **options))
-    assert_holds(sampler[0], **drawing)
-    assert len(objective) == 2 and len(reward) == 6
-    for call in objective:
-        assert_holds(call, **terms)
-    for call in reward:
-        assert_holds(call, **read)
-    assert {call["temperature"] for call in logprobs} == {0.7}
+@pytest.mark.parametrize("stage", SMALL)
+def test_what_serves_speed_alone_leaves_every_bit(stage, plain, changed):
+    speed = {"workers": 1} | ({"slots": 1} if stage == "grpo" else {})
+    assert same_weights(changed(stage, **speed), plain[stage])
 
 
-def test_options_of_predict(folder, tmp_path, arrived):
-    rows, sampler = arrived(predict, "predict_rows"), arrived(predict, "Sampler")
-    options = {"max_new_tokens": 3, "slots": 2, "workers": 1, "scores": "likelihood"}
+def test_options_of_sampling(changed):
+    out = changed("grpo", group_size=3, max_new_tokens=5, temperature=0.01)
+    (row,) = metrics(out)
+    assert row["completion_length"] <= 5
+    assert row["distinct_completions"] < 0.5  # all but greedy
+    (shown,) = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert len(shown["completions"]) == 3
+
+
+@pytest.fixture
+def any_reward(monkeypatch):
+    """A reward that random text earns too: an untrained model's answers are all worth 0."""
+    import grpo
+
+    def total_reward(completion, hois, **options):
+        value = float(next(values))
+        return {"format": value, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": value}
+
+    values = iter(range(1000))
+    monkeypatch.setattr(grpo, "total_reward", total_reward)
+
+
+def test_without_kl_there_is_no_reference(changed, any_reward):
+    (row,) = metrics(changed("grpo", kl_coef=0.0))
+    assert row["kl"] == 0
+
+
+def test_the_kl_weighs_what_it_is_told(changed, any_reward):
+    """At the second update pi_theta has moved, and the loss is -surrogate + beta KL."""
+    (row,) = metrics(changed("grpo", kl_coef=1e6))
+    assert row["kl"] > 0 and row["loss"] == pytest.approx(1e6 * row["kl"], rel=1e-2)
+
+
+def test_one_update_a_batch_stays_on_policy(changed, any_reward):
+    (row,) = metrics(changed("grpo", updates_per_batch=1, clip_eps=0.0))
+    assert row["clip_fraction"] == 0 and row["kl"] == pytest.approx(0, abs=1e-9)
+
+
+@pytest.mark.parametrize("eps, clips", [(1e-6, True), (1e6, False)])
+def test_the_clip_range(eps, clips, changed, any_reward):
+    (row,) = metrics(changed("grpo", clip_eps=eps, learning_rate=1e-2))
+    assert (row["clip_fraction"] > 0) == clips
+
+
+def test_the_ratio_of_outputs_is_another_step(plain, changed, folder, tmp_path, any_reward):
+    run(config_of("grpo", folder, tmp_path / "token", **SMALL["grpo"]))
+    assert not same_weights(changed("grpo", ratio="sequence"), tmp_path / "token")
+
+
+def test_readings_of_the_rewards_reach_the_scores(folder, tmp_path, capsys):
+    run(config_of("grpo", folder, tmp_path / "x", without=("iou",), dry_run=True))
+    reward = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (reward["iou"], reward["total"]) == (0.0, pytest.approx(2.8))
+
+
+def test_options_of_predict(folder, tmp_path):
+    options = {"split": "train", "limit": 4, "max_new_tokens": 3}
+    run(config_of("predict", folder, tmp_path / "one", **options))
+    speed = {"slots": 1, "workers": 1}
+    run(config_of("predict", folder, tmp_path / "two", **options, **speed))
+    one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
+    assert one == two and len(one.splitlines()) == 4 and "train2015" in one
+    assert json.loads((tmp_path / "one" / "summary.json").read_text())["completion_length"] <= 3
+
+
+def test_the_ablations_of_table_2_change_the_prompt(folder, tmp_path, capsys):
     switches = {"thinking": False, "task_description": True}
-    config = config_of(
-        "predict", folder, tmp_path / "run", split="train", limit=4, **options, **switches
-    )
-    hoi_r1.main(config)
-    assert_holds(rows[0], **options)
-    assert_holds(sampler[0], max_new_tokens=3, slots=2, temperature=0)
-    lines = (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()
-    names = [sample.file_name for sample in hicodet.load_split(folder / "data", "train")[:4]]
-    assert [json.loads(line)["file_name"] for line in lines] == names
-    examples = rows[0]["examples"]
-    asked = examples.decode(examples[0].prompt.prompt_ids)
-    assert "airplane: board, direct" in asked and "Thinking Process" not in asked
+    run(config_of("predict", folder, tmp_path / "x", dry_run=True, **switches))
+    prompt = capsys.readouterr().out
+    assert "airplane: board, direct" in prompt and "Thinking Process" not in prompt

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 import engine.chat
+import engine.traces
 import hicodet
 import teacher
+from engine.chat import MAX_RETRY_AFTER
 from hicodet import HOI, Sample
 
 MAN, BIKE, CAR = (10, 10, 30, 60), (5, 40, 45, 70), (50, 0, 90, 30)
@@ -70,7 +72,7 @@ def test_people_at_iou_one_half_are_two():
 def test_every_pair_makes_a_trace_that_would_be_accepted():
     for verb, name in hicodet.PAIRS:
         trace = teacher.template_trace([HOI(MAN, CAR, name, (verb,))])
-        assert not any(tag in trace for tag in teacher.TAGS)
+        assert not any(tag in trace for tag in engine.traces.TAGS)
         assert 18 <= len(trace.split()) <= 40
         assert teacher.unanswered(trace) is None, trace
 
@@ -101,9 +103,9 @@ def write(path, *traces):
 def test_read_traces_keeps_the_order_and_ignores_other_keys(tmp_path):
     path = write(tmp_path / "t.jsonl", {"file_name": "b.jpg", "think": "B\n\u2028", "teacher": "x"},
                  {"file_name": "a.jpg", "think": "A"})
-    assert list(teacher.read_traces(path).items()) == [("b.jpg", "B\n\u2028"), ("a.jpg", "A")]
+    assert list(engine.traces.read_traces(path).items()) == [("b.jpg", "B\n\u2028"), ("a.jpg", "A")]
     path.write_text(path.read_text().rstrip("\n"))  # an editor may leave out the last newline
-    assert list(teacher.read_traces(path)) == ["b.jpg", "a.jpg"]
+    assert list(engine.traces.read_traces(path)) == ["b.jpg", "a.jpg"]
 
 
 @pytest.mark.parametrize("line, said", [
@@ -119,7 +121,7 @@ def test_malformed_lines_are_named(line, said, tmp_path):
     path = write(tmp_path / "t.jsonl", {"file_name": "a", "think": "A"})
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(ValueError, match="line 2") as error:
-        teacher.read_traces(path)
+        engine.traces.read_traces(path)
     assert str(path) in str(error.value) and said in str(error.value)
 
 
@@ -131,32 +133,32 @@ def test_a_line_cut_anywhere_is_an_error_to_read_and_dropped_on_resume(tmp_path)
     for end in range(first + 1, len(text) - 1):
         path.write_bytes(text[:end])
         with pytest.raises(ValueError, match="line 2.*cut off"):
-            teacher.read_traces(path)
-        file = teacher.TraceFile(path)
+            engine.traces.read_traces(path)
+        file = engine.traces.TraceFile(path)
         assert file.names == {"a"} and file.cost == 0.25
         file.file.close()
         assert path.read_bytes() == text[:first]
     path.write_bytes(text[:-1])  # whole but for the newline
-    file = teacher.TraceFile(path)
+    file = engine.traces.TraceFile(path)
     assert file.names == {"a", "b"} and file.cost == 0.75 and path.read_bytes() == text
 
 
 def test_a_second_writer_is_refused(tmp_path):
     path, (sample,) = tmp_path / "t.jsonl", make_samples(tmp_path, 1)
-    first = teacher.TraceFile(path)
+    first = engine.traces.TraceFile(path)
     with pytest.raises(ValueError, match="being written by another"):
-        teacher.TraceFile(path)
+        engine.traces.TraceFile(path)
     first.append(sample, "A \ud800", "template", 1, {})  # half a surrogate pair too
-    assert teacher.read_traces(path) == {sample.file_name: "A \ud800"}
+    assert engine.traces.read_traces(path) == {sample.file_name: "A \ud800"}
     first.file.close()
-    assert teacher.TraceFile(path).names == {sample.file_name}
+    assert engine.traces.TraceFile(path).names == {sample.file_name}
 
 
 def test_a_full_disk_is_an_error():
     (sample,) = [Sample("a", Path("a"), 1, 1, (), (), frozenset())]
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    file = object.__new__(teacher.TraceFile)
+    file = object.__new__(engine.traces.TraceFile)
     file.file, file.names = open("/dev/full", "ab", buffering=0), set()
     with pytest.raises(OSError):
         file.append(sample, "A", "template", 1, {})
@@ -237,7 +239,7 @@ def test_budget_learns_from_the_largest_request():
 
 
 @pytest.mark.parametrize("header, expected", [
-    (None, 0), ("", 0), ("2.5", 2.5), ("-3", 0), ("soon", 0), ("1e300", engine.chat.MAX_RETRY_AFTER),
+    (None, 0), ("", 0), ("2.5", 2.5), ("-3", 0), ("soon", 0), ("1e300", MAX_RETRY_AFTER),
     ("Wed, 21 Oct 2015 07:28:00 GMT", 0), ("Fri, 31 Dec 9999 23:59:59 GMT", 3600), ("nan", 0),
 ])
 def test_retry_after(header, expected):
@@ -303,7 +305,7 @@ def test_results_are_collected_in_any_order(tmp_path):
         path.write_text("".join(part))
     random.shuffle(paths)
     out, budget = tmp_path / "t.jsonl", engine.chat.Budget((0.075, 0.3), math.inf)
-    file = teacher.TraceFile(out)
+    file = engine.traces.TraceFile(out)
     missing = teacher.collect(paths, wanted, make_teacher(), file, budget)
     assert missing.keys() == {samples[3].file_name, samples[4].file_name}
     assert "too late" in missing[samples[4].file_name]
@@ -319,7 +321,7 @@ def test_results_are_collected_in_any_order(tmp_path):
 def test_results_of_something_else_are_refused(line, tmp_path):
     (sample,) = make_samples(tmp_path, 1)
     (tmp_path / "r").write_text(result(sample.file_name) + line)
-    file = teacher.TraceFile(tmp_path / "t.jsonl")
+    file = engine.traces.TraceFile(tmp_path / "t.jsonl")
     with pytest.raises(ValueError, match="r, line 2: no result"):
         teacher.collect([tmp_path / "r"], {sample.file_name: sample}, make_teacher(), file,
                         engine.chat.Budget((0.0, 0.0), math.inf))

@@ -21,9 +21,11 @@ import pytest
 from PIL import Image
 
 import engine.chat
+import engine.traces
 import hicodet
 import teacher
 from demo import toy
+from engine.chat import Teacher
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-loopback-0123456789"
@@ -166,7 +168,7 @@ def test_faults_in_random_order_lose_nothing_and_repeat_nothing(data, tmp_path):
     ("429", False, 0.01), ("500", False, 0), ("half a body", True, 0), ("invalid JSON", True, 0),
     ("closed socket", True, 0), ("stall", True, 0)])
 def test_each_fault_is_worth_another_try(fault, billed, wait):
-    one = engine.chat.Teacher("m", Server(lambda: fault).url, KEY, "p", 9, 9, timeout=0.3, retries=0,
+    one = Teacher("m", Server(lambda: fault).url, KEY, "p", 9, 9, timeout=0.3, retries=0,
                           backoff=1)
     with pytest.raises(engine.chat.Transient) as failed:
         engine.chat.post(one, {})
@@ -293,7 +295,7 @@ def test_template_backend_writes_every_image_and_resumes(data, tmp_path):
     assert run_main("--data", data, "--out", out, "--backend", "template") == 0
     assert out.read_text().startswith(first)
     samples = hicodet.load_split(data, "train")
-    assert teacher.read_traces(out) == {
+    assert engine.traces.read_traces(out) == {
         sample.file_name: teacher.template_trace(sample.hois) for sample in samples}
     assert json.loads(first.splitlines()[0]).keys() == {
         "file_name", "think", "teacher", "attempts", "usage"}
@@ -369,7 +371,7 @@ def test_batch_backend_writes_once_and_collects(data, tmp_path):
     (tmp_path / "r").write_text("\n".join(results))
     assert "is there already" in run_main(*batch)
     assert run_main(*batch, "--collect", tmp_path / "r") == 0
-    assert len(teacher.read_traces(out)) == len(requests) == 300
+    assert len(engine.traces.read_traces(out)) == len(requests) == 300
     assert lines(out)[0]["usage"]["cost"] == pytest.approx(COST / 2)
 
 

@@ -16,38 +16,46 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-import engine.attention
 import engine.examples
-import engine.policy
 import engine.run
 import grpo
 import hicodet
-import hoi_r1
 import predict
 import sft
-import train
-from tests.runs import config_of, metrics, policy_of, weights
+from engine.attention import GROUP_ATTENTION, WINDOW_ATTENTION
+from engine.policy import load_model
+from tests.runs import (
+    config_of,
+    metrics,
+    policy_of,
+    refusal,
+    run,
+    training_examples,
+    weights,
+)
 
 
 @pytest.fixture
 def any_reward(monkeypatch):
     """A reward that random text earns too: an untrained model's answers are all worth 0."""
 
-    def score(trainer, hois, ids):
-        value = float((ids % 7).float().mean())
-        return {"format": value, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": value}
+    def score(trainer, example, group):
+        values = [float((ids % 7).float().mean()) for ids in group.completion_ids]
+        none = {"object": 0.0, "verb": 0.0, "iou": 0.0}
+        texts = [trainer.examples.decode(ids) for ids in group.completion_ids]
+        return [{"text": t, "format": v, **none, "total": v} for t, v in zip(texts, values)]
 
-    monkeypatch.setattr(grpo.GRPOTrainer, "score", score)
+    monkeypatch.setattr(grpo.GRPO, "score", score)
 
 
 def assert_resumes_bit_for_bit(stage, method, crash, folder, tmp_path, **options):
     """A run whose `Run` method crashes, resumed, comes to the weights of one that did not."""
-    hoi_r1.main(config_of(stage, folder, tmp_path / "whole", **options))
+    run(config_of(stage, folder, tmp_path / "whole", **options))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.run.Run, method, crash)
         with pytest.raises(KeyboardInterrupt):
-            hoi_r1.main(config_of(stage, folder, tmp_path / "cut", **options))
-    hoi_r1.main(config_of(stage, folder, tmp_path / "cut", resume=True, **options))
+            run(config_of(stage, folder, tmp_path / "cut", **options))
+    run(config_of(stage, folder, tmp_path / "cut", resume=True, **options))
     first, whole, cut = weights(folder), weights(tmp_path / "whole"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert any(not torch.equal(whole[name], first[name]) for name in whole)
@@ -57,10 +65,10 @@ def test_sft_resumes_bit_for_bit(folder, tmp_path):
     """4 steps at once equal 3 steps, a crash after the checkpoint of step 2, and the rest."""
     log = engine.run.Run.log
 
-    def crash(run, name, step, values):
-        log(run, name, step, values)
+    def crash(folder_, name, step, values):
+        log(folder_, name, step, values)
         if step == 3:
-            with open(run.folder / "metrics.jsonl", "a") as file:
+            with open(folder_.folder / "metrics.jsonl", "a") as file:
                 file.write('{"step": 4, "lo')
             raise KeyboardInterrupt
 
@@ -75,13 +83,13 @@ def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
     """With a crash while the second checkpoint is written."""
     save = engine.run.Run.save
 
-    def crash(run, policy, optimizer, done):
+    def crash(folder_, policy, optimizer, done):
         if done == 2:
-            aside = run.folder / "checkpoint-000002.tmp"
+            aside = folder_.folder / "checkpoint-000002.tmp"
             aside.mkdir()
             (aside / "half").write_text("a file")
             raise KeyboardInterrupt
-        save(run, policy, optimizer, done)
+        save(folder_, policy, optimizer, done)
 
     options = {"save_every": 1, "updates_per_batch": 2}
     assert_resumes_bit_for_bit("grpo", "save", crash, folder, tmp_path, **options)
@@ -93,36 +101,52 @@ def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
     assert all(one["total"] > 0 and one["text"] for row in rows for one in row["completions"])
 
 
-def test_what_a_crash_cut_short_is_not_seen(folder, tmp_path):
-    """A crash amid the second checkpoint, one amid the model; each time --resume goes on."""
+def crash_in(into: Path, name: str):
+    """Leave half of a file, as a process does that is killed while writing."""
+    into.mkdir(exist_ok=True)
+    (into / name).write_text("half")
+    raise KeyboardInterrupt
+
+
+def test_a_crash_amid_a_checkpoint_leaves_the_one_before(folder, tmp_path, monkeypatch):
     out, options, save = tmp_path / "cut", {"max_steps": 2, "save_every": 1}, dcp.save
 
-    def crash(into, name):
-        Path(into).mkdir(exist_ok=True)
-        (Path(into) / name).write_text("half")
-        raise KeyboardInterrupt
-
-    def save_first(state, checkpoint_id):
+    def save_one(state, checkpoint_id):
         if list(out.glob("checkpoint-*")):
-            crash(checkpoint_id, "__0_0.distcp")
+            crash_in(Path(checkpoint_id), "__0_0.distcp")
         save(state, checkpoint_id=checkpoint_id)
 
-    def save_pretrained(model, into, **options):
-        crash(into, "model.safetensors")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dcp, "save", save_one)
+        run(config_of("sft", folder, out, **options))
+    assert folders(out) == ["checkpoint-000001"]
+    assert_goes_on_as_if_nothing_had_been(folder, out, tmp_path / "whole", options)
 
-    model = Qwen2_5_VLForConditionalGeneration
-    crashes = (dcp, "save", save_first), (model, "save_pretrained", save_pretrained)
-    for done, patched in enumerate(crashes):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(*patched)
-            hoi_r1.main(config_of("sft", folder, out, resume=done > 0, **options))
-        whole = [p.name for p in out.iterdir() if p.is_dir() and p.suffix != ".tmp"]
-        assert whole == [f"checkpoint-{done + 1:06d}"]
-    hoi_r1.main(config_of("sft", folder, out, resume=True, **options | {"save_every": 0}))
-    assert not list(out.glob("*.tmp"))
-    hoi_r1.main(config_of("sft", folder, tmp_path / "whole", **options))
-    whole, cut = weights(tmp_path / "whole"), weights(out)
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+def test_a_crash_amid_the_model_leaves_none(folder, tmp_path, monkeypatch):
+    out, options = tmp_path / "cut", {"max_steps": 2, "save_every": 1}
+
+    def save_pretrained(model, into, **options):
+        crash_in(Path(into), "model.safetensors")
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Qwen2_5_VLForConditionalGeneration, "save_pretrained", save_pretrained)
+        run(config_of("sft", folder, out, **options))
+    assert folders(out) == ["checkpoint-000002"]
+    assert_goes_on_as_if_nothing_had_been(folder, out, tmp_path / "whole", options)
+
+
+def folders(out: Path) -> list[str]:
+    """The folders of a run that are whole."""
+    return sorted(p.name for p in out.iterdir() if p.is_dir() and p.suffix != ".tmp")
+
+
+def assert_goes_on_as_if_nothing_had_been(folder, cut: Path, whole: Path, options: dict):
+    run(config_of("sft", folder, cut, resume=True, **options))
+    run(config_of("sft", folder, whole, **options))
+    assert not list(cut.glob("*.tmp"))
+    expected, found = weights(whole), weights(cut)
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
 def test_a_checkpoint_before_the_first_good_step_changes_nothing(folder, tmp_path, monkeypatch):
@@ -132,7 +156,7 @@ def test_a_checkpoint_before_the_first_good_step_changes_nothing(folder, tmp_pat
         losses = iter([math.nan, 1.0, 1.0])
         monkeypatch.setattr(sft, "sft_loss", lambda *values: sft_loss(*values) * next(losses))
         options = {"max_steps": 3, "save_every": save_every}
-        hoi_r1.main(config_of("sft", folder, tmp_path / str(save_every), **options))
+        run(config_of("sft", folder, tmp_path / str(save_every), **options))
         skipped = [row["skipped"] for row in metrics(tmp_path / str(save_every))]
         assert skipped == [True, False, False]
     without, saved = weights(tmp_path / "0"), weights(tmp_path / "1")
@@ -152,7 +176,7 @@ def test_a_step_whose_loss_is_not_finite_is_left_out(
 
     monkeypatch.setattr(sft, "sft_loss", lambda *values: sft_loss(*values) + math.nan)
     monkeypatch.setattr(grpo, "grpo_objective", spoilt)
-    hoi_r1.main(config_of(stage, folder, tmp_path / "run", max_steps=1))
+    run(config_of(stage, folder, tmp_path / "run", max_steps=1))
     (row,) = metrics(tmp_path / "run")
     assert row["loss"] is None and row["skipped"] and row["grad_norm"] > 0
     first, last = weights(folder), weights(tmp_path / "run")
@@ -161,7 +185,7 @@ def test_a_step_whose_loss_is_not_finite_is_left_out(
 
 def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
     """And pi_old's log-probs are those of pi_theta, at a temperature that is not 1."""
-    hoi_r1.main(config_of("grpo", folder, tmp_path / "run", temperature=0.7, eval_every=3))
+    run(config_of("grpo", folder, tmp_path / "run", temperature=0.7, eval_every=3))
     rows = metrics(tmp_path / "run")
     names = {
         *("loss", "learning_rate", "grad_norm", "kl", "clip_fraction", "zero_variance_groups"),
@@ -184,14 +208,14 @@ def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
 def test_micro_batches_do_not_change_the_step(folder, tmp_path):
     for name, budget in (("one", 10_000), ("many", 1)):
         options = {"max_steps": 1, "tokens_per_microbatch": budget}
-        hoi_r1.main(config_of("sft", folder, tmp_path / name, **options))
+        run(config_of("sft", folder, tmp_path / name, **options))
     one, many = metrics(tmp_path / "one")[0], metrics(tmp_path / "many")[0]
     assert one["loss"] == pytest.approx(many["loss"], rel=1e-6)
     assert one["grad_norm"] == pytest.approx(many["grad_norm"], rel=1e-5)
 
 
 def test_no_thinking_needs_no_trace(folder, tmp_path):
-    hoi_r1.main(
+    run(
         config_of("sft", folder, tmp_path / "run", thinking=False, traces="", max_steps=1)
     )
     assert len(metrics(tmp_path / "run")) == 1
@@ -200,37 +224,33 @@ def test_no_thinking_needs_no_trace(folder, tmp_path):
 def test_epochs_steps_and_checkpoints(folder, tmp_path):
     """20 images in batches of 8: 3 steps an epoch; the last checkpoint stays, or none is made."""
     options = {"batch_size": 8, "max_steps": 0, "save_every": 2}
-    hoi_r1.main(config_of("sft", folder, tmp_path / "two", epochs=2, **options))
+    run(config_of("sft", folder, tmp_path / "two", epochs=2, **options))
     assert len(metrics(tmp_path / "two")) == 6
     assert [p.name for p in (tmp_path / "two").glob("checkpoint-*")] == ["checkpoint-000006"]
-    hoi_r1.main(config_of("sft", folder, tmp_path / "one", **options | {"save_every": 0}))
+    run(config_of("sft", folder, tmp_path / "one", **options | {"save_every": 0}))
     assert len(metrics(tmp_path / "one")) == 3
     assert not list((tmp_path / "one").glob("checkpoint-*"))
 
 
 def test_what_the_switches_switch(folder, tmp_path, ranks):
-    config = config_of("grpo", folder, "x", kl_coef=0.0)
-    assert engine.policy.load_reference(config, ranks.device) is None
-    assert engine.policy.load_reference(replace(config, kl_coef=0.1), ranks.device) is not None
-    examples = train.training_examples(config, ranks)
+    config = config_of("grpo", folder, "x")
+    examples = training_examples(config)
     policy = policy_of(config, ranks)
     assert policy.model.language_model.layers[0].gradient_checkpointing
     config = replace(config, gradient_checkpointing=False, task_description=True)
     policy = policy_of(config, ranks)
     assert not policy.model.language_model.layers[0].gradient_checkpointing
-    long = train.training_examples(config, ranks)[0].prompt.prompt_ids
+    long = training_examples(config)[0].prompt.prompt_ids
     assert "airplane: board, direct" in examples.decode(long)
     assert "airplane" not in examples.decode(examples[0].prompt.prompt_ids)
 
 
-def test_limit_and_a_second_prediction(folder, tmp_path, capsys):
+def test_limit_and_a_second_prediction(folder, tmp_path):
     config = config_of("predict", folder, tmp_path / "test", limit=2, max_new_tokens=3)
-    hoi_r1.main(config)
+    run(config)
     path = tmp_path / "test" / "predictions.jsonl"
     assert len(path.read_text().splitlines()) == 2
-    with pytest.raises(SystemExit):
-        hoi_r1.main(config)
-    assert "holds a run" in capsys.readouterr().err
+    assert "holds a run" in refusal(config)
 
 
 def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
@@ -239,7 +259,7 @@ def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
     The part is that of a second rank, whose first had none yet when the crash came.
     """
     config = config_of("predict", folder, tmp_path / "test", max_new_tokens=5)
-    hoi_r1.main(config)
+    run(config)
     whole = (tmp_path / "test" / "predictions.jsonl").read_text()
     part = tmp_path / "test" / "part-0000.jsonl"
     lines = part.read_text().splitlines(keepends=True)
@@ -253,14 +273,14 @@ def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
         return read(examples, indices, workers)
 
     monkeypatch.setattr(predict, "read_ahead", read_ahead)
-    hoi_r1.main(replace(config, resume=True))
+    run(replace(config, resume=True))
     assert asked == [2, 3, 4, 5]
     assert (tmp_path / "test" / "predictions.jsonl").read_text() == whole
 
 
 def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
     """fp32, so that the next stage starts where this one ended."""
-    hoi_r1.main(config_of("sft", folder, tmp_path / "run", max_steps=1))
+    run(config_of("sft", folder, tmp_path / "run", max_steps=1))
     assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
     path = tmp_path / "run" / "model"
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
@@ -271,7 +291,7 @@ def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
     saved = json.loads((path / "preprocessor_config.json").read_text())
     assert saved["image_processor_type"] == "Qwen2VLImageProcessor"  # the name that servers know
     assert not list(path.glob("*.bin")) and not (tmp_path / "run" / "model.tmp").exists()
-    names = {engine.attention.GROUP_ATTENTION, engine.attention.WINDOW_ATTENTION}  # which mean nothing to others
+    names = {GROUP_ATTENTION, WINDOW_ATTENTION}  # which mean nothing to others
     assert not any(name in (path / "config.json").read_text() for name in names)
 
 
@@ -281,28 +301,26 @@ def test_weights_in_pickles_are_refused(folder, tmp_path):
     (tmp_path / "model" / "model.safetensors").unlink()
     torch.save(state, tmp_path / "model" / "pytorch_model.bin")
     with pytest.raises(ValueError, match="safetensors"):
-        engine.policy.load_model(str(tmp_path / "model"), torch.device("cpu"))
+        load_model(str(tmp_path / "model"), torch.device("cpu"))
     save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    engine.policy.load_model(str(tmp_path / "model"), torch.device("cpu"))
+    load_model(str(tmp_path / "model"), torch.device("cpu"))
 
 
-def test_a_folder_is_not_given_to_two_runs(folder, tmp_path, capsys):
+def test_a_folder_is_not_given_to_two_runs(folder, tmp_path):
     config = config_of("sft", folder, tmp_path / "run", max_steps=1)
-    hoi_r1.main(config)
+    run(config)
     refused = {
         "holds a run": config,
         "learning_rate = 0.001, not 0.5": replace(config, resume=True, learning_rate=0.5),
     }
     for message, other in refused.items():
-        with pytest.raises(SystemExit):
-            hoi_r1.main(other)
-        assert message in capsys.readouterr().err
-    hoi_r1.main(replace(config, resume=True, tokens_per_microbatch=50))
+        assert message in refusal(other)
+    run(replace(config, resume=True, tokens_per_microbatch=50))
 
 
 @pytest.mark.parametrize("stage, split", [("grpo", "train"), ("sft", "test"), ("predict", "test")])
 def test_missing_images_stop_a_run_before_the_model_is_read(
-    stage, split, folder, tmp_path, capsys
+    stage, split, folder, tmp_path
 ):
     """Those of the training set, those of its evaluations, those to predict."""
     shutil.copytree(folder / "data", tmp_path / "data")
@@ -310,15 +328,13 @@ def test_missing_images_stop_a_run_before_the_model_is_read(
     (tmp_path / "data" / "images" / f"{split}2015" / name).unlink()
     options = {"eval_every": 1} if split == "test" and stage != "predict" else {}
     config = config_of(stage, folder, tmp_path / "run", data=str(tmp_path / "data"), **options)
-    with pytest.raises(SystemExit):
-        hoi_r1.main(config)
-    assert name in capsys.readouterr().err
+    assert name in refusal(config)
     assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_shows_prompt_and_target_and_writes_nothing(folder, tmp_path, capsys):
     for stage in ("sft", "grpo", "predict"):
-        hoi_r1.main(config_of(stage, folder, tmp_path / "run", dry_run=True))
+        run(config_of(stage, folder, tmp_path / "run", dry_run=True))
         shown = capsys.readouterr().out
         assert "Thinking Process" in shown and "<|image_pad|> x 16" in shown
         if stage == "sft":

@@ -1,0 +1,79 @@
+"""traces.jsonl: the teacher's reasoning for each training image, written line by line and read."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from engine.files import json_lines, lock
+from hicodet import InputError, Sample
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
+
+
+def read_lines(path: str | Path) -> Iterator[dict]:
+    """The lines of a traces.jsonl. Raises InputError naming file and line for what is no trace."""
+    names: set[str] = set()
+    for where, trace in json_lines(path):
+        for key in ("file_name", "think"):
+            value = trace.get(key) if isinstance(trace, dict) else None
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(f'{where}: "{key}" must be a text, not {value!r}')
+        if held := [tag for tag in TAGS if tag in trace["think"]]:
+            raise InputError(f'{where}: "think" holds {held[0]!r}; it is the text between tags')
+        if trace["file_name"] in names:
+            raise InputError(f"{where}: {trace['file_name']} comes twice; delete one line")
+        names.add(trace["file_name"])
+        yield trace
+
+
+def read_traces(path: str | Path) -> dict[str, str]:
+    """The traces of a file, {file_name: think}, in the file's order.
+
+    Raises InputError naming file and line for a malformed line or an image that comes twice; so
+    does a last line cut by a kill -9, until teacher.py resumes the file and drops that line.
+    """
+    return {trace["file_name"]: trace["think"] for trace in read_lines(path)}
+
+
+class TraceFile:
+    """traces.jsonl, open for appending by one process at a time; use it in a with statement.
+
+    A line reaches the file in one write, so kill -9 can cut only the last one; opening drops it.
+    The lock goes with the process, however it ends. Raises InputError if another process has the
+    file open, or for a malformed line.
+    """
+
+    def __init__(self, path: Path):
+        self.file = open(path, "ab+", buffering=0)
+        lock(self.file)
+        self._mend_last_line()
+        self.names, self.cost = set(), 0.0
+        for trace in read_lines(path):
+            self.names.add(trace["file_name"])
+            usage = trace.get("usage")
+            self.cost += float(usage.get("cost", 0.0)) if isinstance(usage, dict) else 0.0
+
+    def __enter__(self) -> "TraceFile":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.file.close()
+
+    def _mend_last_line(self) -> None:
+        self.file.seek(0)
+        text = self.file.read()
+        last = text[text.rfind(b"\n") + 1 :]
+        try:
+            if last:
+                json.loads(last)
+                self.file.write(b"\n")  # whole, and written by hand
+        except ValueError:
+            self.file.truncate(len(text) - len(last))
+
+    def append(self, sample: Sample, think: str, teacher: str, attempts: int, usage: dict) -> None:
+        """Writes the trace of an image. Raises OSError if the disk is full."""
+        line = json.dumps({"file_name": sample.file_name, "think": think, "teacher": teacher,
+                           "attempts": attempts, "usage": usage}).encode() + b"\n"
+        if self.file.write(line) != len(line):
+            raise OSError(f"{self.file.name}: the disk is full; make room and run this again")
+        self.names.add(sample.file_name)

@@ -1,0 +1,54 @@
+"""The house keeps its shape: which room may import from which."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENGINE = {"engine." + path.stem for path in (ROOT / "engine").glob("*.py")} - {"engine.__init__"}
+METHOD = {"sft", "grpo", "rewards", "evaluate", "teacher", "hicodet"}
+USES = {  # what each room may import of this project
+    "hicodet": set(),
+    "rewards": {"hicodet"},
+    "evaluate": {"hicodet"} | ENGINE,
+    "teacher": {"hicodet"} | ENGINE,
+    "sft": {"hicodet"} | ENGINE,
+    "grpo": {"hicodet", "rewards"} | ENGINE,
+    "predict": {"hicodet", "rewards"} | ENGINE,
+    "train": (METHOD - {"teacher"}) | ENGINE | {"predict"},
+    "hoi_r1": {"hicodet", "train", "predict", "demo.run"},
+    "engine": {"hicodet"} | ENGINE,
+    "demo": METHOD | ENGINE | {"train", "predict", "demo"},
+}
+FILES = sorted(path for room in (".", "engine", "demo") for path in (ROOT / room).glob("*.py"))
+
+
+def imports(tree):
+    """The project's modules that a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= inside & ENGINE or {node.module}
+    ours = {path.stem for path in ROOT.glob("*.py")} | {"engine", "demo", "tests"}
+    return {name for name in names if name.split(".")[0] in ours}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_arrows_run_one_way(path):
+    room = path.stem if path.parent == ROOT else path.parent.name
+    used, may = imports(ast.parse(path.read_text())), USES[room]
+    assert not {name for name in used if name not in may and name.split(".")[0] not in may}
+
+
+def test_no_circle():
+    graph = {}
+    for path in FILES:
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[name] = imports(ast.parse(path.read_text()))
+    while leaves := {name for name, used in graph.items() if not used & graph.keys()}:
+        graph = {name: used for name, used in graph.items() if name not in leaves}
+    assert not graph
