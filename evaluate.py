@@ -32,14 +32,14 @@ Axes: N detections (one for each verb of each instance), M true pairs, I images.
 
 import argparse
 import json
-import reprlib
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from hicodet import HOI_IDS, OBJECTS, PAIRS, VERBS, Sample, load_split, training_counts
+from engine.predictions import read_predictions
+from hicodet import HOI_IDS, OBJECTS, PAIRS, Sample, load_split, training_counts
 
 MIN_IOU = 0.5  # Sec. 4.1
 RARE_BELOW = 10  # training pairs; fewer make a class rare
@@ -248,81 +248,6 @@ def evaluate(
         train_counts,
         classes=classes,
     )
-
-
-def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
-    """Reads and checks predictions.jsonl; returns its lines as dicts, in the file's order.
-
-    Raises ValueError, naming file and line, for a malformed line and for an image that is missing,
-    repeated or none of the samples'.
-    """
-    line_of = dict.fromkeys(sample.file_name for sample in samples)
-    predictions = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                prediction = _parse_line(line)
-                name = prediction["file_name"]
-                expected = "an image of this split (check --data and --split)"
-                _expect(name in line_of, "'file_name'", expected, name)
-                expected = f"on one line only, but is on line {line_of[name]} already"
-                _expect(line_of[name] is None, "'file_name'", expected, name)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            line_of[name] = number
-            predictions.append(prediction)
-    missing = [name for name, number in line_of.items() if number is None]
-    if missing:
-        raise ValueError(
-            f"{path}: {len(missing)} of {len(line_of)} images have no line, such as {missing[0]!r};"
-            ' predict the whole split, or give --limit (an image without predictions has'
-            ' "instances": [])'
-        )
-    return predictions
-
-
-def _parse_line(line: bytes) -> dict:
-    """One line as a checked dict; ValueError says what is wrong with it and what is expected."""
-    try:
-        prediction = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}); if it was cut short, predict it again") from error
-    _expect(isinstance(prediction, dict), "the line", "an object", prediction)
-    name, instances = prediction.get("file_name"), prediction.get("instances")
-    _expect(isinstance(name, str), "'file_name'", "a string, the name of an image", name)
-    _expect(isinstance(instances, list), "'instances'", "a list, which may be empty", instances)
-    for i, instance in enumerate(instances):
-        _check_instance(instance, f"instances[{i}]")
-    return prediction
-
-
-def _check_instance(instance: object, where: str) -> None:
-    _expect(isinstance(instance, dict), where, "an object", instance)
-    for key in ("human", "object"):
-        box = instance.get(key)
-        expected = "four finite numbers, [x1, y1, x2, y2]"
-        _expect(_are_numbers(box, 4), f"{key!r} of {where}", expected, box)
-    name, verbs, scores = map(instance.get, ("object_class", "verbs", "scores"))
-    _expect(name in OBJECTS, f"'object_class' of {where}", "one of hicodet.OBJECTS", name)
-    _expect(isinstance(verbs, list), f"'verbs' of {where}", "a list of names", verbs)
-    for verb in verbs:
-        _expect(verb in VERBS, f"each of 'verbs' of {where}", "one of hicodet.VERBS", verb)
-        expected = f"one that hicodet.PAIRS has with {name!r}"
-        _expect((verb, name) in HOI_IDS, f"each of 'verbs' of {where}", expected, verb)
-    expected = f"{len(verbs)} finite numbers, one for each verb"
-    _expect(_are_numbers(scores, len(verbs)), f"'scores' of {where}", expected, scores)
-
-
-def _expect(holds: bool, what: str, expected: str, found: object) -> None:
-    if not holds:
-        raise ValueError(f"{what} must be {expected}; found {reprlib.repr(found)}")
-
-
-def _are_numbers(values: object, count: int) -> bool:
-    """Whether a JSON value is a list of `count` numbers that a float can hold."""
-    if not isinstance(values, list) or len(values) != count:
-        return False
-    return all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values)
 
 
 def table(result: dict) -> str:
