@@ -1,6 +1,7 @@
 """The official HICO-DET mAP: Default and Known Object, Full / Rare / Non-Rare (Sec. 4.1, Table 1).
 
     python evaluate.py predictions.jsonl --data hico_20160224_det --json result.json
+    python evaluate.py predictions.jsonl --data hico_20160224_det --breakdown --ties bracket
 
 predictions.jsonl (`hoi_r1.py predict` writes it) has one line for every image of the split:
 
@@ -12,6 +13,8 @@ Boxes are x1, y1, x2, y2 in 0-based pixels of the original image, and each verb 
 image without predictions has an empty list of instances. Other keys, such as "text", are ignored.
 Printed is a row of Table 1 in percent; --json writes the same as fractions, with the AP of all 600
 classes. No GPU and no image files are needed, only anno_bbox.mat and, if at hand, anno.mat.
+What --breakdown and --ties bracket do is defined at the top of engine/breakdown.py, pair_scores.py
+and ties.py; neither changes the official result.
 
 The official MATLAB code does the following, and so does this one:
 1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
@@ -38,6 +41,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+import engine.breakdown
+import engine.pair_scores
+import engine.ties
 from engine.predictions import read_predictions
 from hicodet import HOI_IDS, OBJECTS, PAIRS, Sample, load_split, training_counts
 
@@ -55,6 +61,24 @@ class Pairs(NamedTuple):
     boxes_human: np.ndarray  # (N, 4) float xyxy, 0-based pixels of the original image
     boxes_object: np.ndarray  # (N, 4)
     score: np.ndarray  # (N,) float; in true pairs 1.0, and never read
+
+
+class Overlaps(NamedTuple):
+    """Detections beside true pairs of their image, a row for each two, in the detections' order."""
+
+    detection: np.ndarray  # (K,) int, row of the detections
+    pair: np.ndarray  # (K,) int, row of the true pairs
+    human: np.ndarray  # (K,) float, IoU of the human boxes
+    object: np.ndarray  # (K,) float
+
+
+class Split(NamedTuple):
+    """What mAP depends on besides the detections."""
+
+    npos: np.ndarray  # (600,) int, true pairs of each class
+    known: np.ndarray  # (I, 600) bool, from known_classes
+    averaged: np.ndarray  # (600,) bool, the classes that the means are over
+    rare: np.ndarray  # (600,) bool
 
 
 def _stack(rows: list[tuple]) -> Pairs:
@@ -121,6 +145,22 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.divide(shared, union, out=np.zeros(len(a)), where=overlapping)
 
 
+def overlaps(detections: Pairs, truth: Pairs, *, same_class: bool) -> Overlaps:
+    """Each detection beside each true pair of its image, and of its class if `same_class`."""
+    num_images = max(detections.image.max(initial=-1), truth.image.max(initial=-1)) + 1
+    group, true_group = (p.hoi_id * same_class * num_images + p.image for p in (detections, truth))
+    by_group = np.argsort(true_group, kind="stable")
+    start = np.searchsorted(true_group[by_group], group, side="left")
+    count = np.searchsorted(true_group[by_group], group, side="right") - start
+
+    detection = np.repeat(np.arange(len(group)), count)  # (K,)
+    first = np.cumsum(count) - count  # (N,) where a detection's rows begin
+    pair = by_group[np.arange(len(detection)) + np.repeat(start - first, count)]  # (K,)
+    human = box_iou(detections.boxes_human[detection], truth.boxes_human[pair])
+    object_ = box_iou(detections.boxes_object[detection], truth.boxes_object[pair])
+    return Overlaps(detection, pair, human, object_)
+
+
 def match(detections: Pairs, truth: Pairs) -> np.ndarray:
     """The true pair that each detection overlaps most, free or not.
 
@@ -128,26 +168,13 @@ def match(detections: Pairs, truth: Pairs) -> np.ndarray:
     two IoUs, and of equal ones the first row counts.
     Returns (N,) int: a row of `truth`, -1 where no overlap reaches MIN_IOU.
     """
-    num_images = max(detections.image.max(initial=-1), truth.image.max(initial=-1)) + 1
-    truth_group = truth.hoi_id * num_images + truth.image
-    group = detections.hoi_id * num_images + detections.image
-    by_group = np.argsort(truth_group, kind="stable")
-    start = np.searchsorted(truth_group[by_group], group, side="left")
-    count = np.searchsorted(truth_group[by_group], group, side="right") - start
-
-    # One row for each detection and each true pair of its group, K in all.
-    detection = np.repeat(np.arange(len(group)), count)  # (K,)
-    first = np.cumsum(count) - count  # (N,) where a detection's rows begin
-    candidate = by_group[np.arange(len(detection)) + np.repeat(start - first, count)]  # (K,)
-    overlap = np.minimum(
-        box_iou(detections.boxes_human[detection], truth.boxes_human[candidate]),
-        box_iou(detections.boxes_object[detection], truth.boxes_object[candidate]),
-    )
-    ranked = np.lexsort((-overlap, detection))  # stable, so the first of equal overlaps leads
-    best = ranked[first[count > 0]]
-
-    matched = np.full(len(group), -1)
-    matched[count > 0] = np.where(overlap[best] >= MIN_IOU, candidate[best], -1)
+    near = overlaps(detections, truth, same_class=True)
+    overlap = np.minimum(near.human, near.object)
+    ranked = np.lexsort((-overlap, near.detection))  # stable, so the first of equal overlaps leads
+    row, first = np.unique(near.detection, return_index=True)
+    best = ranked[first]
+    matched = np.full(len(detections.hoi_id), -1)
+    matched[row] = np.where(overlap[best] >= MIN_IOU, near.pair[best], -1)
     return matched
 
 
@@ -188,46 +215,94 @@ def ap_per_class(hoi_id: np.ndarray, right: np.ndarray, npos: np.ndarray) -> np.
     return np.array([average_precision(*pair) for pair in zip(by_class, npos, strict=True)])
 
 
-def _means(ap: np.ndarray, averaged: np.ndarray, rare: np.ndarray) -> dict:
-    """One setting of the result; averaged, rare: (600,) bool. The mean of no class is None."""
-    subsets = {"full": averaged, "rare": averaged & rare, "non_rare": averaged & ~rare}
-    means = {name: float(ap[rows].mean()) if rows.any() else None for name, rows in subsets.items()}
-    return means | {"ap": ap.tolist()}
+def measure(hoi_id: np.ndarray, image: np.ndarray, right: np.ndarray, split: Split) -> dict:
+    """Both settings of the result; the rows sorted by class, then by falling score.
+
+    Returns {"default", "known_object": {"full", "rare", "non_rare", "ap"}}; the mean of no class
+    is None.
+    """
+    # A class's detections in one image are dropped together or not at all, so the others keep
+    # their matches, and Known Object needs no second matching.
+    kept = split.known[image, hoi_id]
+    aps = {
+        "default": ap_per_class(hoi_id, right, split.npos),
+        "known_object": ap_per_class(hoi_id[kept], right[kept], split.npos),
+    }
+    averaged, rare = split.averaged, split.rare
+    rows = {"full": averaged, "rare": averaged & rare, "non_rare": averaged & ~rare}
+    return {
+        setting: {m: float(ap[rows[m]].mean()) if rows[m].any() else None for m in rows}
+        | {"ap": ap.tolist()}
+        for setting, ap in aps.items()
+    }
+
+
+def official_order(hoi_id: np.ndarray, image: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """Rows by class, then falling score; equal scores by image, then as they come."""
+    return np.lexsort((image, -score, hoi_id))  # stable
 
 
 def evaluate_arrays(
-    detections: Pairs, truth: Pairs, known: np.ndarray, train_counts: list[int], *, classes="all"
-) -> dict:
+    detections: Pairs, truth: Pairs, known: np.ndarray, train_counts: list[int],
+    *, classes: str = "all", breakdown: bool = False, ties: str = "official",
+) -> dict:  # fmt: skip
     """`evaluate` on flat arrays; known: (I, 600) bool, as `known_classes` gives it."""
     if classes not in ("all", "present"):
         raise ValueError(f'classes is "all" or "present", not {classes!r}')
-    order = np.lexsort((detections.image, -detections.score, detections.hoi_id))  # stable
+    if ties not in ("official", "bracket"):
+        raise ValueError(f'ties is "official" or "bracket", not {ties!r}')
+    order = official_order(detections.hoi_id, detections.image, detections.score)
     detections = Pairs(*(column[order] for column in detections))
-    right = true_positives(match(detections, truth))
+    matched = match(detections, truth)
+    right = true_positives(matched)
     npos = np.bincount(truth.hoi_id, minlength=len(PAIRS))
     found = np.bincount(detections.hoi_id[right], minlength=len(PAIRS))
-    # A class's detections in one image are dropped together or not at all, so the others keep
-    # their matches, and Known Object needs no second matching.
-    kept = known[detections.image, detections.hoi_id]
-    default = ap_per_class(detections.hoi_id, right, npos)
-    known_object = ap_per_class(detections.hoi_id[kept], right[kept], npos)
-
     averaged = npos > 0 if classes == "present" else npos >= 0
-    rare = np.asarray(train_counts) < RARE_BELOW
-    return {
-        "default": _means(default, averaged, rare),
-        "known_object": _means(known_object, averaged, rare),
+    split = Split(npos, known, averaged, np.asarray(train_counts) < RARE_BELOW)
+    result = measure(detections.hoi_id, detections.image, right, split) | {
         "max_recall": [f / n if n else None for f, n in zip(found.tolist(), npos.tolist())],
         "true_pairs": npos.tolist(),
         "classes": classes,
         "num_images": len(known),
         "num_predictions": len(order),
     }
+    if breakdown:
+        result |= _break_down(detections, truth, matched, split)
+    if ties == "bracket":
+        result["ties"] = _bracket_ties(detections, matched, split)
+    return result
+
+
+def _break_down(detections: Pairs, truth: Pairs, matched: np.ndarray, split: Split) -> dict:
+    """What `breakdown` adds to the result; detections in the official order."""
+
+    def full_map(hoi_id, image, score, right) -> float | None:
+        order = official_order(hoi_id, image, score)
+        return measure(hoi_id[order], image[order], right[order], split)["default"]["full"]
+
+    args = detections, truth, overlaps(detections, truth, same_class=False)
+    right, images = true_positives(matched), len(split.known)
+    return {
+        "breakdown": engine.breakdown.breakdown(*args, matched, right, full_map, min_iou=MIN_IOU),
+        "pair_scores": engine.pair_scores.pair_scores(*args, images, min_iou=MIN_IOU),
+    }
+
+
+def _bracket_ties(detections: Pairs, matched: np.ndarray, split: Split) -> dict:
+    """What `ties="bracket"` adds to the result; detections in the official order."""
+
+    def in_order(order: np.ndarray) -> dict:
+        right = true_positives(matched[order])
+        return measure(detections.hoi_id[order], detections.image[order], right, split)
+
+    right = true_positives(matched)
+    return engine.ties.bracket(detections.hoi_id, detections.score, matched, right, in_order)
 
 
 def evaluate(
-    predictions: list[dict], samples: list[Sample], train_counts: list[int], *, classes: str = "all"
-) -> dict:
+    predictions: list[dict], samples: list[Sample], train_counts: list[int],
+    *, classes: str = "all", breakdown: bool = False, ties: str = "official",
+) -> dict:  # fmt: skip
     """Official HICO-DET mAP (Sec. 4.1); what --json writes.
 
     predictions: the lines of predictions.jsonl as dicts, one for each sample in any order.
@@ -235,7 +310,8 @@ def evaluate(
     classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
     Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
     "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],
-    "classes", "num_images", "num_predictions"}; a mean over no class is None.
+    "classes", "num_images", "num_predictions"}; a mean over no class is None. With breakdown also
+    "breakdown" and "pair_scores", with ties="bracket" also "ties": see the modules of these names.
     Raises ValueError if the predictions are not for exactly the samples' images, and as
     `known_classes` does.
     """
@@ -247,21 +323,36 @@ def evaluate(
         known_classes(samples),
         train_counts,
         classes=classes,
+        breakdown=breakdown,
+        ties=ties,
     )
 
 
 def table(result: dict) -> str:
-    """The six means of `evaluate` as a row of Table 1, in percent, with its header."""
-    subsets = ("full", "rare", "non_rare")
-    means = [result[setting][m] for setting in ("default", "known_object") for m in subsets]
+    """The six means of `evaluate` as a row of Table 1, in percent, with its header.
+
+    Below it are, where the result has them, the bracket of ties and the breakdown.
+    """
     header = f"{'Default':^26} {'Known Object':^26}".rstrip()
     names = " ".join(["    Full     Rare Non-Rare"] * 2)
-    row = " ".join("       -" if mean is None else f"{100 * mean:8.2f}" for mean in means)
-    return "\n".join([header, names, row])
+    lines = [header, names, _row(result)]
+    if "ties" in result:
+        named = engine.ties.ROWS.items()
+        lines += [f"{_row(result['ties'][row])}  {name}" for row, name in named]
+    if "breakdown" in result:
+        lines += ["", engine.breakdown.table(result["breakdown"])]
+        lines += ["", engine.pair_scores.table(result["pair_scores"])]
+    return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Command line; --help prints the module docstring."""
+def _row(means: dict) -> str:
+    """The six means of both settings in percent."""
+    subsets = ("full", "rare", "non_rare")
+    values = [means[setting][m] for setting in ("default", "known_object") for m in subsets]
+    return " ".join("       -" if value is None else f"{100 * value:8.2f}" for value in values)
+
+
+def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -273,6 +364,10 @@ def main(argv: list[str] | None = None) -> None:
     add("--classes", choices=("all", "present"), default="all", help=means)
     first = "only the first so many images, as hoi_r1.py predict --limit leaves them"
     add("--limit", type=int, metavar="N", help=first)
+    why = "why true pairs were missed, mAP if each reason were mended, and F1 of pairs"
+    add("--breakdown", action="store_true", help=why)
+    order = "bracket: also mAP with equal scores in random, the best and the worst order"
+    add("--ties", choices=("official", "bracket"), default="official", help=order)
     add("--json", type=Path, metavar="OUT.JSON", help="also write the result to this file")
     args = parser.parse_args(argv)
     if args.json and args.json.resolve() == args.predictions.resolve():
@@ -281,20 +376,30 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"--limit {args.limit}: must be at least 1")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json}: give a file in a folder that exists")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line; --help prints the module docstring."""
+    args = _parse_arguments(argv)
+    choices = {name: getattr(args, name) for name in ("classes", "breakdown", "ties")}
     try:
         samples = load_split(args.data, args.split)[: args.limit]
         train_counts = training_counts(args.data)
         predictions = read_predictions(args.predictions, samples)
-        result = evaluate(predictions, samples, train_counts, classes=args.classes)
+        result = evaluate(predictions, samples, train_counts, **choices)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {error}")
     absent = result["true_pairs"].count(0)
     if absent and args.classes == "all":
         note = f"{absent} classes have no true pair here and count as 0; see --classes present"
         print(note, file=sys.stderr)
-    print(table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+    print(table(result), flush=True)
+    try:
+        if args.json:
+            args.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+    except OSError as error:
+        sys.exit(f"evaluate.py: error: {error}")
 
 
 if __name__ == "__main__":

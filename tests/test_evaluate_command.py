@@ -166,6 +166,20 @@ def test_command_prints_a_row_of_table_1_and_writes_json(dataset):
     assert (written["num_images"], written["num_predictions"]) == (3, 3)
 
 
+def test_command_prints_and_writes_the_breakdown_and_the_bracket(dataset, capsys):
+    out = dataset / "out.json"
+    arguments = [dataset / "p.jsonl", "--data", dataset, "--classes", "present", "--json", out]
+    assert run_main(*arguments) is None
+    plain, official = capsys.readouterr().out, json.loads(out.read_text())
+    assert run_main(*arguments, "--breakdown", "--ties", "bracket") is None
+    printed, written = capsys.readouterr().out, json.loads(out.read_text())
+    assert printed.startswith(plain)
+    for part in "in the worst order", "0 of 2 true pairs missed", "all pairs (micro)":
+        assert part in printed
+    assert {key: written.pop(key) for key in ("breakdown", "pair_scores", "ties")}
+    assert written == official
+
+
 def test_command_counts_absent_classes_by_default(dataset):
     done = command(dataset / "p.jsonl", "--data", dataset)
     assert done.stderr.startswith("598 classes have no true pair here and count as 0")
@@ -235,6 +249,14 @@ def test_command_does_not_overwrite_its_input(dataset):
     done = command(dataset / "p.jsonl", "--data", dataset, "--json", dataset / "p.jsonl")
     assert done.returncode == 2 and "would overwrite the predictions" in done.stderr
     assert (dataset / "p.jsonl").read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_command_reports_a_full_disk_in_one_line(dataset):
+    done = command(dataset / "p.jsonl", "--data", dataset, "--json", "/dev/full")
+    assert done.returncode == 1 and "Known Object" in done.stdout
+    assert done.stderr.splitlines()[-1].startswith("evaluate.py: error: [Errno 28] No space left")
+    assert "Traceback" not in done.stderr
 
 
 def test_help_shows_an_example_and_the_format():

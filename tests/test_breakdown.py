@@ -1,0 +1,314 @@
+"""engine/breakdown.py: cases worked by hand, and a slow reference on random data."""
+
+import random
+
+import numpy as np
+import pytest
+
+import evaluate
+import hicodet
+from engine import breakdown
+from tests.test_evaluate import (
+    BOX, FAR, HOLD_BICYCLE, MANY, RIDE_BICYCLE, RIDE_HORSE, make_line, make_sample, random_problem,
+    reference_iou,
+)  # fmt: skip
+
+THIRD = (0.0, 0.0, 29.0, 9.0)  # overlaps BOX by 100 / 300
+TENTH = (0.0, 0.0, 99.0, 9.0)  # by 100 / 1000
+ELEVENTH = (0.0, 0.0, 109.0, 9.0)  # by 100 / 1100
+
+
+def result_of(samples, lines):
+    return evaluate.evaluate(lines, samples, MANY, classes="present", breakdown=True)
+
+
+def broken_down(truth, detections):
+    """The breakdown of one image; truth: (human, object, hoi_id), detections: with a score."""
+    known = {hicodet.PAIRS[hoi_id][1] for *_, hoi_id in truth}
+    sample = make_sample("a", truth, known)
+    return result_of([sample], [make_line("a", detections)])["breakdown"]
+
+
+# ---- why a pair was missed
+
+
+@pytest.mark.parametrize(
+    ("kind", "detections"),
+    [
+        ("image unparsed", []),
+        ("wrong verb", [(BOX, BOX, HOLD_BICYCLE, 1.0)]),
+        ("wrong object", [(BOX, BOX, RIDE_HORSE, 1.0)]),
+        ("box below 0.5", [(THIRD, BOX, RIDE_BICYCLE, 1.0)]),
+        ("box below 0.5", [(BOX, THIRD, RIDE_BICYCLE, 1.0)]),
+        ("box below 0.5", [(BOX, TENTH, RIDE_BICYCLE, 1.0)]),
+        ("no such object box", [(BOX, ELEVENTH, RIDE_BICYCLE, 1.0)]),
+        ("no such object box", [(BOX, THIRD, HOLD_BICYCLE, 1.0)]),  # another class is not near
+        ("no such object box", [(BOX, FAR, RIDE_HORSE, 1.0)]),
+        ("no such person box", [(FAR, BOX, RIDE_BICYCLE, 1.0)]),
+        ("no such person box", [(FAR, FAR, RIDE_BICYCLE, 1.0)]),
+        ("not paired", [(BOX, FAR, RIDE_HORSE, 1.0), (FAR, BOX, HOLD_BICYCLE, 1.0)]),
+        (None, [(BOX, BOX, RIDE_BICYCLE, 1.0)]),
+    ],
+)  # fmt: skip
+def test_reason_of_one_pair(kind, detections):
+    result = broken_down([(BOX, BOX, RIDE_BICYCLE)], detections)
+    assert result["why"] == [kind]
+    assert result["missed"] == (kind is not None)
+    assert {k: row["pairs"] for k, row in result["kinds"].items() if row["pairs"]} == (
+        {kind: 1} if kind else {}
+    )
+
+
+def test_a_detection_that_counts_for_another_pair():
+    wide = (0.0, 0.0, 11.0, 9.0)  # overlaps BOX by 100 / 120
+    truth = [(BOX, BOX, RIDE_BICYCLE), (wide, wide, RIDE_BICYCLE)]
+    result = broken_down(truth, [(BOX, BOX, RIDE_BICYCLE, 1.0)])
+    assert result["why"] == [None, "duplicate taken"]
+
+
+def test_the_first_reason_that_fits_is_the_one():
+    """Faults from the smallest to the largest; without the first the next is the reason."""
+    wide = (0.0, 0.0, 11.0, 9.0)
+    truth = [(wide, wide, RIDE_BICYCLE), (BOX, BOX, RIDE_BICYCLE)]
+    faults = [
+        ("duplicate taken", (wide, wide, RIDE_BICYCLE, 1.0)),
+        ("wrong verb", (BOX, BOX, HOLD_BICYCLE, 1.0)),
+        ("wrong object", (BOX, BOX, RIDE_HORSE, 1.0)),
+        ("box below 0.5", (TENTH, TENTH, RIDE_BICYCLE, 1.0)),
+        ("no such person box", (FAR, BOX, RIDE_BICYCLE, 1.0)),
+    ]
+    for start, (kind, _) in enumerate(faults):
+        result = broken_down(truth, [detection for _, detection in faults[start:]])
+        assert result["why"][1] == kind
+
+
+def test_each_image_by_itself():
+    samples = [make_sample(name, [(BOX, BOX, RIDE_BICYCLE)]) for name in "ab"]
+    lines = [make_line("a", [(BOX, BOX, HOLD_BICYCLE, 1.0)]), make_line("b")]
+    assert result_of(samples, lines)["breakdown"]["why"] == ["wrong verb", "image unparsed"]
+
+
+def reference_reason(pair, detections, found):
+    """One pair; detections: (human, object, hoi_id, score) of its image."""
+    if found:
+        return None
+    if not detections:
+        return "image unparsed"
+    verb, name = hicodet.PAIRS[pair.hoi_id]
+    seen, persons, objects = set(), [], []
+    for human, object_, hoi_id, _ in detections:
+        other_verb, other_name = hicodet.PAIRS[hoi_id]
+        person, thing = reference_iou(human, pair.human), reference_iou(object_, pair.object)
+        persons.append(person)
+        objects.append(thing)
+        if person >= 0.5 and thing >= 0.5:
+            if other_name != name:
+                seen.add("wrong object")
+            else:
+                seen.add("duplicate taken" if other_verb == verb else "wrong verb")
+        elif hoi_id == pair.hoi_id and person >= 0.1 and thing >= 0.1:
+            seen.add("box below 0.5")
+    for kind in "duplicate taken", "wrong verb", "wrong object", "box below 0.5":
+        if kind in seen:
+            return kind
+    if max(persons) < 0.5:
+        return "no such person box"
+    return "no such object box" if max(objects) < 0.5 else "not paired"
+
+
+def flat(samples, lines):
+    """[(image, pair)] and [(image, (human, object, hoi_id, score))] in the official order."""
+    pairs = [(i, pair) for i, sample in enumerate(samples) for pair in sample.pairs]
+    detections = []
+    for i, line in enumerate(lines):
+        for instance in line["instances"]:
+            hoi_id = hicodet.HOI_IDS[instance["verbs"][0], instance["object_class"]]
+            boxes = instance["human"], instance["object"]
+            detections.append((i, (*boxes, hoi_id, instance["scores"][0])))
+    return pairs, sorted(detections, key=lambda row: -row[1][3])
+
+
+def reference_found(pairs, detections):
+    """{row of pairs: row of the detection that is right for it}, one detection after the other."""
+    taken = {}
+    for row, (image, (human, object_, hoi_id, _)) in enumerate(detections):
+        best, best_overlap = None, 0.0
+        for p, (true_image, pair) in enumerate(pairs):
+            if true_image == image and pair.hoi_id == hoi_id:
+                ious = reference_iou(human, pair.human), reference_iou(object_, pair.object)
+                if min(ious) > best_overlap:
+                    best, best_overlap = p, min(ious)
+        if best_overlap >= 0.5 and best not in taken:
+            taken[best] = row
+    return taken
+
+
+def small_problems(count):
+    """Random problems in which images have no or few detections, some of them of other classes."""
+    for _ in range(count):
+        seed = random.randrange(2**32)
+        rng = random.Random(seed)
+        samples, lines = random_problem(rng)
+        for line in lines:
+            line["instances"] = line["instances"][: rng.choice((0, 1, 3, 99))]
+            for instance in rng.sample(line["instances"], len(line["instances"]) // 2):
+                hoi_id = rng.choice((RIDE_BICYCLE, HOLD_BICYCLE, HOLD_BICYCLE, RIDE_HORSE))
+                verb, instance["object_class"] = hicodet.PAIRS[hoi_id]
+                instance["verbs"] = [verb]
+        yield seed, samples, lines
+
+
+def test_reasons_equal_the_reference_on_random_data():
+    seen = set()
+    for seed, samples, lines in small_problems(50):
+        pairs, detections = flat(samples, lines)
+        found = reference_found(pairs, detections)
+        expected = [
+            reference_reason(pair, [d for i, d in detections if i == image], row in found)
+            for row, (image, pair) in enumerate(pairs)
+        ]
+        result = result_of(samples, lines)["breakdown"]
+        assert result["why"] == expected, seed
+        assert sum(row["pairs"] for row in result["kinds"].values()) == result["missed"]
+        seen |= set(expected)
+    assert seen == {None, *breakdown.KINDS}
+
+
+# ---- mAP if a kind were mended
+
+
+def test_a_wrong_verb_is_replaced():
+    # Image a: "hold" at 0.9 for "ride". Image b: "hold" is right at 0.5. Before: ride 0, and hold
+    # 1/2 behind the wrong one. Mended: ride is right at 0.9 and the wrong "hold" is gone: 1 and 1.
+    ride, hold = (BOX, BOX, RIDE_BICYCLE), (BOX, BOX, HOLD_BICYCLE)
+    samples = [make_sample("a", [ride]), make_sample("b", [hold])]
+    lines = [make_line("a", [(*hold, 0.9)]), make_line("b", [(*hold, 0.5)])]
+    result = result_of(samples, lines)
+    assert result["default"]["full"] == pytest.approx(0.25)
+    kinds = result["breakdown"]["kinds"]
+    assert kinds["wrong verb"]["map_gain"] == pytest.approx(0.75)
+    assert all(row["map_gain"] == 0 for kind, row in kinds.items() if kind != "wrong verb")
+
+
+def test_a_right_detection_of_another_verb_stays():
+    # "hold" is right and "ride" forgotten: hold keeps its AP of 1, ride goes from 0 to 1.
+    truth = [(BOX, BOX, HOLD_BICYCLE), (BOX, BOX, RIDE_BICYCLE)]
+    result = broken_down(truth, [(BOX, BOX, HOLD_BICYCLE, 0.9)])
+    assert result["kinds"]["wrong verb"] == {"pairs": 1, "map_gain": pytest.approx(0.5)}
+
+
+def test_the_mended_detection_has_the_best_score_of_those_at_fault():
+    # A wrong "ride" elsewhere at 0.5. Found at 0.9 the pair is first: AP 1; at 0.3 it would be 1/2.
+    truth, hold = [(BOX, BOX, RIDE_BICYCLE)], (BOX, BOX, HOLD_BICYCLE)
+    lower = [(*hold, 0.3), (FAR, FAR, RIDE_BICYCLE, 0.5)]
+    both = [*lower, (*hold, 0.9)]
+    assert broken_down(truth, both)["kinds"]["wrong verb"]["map_gain"] == pytest.approx(1.0)
+    assert broken_down(truth, lower)["kinds"]["wrong verb"]["map_gain"] == pytest.approx(0.5)
+
+
+def test_a_box_below_half_is_replaced():
+    # Wrong at 0.9 and, by its box alone, at 0.5: the second becomes right, behind the first.
+    wrong = [(FAR, FAR, RIDE_BICYCLE, 0.9), (BOX, THIRD, RIDE_BICYCLE, 0.5)]
+    result = broken_down([(BOX, BOX, RIDE_BICYCLE)], wrong)
+    assert result["kinds"]["box below 0.5"]["map_gain"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "detections"),
+    [
+        ("no such person box", [(FAR, BOX, RIDE_BICYCLE, 0.1)]),
+        ("no such object box", [(BOX, FAR, RIDE_BICYCLE, 0.1)]),
+        ("not paired", [(BOX, FAR, HOLD_BICYCLE, 0.9), (FAR, BOX, RIDE_BICYCLE, 0.1)]),
+    ],
+)
+def test_without_a_detection_at_fault_the_pair_is_found_last(kind, detections):
+    # Behind one wrong detection of the class, whatever its score: precision 1/2 at recall 1.
+    result = broken_down([(BOX, BOX, RIDE_BICYCLE)], detections)
+    assert result["kinds"][kind]["map_gain"] == pytest.approx(0.5)
+
+
+def test_an_unparsed_image_is_found_last():
+    samples = [make_sample(name, [(BOX, BOX, RIDE_BICYCLE)]) for name in "ab"]
+    lines = [make_line("a", [(FAR, BOX, RIDE_BICYCLE, 0.1)]), make_line("b")]
+    # One wrong, then one right of two pairs: precision 1/2 at recall 1/2, 6 of 11 levels.
+    kinds = result_of(samples, lines)["breakdown"]["kinds"]
+    assert kinds["image unparsed"] == {"pairs": 1, "map_gain": pytest.approx(0.5 * 6 / 11)}
+
+
+def reference_mended_map(kind, why, pairs, detections, right):
+    """Full mAP over the classes present after one kind was mended; row after row."""
+    rows, removed = [], set()
+    for (image, pair), reason in zip(pairs, why, strict=True):
+        if reason != kind:
+            continue
+        at_fault = [
+            row for row, (other, detection) in enumerate(detections)
+            if other == image and reference_reason(pair, [detection], found=False) == kind
+        ] if kind in breakdown.KINDS[1:5] else []  # fmt: skip
+        score = max((detections[row][1][3] for row in at_fault), default=float("-inf"))
+        rows.append((score, image, pair.hoi_id, True))
+        removed |= set(at_fault) - right
+    rows = [
+        (detection[3], image, detection[2], row in right)
+        for row, (image, detection) in enumerate(detections) if row not in removed
+    ] + rows  # fmt: skip
+    aps = []
+    for hoi_id in {pair.hoi_id for _, pair in pairs}:
+        npos = sum(pair.hoi_id == hoi_id for _, pair in pairs)
+        ranked = sorted((-row[0], row[1], n) for n, row in enumerate(rows) if row[2] == hoi_id)
+        points, hits = [], 0
+        for seen, (_, _, n) in enumerate(ranked, start=1):
+            hits += rows[n][3]
+            points.append((hits / npos, hits / seen))
+        best = [max((p for r, p in points if r >= k * 0.1), default=0.0) for k in range(11)]
+        aps.append(sum(best) / 11)
+    return sum(aps) / len(aps)
+
+
+def test_gains_equal_the_reference_on_random_data():
+    gained = set()
+    for seed, samples, lines in small_problems(40):
+        pairs, detections = flat(samples, lines)
+        if not pairs:
+            continue
+        right = set(reference_found(pairs, detections).values())
+        result = result_of(samples, lines)
+        why = result["breakdown"]["why"]
+        for kind, row in result["breakdown"]["kinds"].items():
+            expected = reference_mended_map(kind, why, pairs, detections, right)
+            got = result["default"]["full"] + row["map_gain"]
+            assert got == pytest.approx(expected, abs=1e-12), (seed, kind)
+            assert row["map_gain"] >= 0
+            gained |= {kind} if row["map_gain"] > 1e-9 else set()
+    assert gained == set(breakdown.KINDS)
+
+
+# ---- what is printed
+
+
+def test_table_by_hand():
+    truth = [(BOX, BOX, HOLD_BICYCLE), (BOX, BOX, RIDE_BICYCLE)]
+    lines = breakdown.table(broken_down(truth, [(BOX, BOX, HOLD_BICYCLE, 0.9)])).splitlines()
+    assert lines[0].split() == "1 of 2 true pairs missed pairs share mAP if mended".split()
+    assert [line.split()[-3:] for line in lines[1:]] == [
+        ["1", "100.0%", "+50.00"] if "wrong verb" in line else ["0", "0.0%", "+0.00"]
+        for line in lines[1:]
+    ]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_nothing_to_average_and_nothing_missed_are_dashes():
+    result = result_of([make_sample("a")], [make_line("a")])
+    assert {row["map_gain"] for row in result["breakdown"]["kinds"].values()} == {None}
+    rows = breakdown.table(result["breakdown"]).splitlines()[1:]
+    assert {tuple(line.split()[-3:]) for line in rows} == {("0", "-", "-")}
+
+
+def test_arrays_are_not_changed():
+    samples, lines = random_problem(random.Random())
+    detections, truth = evaluate.detection_arrays(lines, samples), evaluate.truth_arrays(samples)
+    before = [column.copy() for column in (*detections, *truth)]
+    known = evaluate.known_classes(samples)
+    evaluate.evaluate_arrays(detections, truth, known, MANY, breakdown=True, ties="bracket")
+    for column, copy in zip((*detections, *truth), before, strict=True):
+        np.testing.assert_array_equal(column, copy)

@@ -1,0 +1,181 @@
+"""engine/pair_scores.py: cases worked by hand, and a slow reference on random data."""
+
+import random
+
+import numpy as np
+import pytest
+
+import evaluate
+import hicodet
+from engine import pair_scores
+from tests.test_evaluate import (
+    BOX, FAR, HOLD_BICYCLE, MANY, RIDE_BICYCLE, RIDE_HORSE, make_line, make_sample, random_problem,
+    reference_iou,
+)  # fmt: skip
+
+
+def scores_of(samples, lines):
+    return evaluate.evaluate(lines, samples, MANY, breakdown=True)["pair_scores"]
+
+
+def averaged(precision, recall, f1):
+    return [pytest.approx(value) for value in (precision, recall, f1)]
+
+
+def shares(result, key):
+    return [result[key][name] for name in ("precision", "recall", "f1")]
+
+
+def test_as_many_hits_as_possible():
+    """The first detection fits both pairs, the second only the first: two hits, not one."""
+    assert pair_scores.one_to_one(np.array([0, 0, 1]), np.array([0, 1, 0]), (3, 2)).tolist() == [
+        True, True, False,
+    ]  # fmt: skip
+    # mAP's rule gives both detections to BOX, which each overlaps most: 100 / 100 and 100 / 130.
+    wide, wider = (0, 0, 12, 9), (0, 0, 9, 12)
+    sample = make_sample("a", [(BOX, BOX, RIDE_BICYCLE), (wider, BOX, RIDE_BICYCLE)])
+    line = make_line("a", [(BOX, BOX, RIDE_BICYCLE, 1.0), (wide, BOX, RIDE_BICYCLE, 0.5)])
+    result = evaluate.evaluate([line], [sample], MANY, breakdown=True)
+    assert result["max_recall"][RIDE_BICYCLE] == 0.5
+    assert shares(result["pair_scores"], "micro") == [1.0, 1.0, 1.0]
+
+
+def test_averages_by_hand():
+    """Image a: one of two pairs, and a wrong detection; b: an exact one; c: a stray one."""
+    samples = [
+        make_sample("a", [(BOX, BOX, RIDE_BICYCLE), (BOX, BOX, HOLD_BICYCLE)]),
+        make_sample("b", [(BOX, BOX, RIDE_BICYCLE)]),
+        make_sample("c"),
+        make_sample("d", [(BOX, BOX, HOLD_BICYCLE)]),
+        make_sample("e"),
+    ]
+    lines = [
+        make_line("a", [(BOX, BOX, RIDE_BICYCLE, 1.0), (FAR, BOX, HOLD_BICYCLE, 1.0)]),
+        make_line("b", [(BOX, BOX, RIDE_BICYCLE, 1.0)]),
+        make_line("c", [(BOX, BOX, RIDE_HORSE, 1.0)]),
+        make_line("d"),
+        make_line("e"),
+    ]
+    result = scores_of(samples, lines)
+    # 2 hits of 4 detections and 4 pairs.
+    assert shares(result, "micro") == averaged(1 / 2, 1 / 2, 1 / 2)
+    # ride 2 of 2 and 2; hold 0 of 1 and 2; horse 0 of 1 and 0. Of 600 classes 597 have neither.
+    assert shares(result, "macro") == averaged((1 + 0 + 0) / 3, (1 + 0) / 2, (1 + 0 + 0) / 3)
+    assert result["macro"]["left_out"] == {"precision": 597, "recall": 598, "f1": 597}
+    # a 1 of 2 and 2; b 1 of 1 and 1; c 0 of 1 and 0; d 0 of 0 and 1; e nothing.
+    expected = averaged((0.5 + 1 + 0) / 3, (0.5 + 1 + 0) / 3, (0.5 + 1 + 0 + 0) / 4)
+    assert shares(result, "image") == expected
+    assert result["image"]["left_out"] == {"precision": 2, "recall": 2, "f1": 1}
+    assert result["image"]["exact"] == pytest.approx(2 / 5)  # b and e
+
+
+def test_a_duplicate_is_a_wrong_detection():
+    sample = make_sample("a", [(BOX, BOX, RIDE_BICYCLE)])
+    result = scores_of([sample], [make_line("a", [(BOX, BOX, RIDE_BICYCLE, 1.0)] * 2)])
+    assert shares(result, "micro") == averaged(1 / 2, 1, 2 / 3)
+    assert result["image"]["exact"] == 0
+
+
+def test_class_and_image_must_agree_and_half_is_enough():
+    truth = [(BOX, BOX, RIDE_BICYCLE)]
+    samples = [make_sample("a", truth), make_sample("b")]
+    right, verb = (BOX, (0, 0, 19, 9), RIDE_BICYCLE, 1.0), (BOX, BOX, HOLD_BICYCLE, 1.0)
+    small = (BOX, (0, 0, 20, 9), RIDE_BICYCLE, 1.0)
+    for a, b, hits in ([right], [], 1), ([], [right], 0), ([verb], [], 0), ([small], [], 0):
+        result = scores_of(samples, [make_line("a", a), make_line("b", b)])
+        assert result["micro"]["recall"] == hits
+
+
+def test_scores_and_order_play_no_part():
+    samples, lines = random_problem(random.Random())
+    expected = scores_of(samples, lines)
+    rng = random.Random()
+    for line in lines:
+        rng.shuffle(line["instances"])
+        for instance in line["instances"]:
+            instance["scores"] = [rng.random()]
+    assert scores_of(samples, lines) == expected
+
+
+def most_hits(fits, taken=frozenset()):
+    """The largest one-to-one matching by trying all; fits: for each detection, rows of pairs."""
+    if not fits:
+        return 0
+    best = most_hits(fits[1:], taken)
+    for pair in fits[0]:
+        if pair not in taken:
+            best = max(best, 1 + most_hits(fits[1:], taken | {pair}))
+    return best
+
+
+def reference_counts(samples, lines):
+    """{(image, class): [hits, detections, pairs]} of the classes that random_problem uses."""
+    counts = {}
+    for image, (sample, line) in enumerate(zip(samples, lines, strict=True)):
+        for hoi_id in RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE, 599:
+            verb, name = hicodet.PAIRS[hoi_id]
+            pairs = [pair for pair in sample.pairs if pair.hoi_id == hoi_id]
+            detections = [
+                i for i in line["instances"] if (i["verbs"], i["object_class"]) == ([verb], name)
+            ]
+            fits = [
+                [
+                    row for row, pair in enumerate(pairs)
+                    if reference_iou(i["human"], pair.human) >= 0.5
+                    and reference_iou(i["object"], pair.object) >= 0.5
+                ]
+                for i in detections
+            ]  # fmt: skip
+            counts[image, hoi_id] = [most_hits(fits), len(detections), len(pairs)]
+    return counts
+
+
+def reference_averages(groups):
+    """Precision, recall and F1 of each [hits, detections, pairs], averaged."""
+    columns = [
+        [hits / detections for hits, detections, _ in groups if detections],
+        [hits / pairs for hits, _, pairs in groups if pairs],
+        [2 * hits / (d + p) for hits, d, p in groups if d + p],
+    ]
+    return [pytest.approx(sum(c) / len(c)) if c else None for c in columns]
+
+
+def test_equals_the_reference_on_random_data():
+    for _ in range(20):
+        seed = random.randrange(2**32)
+        samples, lines = random_problem(random.Random(seed))
+        for line in lines:
+            line["instances"] = line["instances"][:7]  # all matchings are tried
+        counts = reference_counts(samples, lines)
+        result = scores_of(samples, lines)
+
+        def summed(axis):
+            keys = sorted({key[axis] for key in counts})
+            rows = [[c for key, c in counts.items() if key[axis] == k] for k in keys]
+            return [[sum(column) for column in zip(*row)] for row in rows]
+
+        images, classes = summed(0), summed(1)
+        everything = [[sum(column) for column in zip(*images)]]
+        assert shares(result, "micro") == reference_averages(everything), seed
+        assert shares(result, "macro") == reference_averages(classes), seed
+        assert shares(result, "image") == reference_averages(images), seed
+        exact = sum(hits == detections == pairs for hits, detections, pairs in images)
+        assert result["image"]["exact"] == pytest.approx(exact / len(images)), seed
+
+
+@pytest.mark.filterwarnings("error")  # no 0 / 0
+def test_nothing_at_all():
+    result = scores_of([], [])
+    assert shares(result, "micro") == [None] * 3 and result["image"]["exact"] is None
+    rows = [line.split() for line in pair_scores.table(result).splitlines()[1:]]
+    assert [row.count("-") for row in rows] == [3, 3, 4]
+
+
+def test_table_by_hand():
+    samples = [make_sample("a", [(BOX, BOX, RIDE_BICYCLE)]), make_sample("b")]
+    lines = [make_line("a", [(BOX, BOX, RIDE_BICYCLE, 1.0)] * 2), make_line("b")]
+    printed = pair_scores.table(scores_of(samples, lines)).splitlines()
+    assert printed[0].split()[-4:] == ["Precision", "Recall", "F1", "Exact"]
+    assert printed[1].split()[-3:] == ["50.00", "100.00", "66.67"]
+    assert printed[3].split()[-4:] == ["50.00", "100.00", "66.67", "50.00"]
+    assert printed[0].index("F1") + 2 == printed[1].index("66.67") + 5  # columns end together
