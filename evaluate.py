@@ -13,8 +13,8 @@ Boxes are x1, y1, x2, y2 in 0-based pixels of the original image, and each verb 
 image without predictions has an empty list of instances. Other keys, such as "text", are ignored.
 Printed is a row of Table 1 in percent; --json writes the same as fractions, with the AP of all 600
 classes. No GPU and no image files are needed, only anno_bbox.mat and, if at hand, anno.mat.
-What --breakdown and --ties bracket do is defined at the top of engine/breakdown.py, pair_scores.py
-and ties.py; neither changes the official result.
+What --breakdown, --ties bracket and --official-mat do is defined at the top of engine/breakdown.py,
+pair_scores.py, ties.py and official_mat.py; none of them changes the official result.
 
 The official MATLAB code does the following, and so does this one:
 1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
@@ -42,6 +42,7 @@ from typing import NamedTuple
 import numpy as np
 
 import engine.breakdown
+import engine.official_mat
 import engine.pair_scores
 import engine.ties
 from engine.predictions import read_predictions
@@ -369,6 +370,8 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     order = "bracket: also mAP with equal scores in random, the best and the worst order"
     add("--ties", choices=("official", "bracket"), default="official", help=order)
     add("--json", type=Path, metavar="OUT.JSON", help="also write the result to this file")
+    layout = "also write the detections as the official MATLAB code reads them (takes minutes)"
+    add("--official-mat", type=Path, metavar="DIR", help=layout)
     args = parser.parse_args(argv)
     if args.json and args.json.resolve() == args.predictions.resolve():
         parser.error("--json would overwrite the predictions")
@@ -376,6 +379,11 @@ def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--limit {args.limit}: must be at least 1")
     if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
         parser.error(f"--json {args.json}: give a file in a folder that exists")
+    if args.official_mat and args.limit:
+        parser.error("--official-mat is for code that wants the whole split: leave out --limit")
+    mat = args.official_mat
+    if mat and (mat.is_file() or not mat.parent.is_dir()):
+        parser.error(f"--official-mat {mat}: give a folder, which is made if its parent exists")
     return args
 
 
@@ -398,6 +406,9 @@ def main(argv: list[str] | None = None) -> None:
     try:
         if args.json:
             args.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+        if args.official_mat:
+            rows = detection_arrays(predictions, samples)
+            engine.official_mat.write_official(args.official_mat, rows, len(samples))
     except OSError as error:
         sys.exit(f"evaluate.py: error: {error}")
 

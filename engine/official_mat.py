@@ -1,0 +1,39 @@
+"""Detections in the files that the official MATLAB code reads (HO-RCNN, eval_one.m).
+
+This is its format 'obj': one file for each object class, detections_01.mat to detections_80.mat in
+COCO's order of objects, each with a cell array all_boxes{action, image}: the object's HOI classes
+in HICO's order, the images in that of the annotations. A cell has a row of nine for each detection:
+human x1 y1 x2 y2, object x1 y1 x2 y2, score; pixels count from 0, as they do here (the official
+code adds 1). The order of a cell's rows decides between equal scores.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from hicodet import OBJECTS, PAIRS
+
+
+def write_official(folder: Path, detections, num_images: int) -> None:
+    """Writes the 80 files, over older ones; the folder is made if its parent exists.
+
+    detections: evaluate.Pairs, the rows of an image and class in the order of ties. The 5.8 million
+    cells of the test set, most of them empty, take minutes.
+    """
+    from scipy.io import savemat  # only here, as SciPy would slow down --help
+
+    rows = np.column_stack([detections.boxes_human, detections.boxes_object, detections.score])
+    group = detections.hoi_id * num_images + detections.image
+    order = np.argsort(group, kind="stable")
+    present, first = np.unique(group[order], return_index=True)
+    cells = dict(zip(present.tolist(), np.split(rows[order], first[1:])))
+    empty = np.zeros((0, 9))
+    folder.mkdir(exist_ok=True)
+    for number, object_class in enumerate(OBJECTS, start=1):
+        hoi_ids = [i for i, (_, name) in enumerate(PAIRS) if name == object_class]
+        all_boxes = np.empty((len(hoi_ids), num_images), dtype=object)
+        for action, hoi_id in enumerate(hoi_ids):
+            for image in range(num_images):
+                all_boxes[action, image] = cells.get(hoi_id * num_images + image, empty)
+        path = folder / f"detections_{number:02d}.mat"
+        savemat(path, {"all_boxes": all_boxes}, do_compression=True)
