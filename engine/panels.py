@@ -1,0 +1,186 @@
+"""Ground truth and prediction of one image side by side, one colour a pair.
+
+A predicted pair has the colour of the true pair that it finds; true pairs that were missed say so,
+and predictions that find nothing are grey. A line runs from the person, where it has a dot, to the
+object. Labels never cover each other: one without room goes below the picture.
+Boxes are xyxy in pixels of the original image.
+"""
+
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from hicodet import HOI, Box, iou, to_model_frame
+
+COLOURS = ("#0072b2", "#d1495b", "#00875f", "#8e44ad", "#b35900", "#00829b", "#5f6b00", "#a13d7d")
+UNMATCHED = "#5c6066"
+MATCH_IOU = 0.5  # Sec. 4.1
+GRID = 4  # pixels between the places that are tried for a label
+
+
+def match_pairs(truth: Sequence[HOI], predicted: Sequence[HOI]) -> list[int | None]:
+    """The true pair that each predicted pair finds, by its index; None if it finds none.
+
+    In the order of the predictions; each takes the free true pair of its object class that it
+    overlaps most, if the smaller of the two IoUs is at least 0.5. Verbs do not matter here.
+    """
+    found: list[int | None] = []
+    for pair in predicted:
+        overlaps = [
+            (min(iou(pair.human, true.human), iou(pair.object, true.object)), -index)
+            for index, true in enumerate(truth)
+            if true.object_class == pair.object_class and index not in found
+        ]
+        overlap, index = max(overlaps, default=(0.0, 0))
+        found.append(-index if overlap >= MATCH_IOU else None)
+    return found
+
+
+def missed_pairs(truth: Sequence[HOI], predicted: Sequence[HOI]) -> int:
+    """How many (pair, verb) of the ground truth no prediction names."""
+    named = {
+        (index, verb)
+        for index, pair in zip(match_pairs(truth, predicted), predicted, strict=True)
+        for verb in pair.verbs
+    }
+    true = [(index, verb) for index, pair in enumerate(truth) for verb in pair.verbs]
+    return sum(pair not in named for pair in true)
+
+
+def compare(
+    image: Image.Image, truth: Sequence[HOI], predicted: Sequence[HOI], *, width: int = 640
+) -> tuple[Image.Image, Image.Image]:
+    """The picture of the ground truth and the picture of the prediction, each `width` wide."""
+    found = match_pairs(truth, predicted)
+    notes = ["" if index in found else " (missed)" for index in range(len(truth))]
+    left = draw_pairs(image, truth, range(len(truth)), notes, width=width)
+    return left, draw_pairs(image, predicted, found, width=width)
+
+
+def draw_pairs(
+    image: Image.Image,
+    hois: Sequence[HOI],
+    colours: Sequence[int | None],
+    notes: Sequence[str] = (),
+    *,
+    width: int = 640,
+) -> Image.Image:
+    """A new picture, `width` wide, with both boxes of every pair, its line and its label.
+
+    colours: one for each pair, an index into COLOURS that wraps around, or None for grey.
+    notes: what to add to the labels; none if empty.
+    """
+    size = width, max(1, round(width * image.height / image.width))
+    picture = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(picture)
+    font = ImageFont.load_default(size=max(17, width // 32))
+    tones = [UNMATCHED if c is None else COLOURS[c % len(COLOURS)] for c in colours]
+    pairs = [
+        [_corners(to_model_frame(box, image.size, size)) for box in (hoi.human, hoi.object)]
+        for hoi in hois
+    ]
+    for boxes, tone in zip(pairs, tones, strict=True):
+        _draw_pair(draw, *boxes, tone, thick=max(3, width // 200))
+    texts = [f"{', '.join(h.verbs)} {h.object_class}" for h in hois]
+    texts = [text + note for text, note in zip(texts, notes or [""] * len(texts), strict=True)]
+    # labels last, so that no line crosses one
+    smaller = (min(boxes, key=_area) for boxes in pairs)  # several pairs may share the larger one
+    left_out = _draw_labels(draw, size, font, zip(texts, smaller, tones))
+    return _with_lines_below(picture, left_out, font)
+
+
+def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
+    """One picture of several, on white, aligned at the top."""
+    width = sum(picture.width for picture in pictures) + gap * (len(pictures) - 1)
+    sheet = Image.new("RGB", (width, max(picture.height for picture in pictures)), "white")
+    left = 0
+    for picture in pictures:
+        sheet.paste(picture, (left, 0))
+        left += picture.width + gap
+    return sheet
+
+
+def _corners(box: Box) -> Box:
+    """A box that a model may have written the wrong way round, as the drawing library wants it."""
+    return min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])
+
+
+def _area(box: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def _draw_pair(draw: ImageDraw.ImageDraw, human: Box, obj: Box, tone: str, *, thick: int) -> None:
+    """Both boxes and the line between their centres, on a white edge that any photograph shows."""
+    ends = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (human, obj)]
+    x, y = ends[0]
+    for colour, extra in (("white", 1), (tone, 0)):
+        for x1, y1, x2, y2 in (human, obj):
+            corners = (x1 - extra, y1 - extra, x2 + extra, y2 + extra)
+            draw.rectangle(corners, outline=colour, width=thick + 2 * extra)
+        draw.line(ends, fill=colour, width=thick + 2 * extra)
+        radius = 2 * thick + extra
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+
+
+def _draw_labels(draw: ImageDraw.ImageDraw, size: tuple[int, int], font, labels) -> list[str]:
+    """Writes each (text, box, colour) as near below its box as there is room.
+
+    Returns the labels that found none.
+    """
+    taken: list[Box] = []
+    left_out, height = [], round(font.size * 1.45)
+    for text, box, tone in labels:
+        width = font.getlength(text) + font.size * 0.8
+        wanted = ((box[0] + box[2] - width) / 2, box[3] + 2)
+        place = free_place(wanted, (width, height), taken, size)
+        if place is None:
+            left_out.append(text)
+            continue
+        x, y = place
+        taken.append((x, y, x + width, y + height))
+        draw.rounded_rectangle(taken[-1], radius=height // 5, fill=tone)
+        middle = x + width / 2, y + height / 2
+        draw.text(middle, text, fill="white", font=font, anchor="mm")
+    return left_out
+
+
+def free_place(
+    wanted: tuple[float, float], label: tuple[float, float], taken: Sequence[Box], size
+) -> tuple[int, int] | None:
+    """The left upper corner nearest to the wanted one where a label covers no other one.
+
+    label, size: (width, height) of the label and the picture. None if there is no such place.
+    """
+    x, y = np.meshgrid(
+        np.arange(0, size[0] - label[0], GRID), np.arange(0, size[1] - label[1], GRID)
+    )
+    free = np.ones(x.shape, dtype=bool)
+    for x1, y1, x2, y2 in taken:
+        apart = (x + label[0] < x1) | (x > x2) | (y + label[1] < y1) | (y > y2)
+        free &= apart
+    if not free.any():
+        return None
+    distance = np.abs(x - wanted[0]) + np.abs(y - wanted[1])
+    best = np.where(free, distance, np.inf).argmin()
+    return int(x.flat[best]), int(y.flat[best])
+
+
+def _with_lines_below(picture: Image.Image, labels: Sequence[str], font) -> Image.Image:
+    """The picture and, below it, the labels that found no room in it, equal ones together."""
+    counts = Counter(labels).items()
+    lines = [f"{text}, {count} times" if count > 1 else text for text, count in counts]
+    columns = max(1, int(picture.width / font.getlength("n")) - 2)
+    rows = [row for line in lines for row in textwrap.wrap(line, columns)]
+    if not rows:
+        return picture
+    step = round(font.size * 1.4)
+    sheet = Image.new("RGB", (picture.width, picture.height + step * len(rows)), "white")
+    sheet.paste(picture)
+    draw = ImageDraw.Draw(sheet)
+    for number, row in enumerate(rows):
+        middle = picture.height + (number + 0.5) * step
+        draw.text((font.size / 2, middle), row, fill="black", font=font, anchor="lm")
+    return sheet
