@@ -1,0 +1,145 @@
+"""Linear layers in 4 bits, as AWQ checkpoints hold them: Table 1's rows of 32B and 72B.
+
+transformers hands `quant_method: "awq"` to packages that this project does without. Importing this
+module registers its own quantizer in their place: `from_pretrained` then replaces the linear layers
+of the language model's decoder, and nothing else. Head, embedding and vision tower stay plain.
+
+Layout "gemm" with zero points: the weight of input i and output o is (q - zero) * scale, where q is
+one of 0..15 and each group of inputs has a zero and a scale for every output. For inference only.
+"""
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+PER_WORD = 8  # values of 4 bits in an int32
+SUPPORTED = {"version": "gemm", "bits": "4", "zero_point": "true"}  # of quantization_config
+STORED = {torch.int32: "I32", torch.float16: "F16"}  # dtypes as safetensors names them
+
+
+def unpack(words: Tensor) -> Tensor:
+    """(..., N) int32 -> (..., 8 N) int32, each of 0..15.
+
+    From its lowest four bits up, a word holds columns 0, 2, 4, 6, 1, 3, 5, 7 of its eight.
+    """
+    # made at each call: of one tensor for all layers a compiler makes one kernel that unpacks all
+    column = torch.arange(PER_WORD, dtype=torch.int32, device=words.device)
+    shifts = 4 * (column // 2 + 4 * (column % 2))
+    return (words[..., None] >> shifts & 15).flatten(-2)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer without gradients; takes the place of a plain one, whose bias it keeps."""
+
+    def __init__(self, linear: nn.Linear, group_size: int):
+        super().__init__()
+        rows, columns = linear.in_features, linear.out_features
+        groups, words = rows // group_size, columns // PER_WORD
+
+        def buffer(name: str, dtype: torch.dtype, *shape: int) -> None:
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=linear.weight.device))
+
+        buffer("qweight", torch.int32, rows, words)
+        buffer("qzeros", torch.int32, groups, words)
+        buffer("scales", torch.float16, groups, columns)
+        self.bias = linear.bias
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """(in, out): exact in fp32, then rounded once."""
+        zeros, scales = unpack(self.qzeros)[:, None], self.scales.float()[:, None]
+        values = unpack(self.qweight).unflatten(0, (len(zeros), -1))  # (groups, group, out)
+        return ((values - zeros) * scales).flatten(0, 1).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(x.dtype).T, self.bias)
+
+
+def pack_layers(model: nn.Module, group_size: int) -> None:
+    """Replace the linear layers of the language model's decoder, whose weights are then empty.
+
+    Raises ValueError if the groups do not divide a layer's inputs, or words its outputs.
+    """
+    for name, linear in list(model.model.language_model.layers.named_modules()):
+        if type(linear) is nn.Linear:
+            if linear.in_features % group_size or linear.out_features % PER_WORD:
+                size = f"{linear.in_features} inputs and {linear.out_features} outputs"
+                raise ValueError(
+                    f"quantization_config: group_size {group_size} does not fit the {size} of "
+                    f"layers.{name}"
+                )
+            packed = PackedLinear(linear, group_size)
+            model.model.language_model.layers.set_submodule(name, packed)
+
+
+def check_tensors(model: nn.Module, files: list[str]) -> None:
+    """Raise ValueError if the files lack one of the packed tensors, or hold it in another form."""
+    decoder = model.model.language_model.layers
+    expected = {name: tensor for name, tensor in decoder.named_buffers() if tensor.dtype in STORED}
+    for file in files:
+        with safe_open(file, framework="pt") as stored:
+            for key in stored.keys():  # "model.layers.0..", or "model.language_model.layers.0.."
+                tensor = expected.pop(key.partition(".layers.")[2], None)
+                if tensor is None:
+                    continue
+                needed = f"{STORED[tensor.dtype]} {list(tensor.shape)}"
+                found = f"{stored.get_slice(key).get_dtype()} {stored.get_slice(key).get_shape()}"
+                if found != needed:
+                    raise ValueError(
+                        f"{key} is {found}, and by config.json and its group_size it is {needed}"
+                    )
+    if expected:
+        raise ValueError(f"{len(expected)} tensors are missing, as layers.{min(expected)}")
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json. Raises ValueError naming a key that does not fit."""
+
+    def __init__(self, values: dict):
+        found = {key: str(values.get(key, "missing")).lower() for key in (*SUPPORTED, "group_size")}
+        for key, supported in SUPPORTED.items():
+            if found[key] != supported:
+                raise ValueError(
+                    f"quantization_config: {key} is {found[key]}; only {supported} can be read"
+                )
+        size = found["group_size"]
+        if not size.isdecimal() or int(size) < 1:
+            raise ValueError(f"quantization_config: group_size is {size}; must be at least 1")
+        self.quant_method, self.group_size = "awq", int(size)
+
+    @classmethod
+    def from_dict(cls, values: dict):
+        """The library's call."""
+        return cls(values)
+
+
+class PackedQuantizer(HfQuantizer):
+    """What `from_pretrained` calls for a model in 4 bits."""
+
+    requires_calibration = True  # reads such models and makes none
+    is_trainable = False
+
+    def is_serializable(self) -> bool:
+        return False
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        """kwargs: the library passes further names; none concerns these layers."""
+        pack_layers(model, self.quantization_config.group_size)
+        check_tensors(model, checkpoint_files)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for parameter in model.parameters():  # 5.17 leaves some in the dtype that the files have
+            parameter.data = parameter.data.to(model.config.dtype)
+
+
+# assigned, as the library's register functions refuse a name that is taken
+AUTO_QUANTIZER_MAPPING["awq"] = PackedQuantizer
+AUTO_QUANTIZATION_CONFIG_MAPPING["awq"] = PackedConfig
+
+
+def is_packed(config) -> bool:
+    """Whether a model of this configuration has quantised weights, which cannot be trained."""
+    return getattr(config, "quantization_config", None) is not None
