@@ -1,0 +1,101 @@
+"""What a prediction needs of a GPU's memory, and how many slots fit into it.
+
+Reckoned from a model's configuration before its weights are read: the weights, the keys and values
+of a slot, and what a prefill holds at its peak.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from engine.quantized import PackedConfig, is_packed, pack_layers
+
+MOST_SLOTS = 64  # taken where nothing else is asked for, and all of them fit
+HEADROOM = 0.05  # of the memory: workspaces, and what the allocator cannot hand out
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of the parts of a prediction."""
+
+    weights: int
+    slot: int  # keys and values of a prompt and its completion
+    prompt: int  # activations of one prompt of a prefill
+    prefill_prompts: int  # prompts of a prefill, or fewer where there are fewer slots
+    unpacking: int = 0  # the largest layer of a packed model, once unpacked
+
+    def prefill(self, slots: int) -> int:
+        """Bytes of a prefill's activations with so many slots."""
+        return min(slots, self.prefill_prompts) * self.prompt + self.unpacking
+
+    def total(self, slots: int) -> int:
+        """Bytes of everything with so many slots."""
+        return self.weights + slots * self.slot + self.prefill(slots)
+
+    def parts(self, slots: int) -> str:
+        """The total as a sum in words."""
+        weights, slot, prefill = (n / 1e9 for n in (self.weights, self.slot, self.prefill(slots)))
+        return (
+            f"{weights:.1f} GB of weights + {slots} slots x {slot:.2f} GB of keys and values + "
+            f"{prefill:.1f} GB for a prefill"
+        )
+
+
+def weight_bytes(config, dtype: torch.dtype) -> int:
+    """Bytes of a Qwen2.5-VL's weights, those that are not packed in this dtype."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    if is_packed(config):
+        pack_layers(model, PackedConfig(config.quantization_config).group_size)
+    plain = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    return plain + sum(buffer.nbytes for buffer in model.buffers())
+
+
+def cache_bytes(text, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in all layers. text: config of the language model."""
+    head_size = text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * text.num_key_value_heads * head_size * dtype.itemsize
+
+
+def activation_bytes(text, dtype: torch.dtype) -> int:
+    """Bytes of a prompt's token at the peak of a layer without gradients, which is in its MLP.
+
+    There are the residual, the MLP's input and its output; gate, up and their product.
+    """
+    return 3 * (text.hidden_size + text.intermediate_size) * dtype.itemsize
+
+
+def unpacking_bytes(text) -> int:
+    """Bytes in which the largest layer of a packed model is unpacked: twice in 4 bytes a weight."""
+    return 2 * 4 * text.hidden_size * text.intermediate_size
+
+
+def reckon(
+    config, dtype: torch.dtype, *, prompt_room: int, max_new_tokens: int, prefill_prompts: int
+) -> Need:
+    """What greedy prediction with this model needs. prompt_room: tokens of the longest prompt."""
+    text, weights = config.text_config, weight_bytes(config, dtype)
+    return Need(
+        weights=weights,
+        slot=(prompt_room + max_new_tokens) * cache_bytes(text, dtype),
+        prompt=prompt_room * activation_bytes(text, dtype),
+        prefill_prompts=prefill_prompts,
+        unpacking=unpacking_bytes(text) if is_packed(config) else 0,
+    )
+
+
+def choose_slots(asked: int, need: Need, memory: int) -> tuple[int, str]:
+    """The number of slots to take, and a line that says why.
+
+    asked: --slots, 0 for as many as fit up to MOST_SLOTS. memory: free bytes of the GPU before the
+    weights are there. Raises ValueError if not one slot fits, or fewer than were asked for.
+    """
+    usable = memory * (1 - HEADROOM)
+    most = asked or MOST_SLOTS
+    fitting = next((n for n in range(most, 0, -1) if need.total(n) <= usable), 0)
+    limit = f"{1 - HEADROOM:.0%} of {memory / 1e9:.1f} GB"
+    if fitting < max(asked, 1):
+        hint = f"--slots {fitting} would fit" if fitting else "take a smaller model or a larger GPU"
+        raise ValueError(f"--slots {asked or 1}: {need.parts(asked or 1)} exceed {limit}; {hint}")
+    return fitting, f"{need.parts(fitting)} are within {limit}"
