@@ -1,31 +1,38 @@
-"""The scenes of the toy HICO-DET: one drawn person and one object on a colour gradient.
+"""The scenes of the toy HICO-DET: people and objects drawn on a colour gradient.
 
-Where the two stand decides the verbs. Boxes are 0-based inclusive pixels, as in `hicodet`, and lie
-on a 7-pixel grid, so that a coordinate is one of sixteen numbers. A layout (boxes, object class,
-verbs) belongs either to training or to testing. The two kinds of RARE have at most eight training
-scenes each, so that the Rare column of the evaluation has content.
+A drawing is a row of square panels, each with one person and object at most. Where the two stand
+to each other decides the verbs. Beside them there may be a second object of the same person, and
+bystanders, people without an object. Boxes are 0-based inclusive pixels, as in `hicodet`, and lie
+on a 14-pixel grid, so that a side is one of a few numbers. A layout (the boxes of a pair in its
+panel, object class, verbs) belongs either to training or to testing. The two kinds of RARE have at
+most eight training pairs each, so that the Rare column of the evaluation has content.
 """
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from hicodet import Box
+from hicodet import HOI, Box, iou
 
-SIDE, GRID = 112, 7
+SIDE, GRID = 112, 14  # of a panel
 PERSON_SIZES = ((28, 42), (28, 56))
 OBJECT_SIZES = {"bicycle": (42, 28), "horse": (42, 42), "sports ball": (28, 28),
                 "umbrella": (42, 28)}
 RARE_SCENES = 8  # HICO-DET calls an HOI class rare below 10 training pairs
 TEST_SHARE = 4  # one layout in four is kept for testing
+FURTHER_PAIR = 0.75  # how often a panel beside the first holds a pair
+SAME_KIND = 0.5  # how often this pair is of the first one's kind
+SECOND_OBJECT = 0.1  # how often it is, instead, another object of the first one's person
+BYSTANDER = 0.5  # how often a panel without a pair holds a person
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of scene: an object class, its verbs in HICO order, and where the person stands."""
+    """One sort of pair: an object class, its verbs in HICO order, and where the person stands."""
     object_class: str
     verbs: tuple[str, ...]
     place: str
@@ -33,10 +40,15 @@ class Kind:
 
 @dataclass(frozen=True)
 class Scene:
-    """One image: its kind and the person's and the object's box."""
-    kind: Kind
-    human: Box
-    object: Box
+    """One drawing: its width in pixels, its pairs, and the boxes of people who do nothing."""
+    width: int
+    hois: tuple[HOI, ...]
+    bystanders: tuple[Box, ...]
+
+    @property
+    def people(self) -> list[Box]:
+        """Every person once, whatever number of objects it has to do with."""
+        return list(dict.fromkeys([hoi.human for hoi in self.hois] + list(self.bystanders)))
 
 
 KINDS = (
@@ -76,26 +88,32 @@ def object_corners(human: Box, size: tuple[int, int], place: str) -> list[tuple[
     return list(product(apart, range(0, SIDE, GRID)))
 
 
-def layouts(kind: Kind) -> list[Scene]:
-    """All scenes of this kind whose boxes lie inside the image, in a fixed order."""
+def people() -> list[Box]:
+    """All places of a person in a panel."""
+    corners = product(range(0, SIDE, GRID), range(0, SIDE, GRID), PERSON_SIZES)
+    boxes = [(x, y, x + width, y + height) for x, y, (width, height) in corners]
+    return [box for box in boxes if max(box) < SIDE]
+
+
+def layouts(kind: Kind) -> list[HOI]:
+    """All pairs of this kind whose boxes lie inside a panel, in a fixed order."""
     width, height = OBJECT_SIZES[kind.object_class]
-    scenes = []
-    for x, y, size in product(range(0, SIDE, GRID), range(0, SIDE, GRID), PERSON_SIZES):
-        human = (x, y, x + size[0], y + size[1])
+    pairs = []
+    for human in people():
         for left, top in object_corners(human, (width, height), kind.place):
             box = (left, top, left + width, top + height)
-            if min(human + box) >= 0 and max(human + box) < SIDE:
-                scenes.append(Scene(kind, human, box))
-    return scenes
+            if min(box) >= 0 and max(box) < SIDE:
+                pairs.append(HOI(human, box, kind.object_class, kind.verbs))
+    return pairs
 
 
-def is_test_layout(scene: Scene) -> bool:
+def is_test_layout(hoi: HOI) -> bool:
     """Whether a layout is kept for testing: a fixed hash, so no seed mixes the two halves."""
-    return zlib.crc32(repr(scene).encode()) % TEST_SHARE == 0
+    return zlib.crc32(repr(hoi).encode()) % TEST_SHARE == 0
 
 
 def draw_kinds(split: str, count: int, rng: np.random.Generator) -> list[Kind]:
-    """The kinds of `count` scenes in random order: rare kinds get few training scenes."""
+    """The kinds of `count` first pairs in random order: rare kinds get few in training."""
     if split == "test":
         kinds = (KINDS + RARE) * (count // len(KINDS + RARE) + 1)
         return [kinds[i] for i in rng.permutation(count)]
@@ -105,12 +123,50 @@ def draw_kinds(split: str, count: int, rng: np.random.Generator) -> list[Kind]:
     return [kinds[i] for i in rng.permutation(count)]
 
 
-def make_scenes(split: str, count: int, seed: int) -> list[Scene]:
+def pick(items: Sequence, rng: np.random.Generator):
+    """One of the items, each as likely as another."""
+    return items[rng.integers(len(items))]
+
+
+def moved(box: Box, x: int) -> Box:
+    """The box of a panel in the drawing; x: the panel's left side."""
+    return box[0] + x, box[1], box[2] + x, box[3]
+
+
+def second_objects(first: HOI, pool: dict[Kind, list[HOI]]) -> list[HOI]:
+    """What else the person of `first` may do at the same time, with an object that is apart."""
+    return [hoi for kind in KINDS if kind.object_class != first.object_class
+            and kind.place != "apart" for hoi in pool[kind]
+            if hoi.human == first.human and iou(hoi.object, first.object) == 0]
+
+
+def make_scene(kind: Kind, pool: dict[Kind, list[HOI]], pairs: int,
+               rng: np.random.Generator) -> Scene:
+    """A drawing of 1 to `pairs` pairs, the first of this kind, in panels in random order."""
+    columns = [SIDE * int(i) for i in rng.permutation(pairs)]
+    first = pick(pool[kind], rng)
+    placed, bystanders = [(first, columns[0])], []
+    for x in columns[1:]:
+        others = second_objects(first, pool) if rng.random() < SECOND_OBJECT else []
+        if rng.random() >= FURTHER_PAIR:
+            if rng.random() < BYSTANDER:
+                bystanders.append(moved(pick(people(), rng), x))
+        elif others:
+            placed.append((pick(others, rng), columns[0]))
+        else:
+            same = kind not in RARE and rng.random() < SAME_KIND
+            placed.append((pick(pool[kind if same else pick(KINDS, rng)], rng), x))
+    hois = [HOI(moved(hoi.human, x), moved(hoi.object, x), hoi.object_class, hoi.verbs)
+            for hoi, x in placed]
+    return Scene(SIDE * pairs, tuple(hois), tuple(bystanders))
+
+
+def make_scenes(split: str, count: int, seed: int, pairs: int = 2) -> list[Scene]:
     """`count` scenes of the "train" or "test" half; the same seed gives the same scenes."""
     rng = np.random.default_rng([seed, split == "test"])
-    pool = {kind: [scene for scene in layouts(kind) if is_test_layout(scene) == (split == "test")]
+    pool = {kind: [hoi for hoi in layouts(kind) if is_test_layout(hoi) == (split == "test")]
             for kind in KINDS + RARE}
-    return [pool[kind][rng.integers(len(pool[kind]))] for kind in draw_kinds(split, count, rng)]
+    return [make_scene(kind, pool, pairs, rng) for kind in draw_kinds(split, count, rng)]
 
 
 SHIRTS = ((255, 255, 255), (40, 40, 220), (230, 230, 40), (20, 20, 20))
@@ -118,11 +174,11 @@ COATS = ((96, 52, 12), (60, 30, 10), (140, 80, 30))
 FRAMES = ((0, 0, 0), (0, 0, 160), (120, 0, 0))
 
 
-def background() -> np.ndarray:
-    """(SIDE, SIDE, 3) uint8: red grows with x and green with y, so colour tells the place."""
-    ramp = np.linspace(0, 255, SIDE)
-    image = np.full((SIDE, SIDE, 3), 128.0)
-    image[:, :, 0], image[:, :, 1] = ramp[None, :], ramp[:, None]
+def background(width: int) -> np.ndarray:
+    """(SIDE, width, 3) uint8: red grows with x and green with y, so colour tells the place."""
+    image = np.full((SIDE, width, 3), 128.0)
+    image[:, :, 0] = np.linspace(0, 255, width)
+    image[:, :, 1] = np.linspace(0, 255, SIDE)[:, None]
     return image.round().astype(np.uint8)
 
 
@@ -190,10 +246,12 @@ PAINTERS = {"bicycle": (draw_bicycle, FRAMES), "horse": (draw_horse, COATS),
 
 
 def draw_scene(scene: Scene, rng: np.random.Generator) -> Image.Image:
-    """The picture of a scene; rng picks the colours of the shirt and of the object."""
-    image = Image.fromarray(background())
+    """The picture of a scene, people in front of objects; rng picks the colours of both."""
+    image = Image.fromarray(background(scene.width))
     draw = ImageDraw.Draw(image)
-    paint, colors = PAINTERS[scene.kind.object_class]
-    paint(draw, scene.object, colors[rng.integers(len(colors))])
-    draw_person(draw, scene.human, SHIRTS[rng.integers(len(SHIRTS))])
+    for hoi in scene.hois:
+        paint, colors = PAINTERS[hoi.object_class]
+        paint(draw, hoi.object, pick(colors, rng))
+    for person in scene.people:
+        draw_person(draw, person, pick(SHIRTS, rng))
     return image

@@ -1,18 +1,24 @@
 """A toy HICO-DET and a tiny, randomly initialised Qwen2.5-VL, both in the official formats.
 
-    python -m demo.toy DIR [--train 4000] [--test 500] [--seed 0]
+    python -m demo.toy DIR [--train 4000] [--test 500] [--pairs 2] [--left-out 0.55] [--seed 0]
 
 writes `DIR/data` (anno_bbox.mat, anno.mat, images/train2015, images/test2015, the layout of
 hico_20160224_det) and `DIR/model` (a `save_pretrained` folder), so that the toy runs through the
 same commands as HICO-DET and the 3B model. The scenes are those of `demo/scenes.py`.
+`DIR/grounding.jsonl` says what every training image shows, annotated or not, in the format of
+traces.jsonl: the task that a base model is made with.
 
 A pair with two verbs is annotated once per HOI class with slightly different boxes, as in HICO-DET,
-and one image in forty lists an interaction that is not visible. The .mat files are 1-based.
+and one image in forty lists an interaction that is not visible. Annotators of HICO-DET missed
+pairs, and so do ours: in the training half every pair after an image's first is left out at a
+stated rate. The held-out half is complete, which HICO-DET's is not. The .mat files are 1-based.
 """
 
 import argparse
 import json
 import re
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +31,12 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from demo.scenes import GRID, KINDS, RARE, SIDE, Kind, Scene, draw_scene, make_scenes
+from demo.grounding import PROMPT, grounding_text
+from demo.scenes import GRID, KINDS, RARE, SIDE, Scene, draw_scene, make_scenes
 from hicodet import HOI, PAIRS, Box, format_completion, prompt_text
 from teacher import gerund, join_words, template_trace
 
+MAX_PAIRS = 3
 INVISIBLE_SHARE = 40  # one image in so many lists an interaction without boxes
 # The special tokens of Qwen2.5-VL that a prompt with an image uses; they follow all the others.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
@@ -44,8 +52,8 @@ CHAT_TEMPLATE = (  # Qwen's, without its video and picture numbering branches
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 IMAGE_PROCESSOR = {  # preprocessor_config.json as Qwen2.5-VL has it, but for max_pixels
-    "min_pixels": 28 * 28, "max_pixels": SIDE * SIDE, "patch_size": 14, "temporal_patch_size": 2,
-    "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "min_pixels": 28 * 28, "max_pixels": MAX_PAIRS * SIDE * SIDE, "patch_size": 14,
+    "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
 # The demo's model, about a million parameters, and one for unit tests, which has what the real
@@ -81,50 +89,62 @@ def struct(rows: list[dict]) -> np.ndarray:
     return array
 
 
-def box_struct(box: Box) -> np.ndarray:
-    """A box as the official files hold it: 1-based, x before y, small unsigned integers."""
-    x1, y1, x2, y2 = (np.uint8(value + 1) for value in box)
-    return struct([{"x1": x1, "x2": x2, "y1": y1, "y2": y2}])
+def box_structs(boxes: list[Box]) -> np.ndarray:
+    """Boxes as the official files hold them: 1-based, x before y, small unsigned integers."""
+    rows = [[np.uint16(side + 1) for side in box] for box in boxes]
+    return struct([{"x1": x1, "x2": x2, "y1": y1, "y2": y2} for x1, y1, x2, y2 in rows])
 
 
-def jittered(box: Box, rng: np.random.Generator) -> Box:
+def jittered(box: Box, width: int, rng: np.random.Generator) -> Box:
     """The box moved by at most a pixel a side: every HOI class is annotated anew."""
-    return tuple(int(v) for v in np.clip(np.add(box, rng.integers(-1, 2, 4)), 0, SIDE - 1))
-
-
-def class_number(verb: str, kind: Kind) -> np.uint16:
-    """Place of the verb with this kind's object among the 600 pairs, counted from 1."""
-    return np.uint16(PAIRS.index((verb, kind.object_class)) + 1)
+    last = (width - 1, SIDE - 1) * 2
+    return tuple(int(v) for v in np.clip(np.add(box, rng.integers(-1, 2, 4)), 0, last))
 
 
 def annotate(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     """The `hoi` struct of one image, one entry for each of its HOI classes."""
+    boxes_of: dict[int, list[tuple[Box, Box]]] = {}
+    for hoi in scene.hois:
+        for verb in hoi.verbs:
+            boxes = (hoi.human, hoi.object)
+            if verb != hoi.verbs[0]:
+                boxes = tuple(jittered(box, scene.width, rng) for box in boxes)
+            boxes_of.setdefault(PAIRS.index((verb, hoi.object_class)) + 1, []).append(boxes)
     rows = []
-    for verb in scene.kind.verbs:
-        human, box = scene.human, scene.object
-        if rows:
-            human, box = jittered(human, rng), jittered(box, rng)
-        rows.append({"id": class_number(verb, scene.kind),
-                     "bboxhuman": box_struct(human), "bboxobject": box_struct(box),
-                     "connection": np.array([[1, 1]], np.uint8), "invis": np.uint8(0)})
+    for number, boxes in sorted(boxes_of.items()):
+        humans, objects = zip(*rng.permutation(boxes).tolist())
+        links = np.arange(1, len(boxes) + 1, dtype=np.uint8)
+        rows.append({"id": np.uint16(number), "bboxhuman": box_structs(humans),
+                     "bboxobject": box_structs(objects),
+                     "connection": np.stack([links, links], axis=1), "invis": np.uint8(0)})
     if rng.integers(INVISIBLE_SHARE) == 0:
         nothing = np.empty((0, 0))
-        rows.append({"id": class_number("repair", KINDS[0]), "bboxhuman": nothing,
-                     "bboxobject": nothing, "connection": nothing, "invis": np.uint8(1)})
+        rows.append({"id": np.uint16(PAIRS.index(("repair", "bicycle")) + 1),
+                     "bboxhuman": nothing, "bboxobject": nothing, "connection": nothing,
+                     "invis": np.uint8(1)})
     return struct(rows)
 
 
-def write_split(root: Path, split: str, count: int, seed: int) -> tuple[list[str], np.ndarray]:
+def seen_by_annotator(scene: Scene, left_out: float, rng: np.random.Generator) -> Scene:
+    """The scene without the pairs that are missed: each after the first at the rate `left_out`."""
+    missed = rng.random(len(scene.hois)) < left_out
+    hois = [hoi for i, hoi in enumerate(scene.hois) if i == 0 or not missed[i]]
+    return replace(scene, hois=tuple(hois))
+
+
+def write_split(root: Path, split: str, scenes: list[Scene], left_out: float,
+                seed: int) -> tuple[list[str], np.ndarray]:
     """Draw one half's images; returns the file names and the `bbox_train` or `bbox_test` struct."""
     folder = root / "images" / f"{split}2015"
     folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng([seed, 2 + (split == "test")])
-    size = struct([{"width": np.uint16(SIDE), "height": np.uint16(SIDE), "depth": np.uint8(3)}])
+    colors, notes = (np.random.default_rng([seed, n + (split == "test")]) for n in (2, 4))
     names, rows = [], []
-    for number, scene in enumerate(make_scenes(split, count, seed), start=1):
+    for number, scene in enumerate(scenes, start=1):
         names.append(f"HICO_{split}2015_{number:08d}.jpg")
-        draw_scene(scene, rng).save(folder / names[-1], quality=95, subsampling=0)
-        rows.append({"filename": names[-1], "size": size, "hoi": annotate(scene, rng)})
+        draw_scene(scene, colors).save(folder / names[-1], quality=95, subsampling=0)
+        size = {"width": np.uint16(scene.width), "height": np.uint16(SIDE), "depth": np.uint8(3)}
+        rows.append({"filename": names[-1], "size": struct([size]),
+                     "hoi": annotate(seen_by_annotator(scene, left_out, notes), notes)})
     return names, struct(rows)
 
 
@@ -136,10 +156,17 @@ def image_labels(bbox: np.ndarray) -> np.ndarray:
     return labels
 
 
-def write_data(root: Path, train: int, test: int, seed: int) -> None:
-    """Write a folder that looks like hico_20160224_det, with `train` and `test` images."""
-    train_names, bbox_train = write_split(root, "train", train, seed)
-    test_names, bbox_test = write_split(root, "test", test, seed)
+def write_data(root: Path, train: int, test: int, seed: int, *, pairs: int = 2,
+               left_out: float = 0.55) -> None:
+    """Write a folder that looks like hico_20160224_det, with `train` and `test` images.
+
+    pairs: the most pairs of an image, 1 to 3. left_out: share of the training half's second and
+    third pairs that are not annotated. The drawings do not depend on it.
+    """
+    train_names, bbox_train = write_split(
+        root, "train", make_scenes("train", train, seed, pairs), left_out, seed)
+    test_names, bbox_test = write_split(
+        root, "test", make_scenes("test", test, seed, pairs), 0.0, seed)
     empty = np.empty((0, 0))
     actions = struct([{"nname": name.replace(" ", "_"), "vname": verb.replace(" ", "_"),
                        "vname_ing": verb.replace(" ", "_"), "syn": empty, "def": "",
@@ -152,6 +179,14 @@ def write_data(root: Path, train: int, test: int, seed: int) -> None:
             do_compression=True)
 
 
+def write_grounding(path: Path, train: int, seed: int, pairs: int) -> None:
+    """One line a training image, in the format of traces.jsonl, with the text of grounding."""
+    with path.open("w") as lines:
+        for number, scene in enumerate(make_scenes("train", train, seed, pairs), start=1):
+            row = {"file_name": f"HICO_train2015_{number:08d}.jpg", "think": grounding_text(scene)}
+            lines.write(json.dumps(row) + "\n")
+
+
 def label_phrases() -> list[str]:
     """What varies in the toy's completions beside numbers, longest first ("holding", "hold")."""
     phrases = set()
@@ -162,15 +197,16 @@ def label_phrases() -> list[str]:
 
 
 def toy_texts() -> list[str]:
-    """The texts that the tokenizer is made from: the prompt's and one completion of every kind."""
+    """The texts that the tokenizer is made from: the prompts' and completions of every kind."""
     texts = [prompt_text(thinking=thinking, task_description=False)
              for thinking in (True, False)]
-    texts += ["system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    numbers = range(0, SIDE, GRID)
-    for kind in KINDS + RARE:
-        hois = [HOI((x, x, x, x), (x, x, x, x), kind.object_class, kind.verbs) for x in numbers]
-        texts += [format_completion(hois[:1], think=template_trace(hois[:1])),
-                  format_completion(hois, think=None)]
+    texts += [PROMPT, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
+    numbers = range(0, MAX_PAIRS * SIDE, GRID)
+    for kind, other in product(KINDS + RARE, repeat=2):
+        hois = [HOI((x, x, x, x), (x, x, x, x), k.object_class, k.verbs)
+                for x in numbers for k in (kind, other)]
+        texts += [format_completion(hois[:n], think=template_trace(hois[:n])) for n in (1, 2)]
+        texts += [format_completion(hois, think=None), grounding_text(Scene(0, tuple(hois), ()))]
     return texts
 
 
@@ -242,9 +278,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("dir", type=Path, help="folder to write data/ and model/ into")
     parser.add_argument("--train", type=int, default=4000, help="training images")
     parser.add_argument("--test", type=int, default=500, help="test images")
+    parser.add_argument("--pairs", type=int, default=2, choices=range(1, MAX_PAIRS + 1),
+                        help="most pairs of an image")
+    parser.add_argument("--left-out", type=float, default=0.55, metavar="RATE",
+                        help="share of the training half's further pairs that is not annotated")
+    parser.add_argument("--complete", dest="left_out", action="store_const", const=0.0,
+                        help="annotate every pair, --left-out 0")
     parser.add_argument("--seed", type=int, default=0, help="of scenes, colours and weights")
     args = parser.parse_args(argv)
-    write_data(args.dir / "data", args.train, args.test, args.seed)
+    if not 0 <= args.left_out <= 1:
+        parser.error(f"--left-out {args.left_out}: must be from 0 to 1")
+    write_data(args.dir / "data", args.train, args.test, args.seed,
+               pairs=args.pairs, left_out=args.left_out)
+    write_grounding(args.dir / "grounding.jsonl", args.train, args.seed, args.pairs)
     write_model(args.dir / "model", args.seed)
 
 

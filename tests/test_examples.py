@@ -67,7 +67,7 @@ def test_supervised_tokens_with_the_real_tokenizer(folder, real_model):
     text = tokenizer.decode(example.prompt.prompt_ids)
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
     assert text.endswith("</answer><|im_end|>\n<|im_start|>assistant\n")
-    # image first: 112 x 112 toy pixels become the processor's smallest size, patches / 4 tokens
+    # image first: 224 x 112 toy pixels become the processor's smallest size, patches / 4 tokens
     patches = int(example.prompt.image_grid_thw.prod())
     assert text.count("<|image_pad|>") == patches // 4
     assert "<|vision_start|>" + "<|image_pad|>" * (patches // 4) + "<|vision_end|>You are" in text
@@ -142,14 +142,14 @@ def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_pa
     """With a processor that doubles the image, every coordinate of the target doubles."""
     shutil.copytree(folder / "model", tmp_path / "model")
     path = tmp_path / "model" / "preprocessor_config.json"
-    settings = json.loads(path.read_text()) | {"min_pixels": 224 * 224, "max_pixels": 224 * 224}
+    settings = json.loads(path.read_text()) | {"min_pixels": 448 * 224, "max_pixels": 448 * 224}
     settings.pop("size", None)
     path.write_text(json.dumps(settings))
     sample = hicodet.load_split(folder / "data", "train")[0]
-    assert (sample.width, sample.height) == (112, 112)
+    assert (sample.width, sample.height) == (224, 112)
     config = config_of("sft", folder, "x", model=str(tmp_path / "model"))
     examples = examples_of(config, [sample], {sample.file_name: "x"})
-    assert examples[0].model_size == (224, 224)
+    assert examples[0].model_size == (448, 224)
     written = hicodet.parse_completion(examples.decode(examples[0].target_ids)).instances
     for instance, hoi in zip(written, sample.hois, strict=True):
         assert instance.human == tuple(round(2 * side) for side in hoi.human)

@@ -13,8 +13,8 @@ from scipy.io import loadmat, whosmat
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 import hicodet
-from demo import scenes, toy
-from teacher import template_trace
+import teacher
+from demo import grounding, scenes, toy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
 SKIN = np.array([255, 200, 160])
@@ -33,12 +33,19 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder / "model")
 
 
-def layout_of(sample):
-    (hoi,) = sample.hois
-    return hoi.human, hoi.object, hoi.object_class, hoi.verbs
+def in_panel(hoi):
+    """The pair with its boxes counted from the left side of its panel."""
+    left = min(hoi.human[0], hoi.object[0]) // scenes.SIDE * scenes.SIDE
+    boxes = (scenes.moved(box, -left) for box in (hoi.human, hoi.object))
+    return hicodet.HOI(*boxes, hoi.object_class, hoi.verbs)
 
 
-def prompt_ids(tokenizer, image_tokens=16):
+def layouts_of(samples):
+    """All pairs of samples, or of scenes, each as it lies in its panel."""
+    return {in_panel(hoi) for sample in samples for hoi in sample.hois}
+
+
+def prompt_ids(tokenizer, image_tokens=32):
     content = [{"type": "image"},
                {"type": "text", "text": hicodet.prompt_text(task_description=False)}]
     text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
@@ -65,67 +72,160 @@ def test_both_halves_load_and_have_their_images(folder):
         hicodet.require_images(samples)
         assert len(samples) == count
         for sample in samples:
-            assert Image.open(sample.path).size == (sample.width, sample.height) == (112, 112)
+            assert Image.open(sample.path).size == (sample.width, sample.height) == (224, 112)
 
 
-def test_a_scene_is_one_instance_on_the_grid_with_one_pair_a_verb(folder):
+def test_the_held_out_half_is_annotated_as_it_was_drawn(folder):
+    """Every pair of every scene comes back from the .mat file, its verbs merged (Sec. 4.2)."""
+    samples = hicodet.load_split(folder / "data", "test")
+    drawn = scenes.make_scenes("test", TEST, seed=3)
+    for sample, scene in zip(samples, drawn, strict=True):
+        assert set(sample.hois) == set(scene.hois) and len(sample.hois) == len(scene.hois)
+        assert len(sample.pairs) == sum(len(hoi.verbs) for hoi in scene.hois)
+    assert any(
+        (pair.human, pair.object) not in [(hoi.human, hoi.object) for hoi in sample.hois]
+        for sample in samples for pair in sample.pairs)  # so the merging has something to do
+
+
+def test_pairs_are_of_known_kinds_on_the_grid():
     kinds = {(kind.object_class, kind.verbs) for kind in scenes.KINDS + scenes.RARE}
-    moved = 0
-    for sample in hicodet.load_split(folder / "data", "test"):
-        (hoi,) = sample.hois
-        assert (hoi.object_class, hoi.verbs) in kinds
-        assert all(value % 7 == 0 and 0 <= value <= 105 for value in hoi.human + hoi.object)
-        names = [hicodet.PAIRS[pair.hoi_id] for pair in sample.pairs]
-        assert names == [(verb, hoi.object_class) for verb in hoi.verbs]
-        moved += any((pair.human, pair.object) != (hoi.human, hoi.object) for pair in sample.pairs)
-    assert moved  # second verbs come with other boxes, so the merging has something to do
+    for scene in scenes.make_scenes("test", 200, seed=0, pairs=3):
+        assert scene.width == 336 and 1 <= len(scene.hois) <= 3
+        for hoi in scene.hois:
+            assert (hoi.object_class, hoi.verbs) in kinds
+            assert all(side % 14 == 0 for side in hoi.human + hoi.object)
+            assert max(hoi.human[2], hoi.object[2]) < 336 > 112 > max(hoi.human[3], hoi.object[3])
+
+
+def test_one_pair_at_most_fills_a_square():
+    for scene in scenes.make_scenes("train", 50, seed=0, pairs=1):
+        assert scene.width == 112 and len(scene.hois) == 1 and not scene.bystanders
+
+
+def test_scenes_have_what_hico_det_has():
+    """Several of one class, a person with two objects, people who do nothing: at their rates."""
+    drawn = scenes.make_scenes("train", 4000, seed=0)
+    two = [scene for scene in drawn if len(scene.hois) == 2]
+    assert len(two) == pytest.approx(3000, abs=110)  # 0.75 of 4,000, four standard deviations
+    shared = [scene for scene in two if scene.hois[0].human == scene.hois[1].human]
+    assert 200 < len(shared) < 300  # a tenth of two, less those that find no room for an object
+    for scene in shared:
+        assert len(scene.people) == 1
+        assert hicodet.iou(scene.hois[0].object, scene.hois[1].object) == 0
+    # half are of the first one's kind; the others may be, too
+    assert sum(a.object_class == b.object_class for a, b in (s.hois for s in two)) > 1400
+    bystanders = sum(len(scene.bystanders) for scene in drawn)
+    assert bystanders == pytest.approx(500, abs=85)  # half of a quarter
+    assert not any(scene.bystanders for scene in two)
+
+
+def test_the_training_half_misses_pairs_but_never_the_first(tmp_path):
+    """Of 300 drawings as many second pairs are there as the rate says; the images are the same."""
+    drawn = scenes.make_scenes("train", 300, seed=5)
+    second = sum(len(scene.hois) - 1 for scene in drawn)
+    found = {}
+    for left_out in (0.0, 0.55, 1.0):
+        root = tmp_path / str(left_out)
+        toy.write_data(root, 300, 1, seed=5, left_out=left_out)
+        samples = hicodet.load_split(root, "train")
+        for sample, scene in zip(samples, drawn, strict=True):
+            assert scene.hois[0] in sample.hois and set(sample.hois) <= set(scene.hois)
+        found[left_out] = sum(len(sample.hois) - 1 for sample in samples)
+    assert found[0.0] == second and found[1.0] == 0
+    assert found[0.55] == pytest.approx(0.45 * second, abs=30)  # four standard deviations
+    names = [f"images/train2015/HICO_train2015_{n:08d}.jpg" for n in (1, 300)]
+    for name in names:
+        assert (tmp_path / "0.0" / name).read_bytes() == (tmp_path / "1.0" / name).read_bytes()
+
+
+def test_complete_is_nothing_left_out(tmp_path):
+    toy.main([str(tmp_path), "--train", "60", "--test", "1", "--pairs", "3", "--complete"])
+    drawn = scenes.make_scenes("train", 60, seed=0, pairs=3)
+    for sample, scene in zip(hicodet.load_split(tmp_path / "data", "train"), drawn, strict=True):
+        assert set(sample.hois) == set(scene.hois) and len(sample.hois) == len(scene.hois)
+        assert Image.open(sample.path).size == (sample.width, sample.height) == (336, 112)
 
 
 def test_boxes_are_where_things_are_drawn(folder):
     """Fails when boxes are a pixel off, have x and y swapped, or belong to another image."""
-    background = scenes.background().astype(int)
-    for sample in hicodet.load_split(folder / "data", "test"):
-        (hoi,) = sample.hois
+    background = scenes.background(224).astype(int)
+    drawn_scenes = scenes.make_scenes("test", TEST, seed=3)
+    for sample, scene in zip(hicodet.load_split(folder / "data", "test"), drawn_scenes):
         pixels = np.asarray(Image.open(sample.path)).astype(int)
         drawn = np.abs(pixels - background).max(axis=2) > 40  # more than JPEG's ringing
-        both = np.array([hoi.human, hoi.object])
+        boxes = [box for hoi in sample.hois for box in (hoi.human, hoi.object)]
+        both = np.array(boxes + list(scene.bystanders))
         union = (*both[:, :2].min(axis=0), *both[:, 2:].max(axis=0))
         # JPEG blurs a rim, and its colour may come close to the background's.
         assert bounds(drawn) == pytest.approx(union, abs=2)
         skin = drawn & (np.abs(pixels - SKIN).max(axis=2) < 30)
-        left, top, right, _ = bounds(skin)
-        assert (left, top, right) == pytest.approx(hoi.human[:3], abs=1)
+        for left, top, right, bottom in scene.people:
+            near = max(left - 3, 0)
+            found = bounds(skin[:, near : right + 4])
+            assert found[:3:2] == pytest.approx((left - near, right - near), abs=2)
 
 
 def test_the_image_says_where_a_box_is_to_the_pixel():
-    scene = scenes.Scene(scenes.KINDS[1], (14, 21, 42, 63), (42, 35, 84, 63))
-    image = np.asarray(scenes.draw_scene(scene, np.random.default_rng()))
-    assert bounds((image != scenes.background()).any(axis=2)) == (14, 21, 84, 63)
+    hoi = hicodet.HOI((14, 21, 42, 63), (42, 35, 84, 63), "bicycle", ("hold",))
+    for scene, box in ((scenes.Scene(224, (hoi,), ()), (14, 21, 84, 63)),
+                       (scenes.Scene(224, (hoi,), ((126, 14, 154, 70),)), (14, 14, 154, 70))):
+        image = np.asarray(scenes.draw_scene(scene, np.random.default_rng()))
+        assert bounds((image != scenes.background(224)).any(axis=2)) == box
 
 
 def test_no_test_layout_is_in_train(folder):
-    train = {layout_of(sample) for sample in hicodet.load_split(folder / "data", "train")}
-    test = {layout_of(sample) for sample in hicodet.load_split(folder / "data", "test")}
+    train, test = (layouts_of(hicodet.load_split(folder / "data", s)) for s in ("train", "test"))
     assert test and not train & test
     seeds = random.sample(range(10**6), 2)  # and not across seeds either
-    assert not (set(scenes.make_scenes("train", 2000, seeds[0]))
-                & set(scenes.make_scenes("test", 500, seeds[1])))
+    assert not (layouts_of(scenes.make_scenes("train", 2000, seeds[0]))
+                & layouts_of(scenes.make_scenes("test", 500, seeds[1], pairs=3)))
+
+
+def test_grounding_names_every_person_and_object_from_left_to_right():
+    """A rider of a bicycle with a ball in hand, one person who does nothing; one person twice."""
+    rider = (112, 14, 140, 70)
+    hois = (hicodet.HOI(rider, (112, 42, 154, 70), "bicycle", ("ride", "sit on")),
+            hicodet.HOI(rider, (140, 14, 168, 42), "sports ball", ("hold",)))
+    text = grounding.grounding_text(scenes.Scene(224, hois, ((0, 28, 28, 70),)))
+    assert text.splitlines()[1] == '\t{"bbox_2d": [0, 28, 28, 70], "label": "person"},'
+    assert [(thing["bbox_2d"], thing["label"]) for thing in json.loads(text)] == [
+        ([0, 28, 28, 70], "person"), ([112, 14, 140, 70], "person"),
+        ([112, 42, 154, 70], "bicycle"), ([140, 14, 168, 42], "sports ball")]
+
+
+def test_grounding_tells_what_annotators_missed(folder):
+    """Of every training image, in the format of traces.jsonl, boxes as the model sees them."""
+    texts = teacher.read_traces(folder / "grounding.jsonl")
+    drawn = scenes.make_scenes("train", TRAIN, seed=3)
+    samples = hicodet.load_split(folder / "data", "train")
+    for sample, scene in zip(samples, drawn, strict=True):
+        assert texts[sample.file_name] == grounding.grounding_text(scene)
+    assert sum(len(scene.hois) for scene in drawn) > sum(len(sample.hois) for sample in samples)
+
+
+def pair_counts(split, count):
+    """How many pairs of each object class and verbs all scenes have, and the first ones alone."""
+    drawn = scenes.make_scenes(split, count, seed=0)
+    kinds = [[(hoi.object_class, hoi.verbs) for hoi in scene.hois] for scene in drawn]
+    return Counter(kind for each in kinds for kind in each), Counter(each[0] for each in kinds)
 
 
 def test_rare_kinds_are_rare_in_train_and_ordinary_in_test():
-    train = Counter(scene.kind for scene in scenes.make_scenes("train", 2000, seed=0))
-    test = Counter(scene.kind for scene in scenes.make_scenes("test", 330, seed=0))
-    assert [train[kind] for kind in scenes.RARE] == [8, 8]
-    assert min(train[kind] for kind in scenes.KINDS) > 200  # (2000 - 16) / 9 kinds = 220
-    assert all(30 <= test[kind] <= 31 for kind in scenes.KINDS + scenes.RARE)  # 330 / 11 kinds
+    rare, common = ([(kind.object_class, kind.verbs) for kind in group]
+                    for group in (scenes.RARE, scenes.KINDS))
+    train, _ = pair_counts("train", 2000)
+    assert [train[kind] for kind in rare] == [8, 8]
+    assert min(train[kind] for kind in common) > 200  # (2000 - 16) / 9 kinds = 220 as first ones
+    _, test = pair_counts("test", 330)
+    assert all(30 <= test[kind] <= 31 for kind in common + rare)  # 330 / 11 kinds
 
 
 @pytest.mark.parametrize("kind", scenes.KINDS + scenes.RARE)
 def test_kinds_are_hico_pairs_in_hico_order_with_layouts_in_both_halves(kind):
     ids = [hicodet.PAIRS.index((verb, kind.object_class)) for verb in kind.verbs]
     assert ids == sorted(ids)
-    halves = Counter(scenes.is_test_layout(scene) for scene in scenes.layouts(kind))
-    assert min(halves[True], halves[False]) >= 50
+    halves = Counter(scenes.is_test_layout(hoi) for hoi in scenes.layouts(kind))
+    assert min(halves[True], halves[False]) >= 15
 
 
 def test_an_invisible_interaction_is_no_truth_but_marks_the_known_object(folder):
@@ -156,7 +256,7 @@ def test_the_files_have_the_fields_of_the_official_ones(folder):
 def test_a_seed_always_writes_the_same(folder, tmp_path):
     toy.write_data(tmp_path, 1, TEST, seed=3)
     ours, again = (hicodet.load_split(root, "test") for root in (folder / "data", tmp_path))
-    assert [layout_of(sample) for sample in ours] == [layout_of(sample) for sample in again]
+    assert [sample.hois for sample in ours] == [sample.hois for sample in again]
     assert ours[7].path.read_bytes() == again[7].path.read_bytes()
     assert scenes.make_scenes("train", 50, 3) != scenes.make_scenes("train", 50, 4)
 
@@ -164,8 +264,8 @@ def test_a_seed_always_writes_the_same(folder, tmp_path):
 def test_the_model_folder_loads_and_reads_an_image(folder, tokenizer):
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
     processor = AutoImageProcessor.from_pretrained(folder / "model")
-    images = processor(images=[Image.new("RGB", (112, 112))], return_tensors="pt")
-    assert images["image_grid_thw"].tolist() == [[1, 8, 8]]  # 112 / 14 = 8 patches a side
+    images = processor(images=[Image.new("RGB", (224, 112))], return_tensors="pt")
+    assert images["image_grid_thw"].tolist() == [[1, 8, 16]]  # patches of 14, rows first
     ids = torch.tensor([prompt_ids(tokenizer)])
     with torch.no_grad():
         logits = model(ids, mm_token_type_ids=(ids == model.config.image_token_id).long(),
@@ -194,14 +294,18 @@ def test_the_tokenizer_round_trips_any_text(tokenizer):
 
 
 def test_prompt_and_completions_are_short(folder, tokenizer):
-    assert len(prompt_ids(tokenizer)) <= 52  # 16 of them image tokens
-    for sample in hicodet.load_split(folder / "data", "train"):
-        text = hicodet.format_completion(sample.hois, think=template_trace(sample.hois))
+    assert len(prompt_ids(tokenizer)) <= 68  # 32 of them image tokens
+    for sample in hicodet.load_split(folder / "data", "test"):
+        text = hicodet.format_completion(sample.hois, think=teacher.template_trace(sample.hois))
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text
-        assert len(ids) <= 28
+        assert len(ids) <= (28 if len(sample.hois) == 1 else 54)
         coordinates = [tokenizer.decode([i]).strip(", ") for i in ids]
-        assert sum(c.isdigit() for c in coordinates) == 1 + 8  # "1 person" and two boxes
+        # "1 person" and, for each pair, two boxes
+        assert sum(c.isdigit() for c in coordinates) == 1 + 8 * len(sample.hois)
+    for text in teacher.read_traces(folder / "grounding.jsonl").values():
+        ids = tokenizer(text).input_ids
+        assert tokenizer.decode(ids) == text and len(ids) <= 38  # four things, 9 tokens each
 
 
 def test_the_chat_template_is_qwens(tokenizer):
@@ -231,3 +335,10 @@ def test_tiny_model_has_what_hides_bugs_and_leaves_the_random_state_alone():
     assert vision.window_size < scenes.SIDE and len(vision.fullatt_block_indexes) < vision.depth
     weights = [m.get_input_embeddings().weight for m in (model, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("rate", ["-0.1", "1.1", "nan"])
+def test_a_rate_that_is_none_is_refused(rate, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        toy.main([str(tmp_path / "x"), f"--left-out={rate}"])
+    assert "--left-out" in capsys.readouterr().err and not (tmp_path / "x").exists()
