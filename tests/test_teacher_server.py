@@ -268,7 +268,7 @@ def test_images_are_shrunk_jpegs_and_the_text_is_the_guidance(data, tmp_path):
     text, image = body["messages"][0]["content"]
     prefix, code = image["image_url"]["url"].split(",")
     picture = Image.open(io.BytesIO(base64.b64decode(code)))
-    assert (prefix, picture.format, picture.size) == ("data:image/jpeg;base64", "JPEG", (50, 50))
+    assert (prefix, picture.format, picture.size) == ("data:image/jpeg;base64", "JPEG", (50, 25))
     assert "1. How many people are in the image?" in text["text"] and "<think>" in text["text"]
     assert body["model"] == "gpt-4o-mini" and body["max_tokens"] == 512
 

@@ -336,9 +336,9 @@ def test_dry_run_shows_prompt_and_target_and_writes_nothing(folder, tmp_path, ca
     for stage in ("sft", "grpo", "predict"):
         run(config_of(stage, folder, tmp_path / "run", dry_run=True))
         shown = capsys.readouterr().out
-        assert "Thinking Process" in shown and "<|image_pad|> x 16" in shown
+        assert "Thinking Process" in shown and "<|image_pad|> x 32" in shown
         if stage == "sft":
             assert "supervised: these" in shown and "<|im_end|>" in shown.splitlines()[-1]
         else:
-            assert '"total": 3.8' in shown
+            assert '"verb": 1.0, "iou": 1.0, "total": 3.' in shown  # 3.8, or less by Eq. 7
     assert not (tmp_path / "run").exists()
