@@ -54,6 +54,11 @@ class RunConfig(Config):
     seed: int = option(0, "of data order and sampling", least=0)
     thinking: bool = option(True, "prompt with the Thinking Process (Table 2)")
     task_description: bool = option(True, "prompt with the valid classes (Table 2)")
+    box_frame: typing.Literal["model", "original"] | None = option(
+        None,
+        "pixels that boxes in text count: of the resized image that the model sees, or of the "
+        "original; default: as the model in --model was trained here, else model",
+    )
     workers: int = option(2, "processes of a rank that read images; 0: the rank itself", least=0)
     dry_run: bool = option(False, "print the first sample as the model would see it, and stop")
     resume: bool = option(False, "go on with the run in --out, from its last checkpoint or image")
@@ -72,6 +77,9 @@ class TrainConfig(RunConfig):
     tokens_per_microbatch: int = option(16384, "of a forward; fewer need less memory", least=1)
     gradient_checkpointing: bool = option(True, "slower, takes far less memory")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
+    export_every: int = option(
+        0, "steps between models kept as model-000400/ and so on (Fig. 2); 0: none", least=0
+    )
     eval_every: int = option(0, "steps between evaluations on test images; 0: none", least=0)
     eval_images: int = option(200, "test images, from the first, that an evaluation takes", least=1)
     eval_max_new_tokens: int = option(2048, "longest completion in an evaluation", least=1)
@@ -82,8 +90,10 @@ class SFTConfig(TrainConfig):
     """Thinking distillation and answer supervision (Sec. 3.2)."""
 
     traces: str = option("", "traces.jsonl of the teacher")
-    untraced: typing.Literal["skip", "answer"] = option(
-        "skip", "images without a trace: leave out, or train on the answer alone"
+    untraced: typing.Literal["skip", "answer"] | None = option(
+        None,
+        "images without a trace: leave out, or train on the answer alone; to be chosen where more "
+        "than 5 % have none (default: leave out)",
     )
     batch_size: int = option(8, "images of one optimizer step, over all ranks", least=1)
     max_steps: int = option(0, "optimizer steps; 0: as many as the epochs have", least=0)
@@ -105,6 +115,12 @@ class GRPOConfig(TrainConfig):
     max_new_tokens: int = option(1024, "longest completion", least=1)
     slots: int = option(64, "groups that are sampled at a time on a rank", least=1)
     duplicate_rule: typing.Literal["printed", "pair"] = option("printed", "duplicates in Eq. 7")
+    duplicates_earn: typing.Literal["labels", "nothing"] = option(
+        "labels", "of a duplicate in Eqs. 14 and 16: its labels, as printed, or nothing"
+    )
+    label_reward: typing.Literal["printed", "matched"] = option(
+        "printed", "labels against the image's whole set (Eqs. 14-18), or on the pairs of Eq. 21"
+    )
     without: tuple[typing.Literal["label", "iou"], ...] = option((), "rewards left out (Table 3)")
 
 
@@ -116,8 +132,13 @@ class PredictConfig(RunConfig):
     limit: int = option(0, "only the first so many images, also in evaluate.py; 0: all", least=0)
     max_new_tokens: int = option(2048, "longest completion", least=1)
     slots: int = option(64, "images that are decoded at a time on a rank", least=1)
-    scores: typing.Literal["ones", "likelihood"] = option(
-        "ones", "of an instance: 1.0, or the probability the model gave to its tokens"
+    scores: typing.Literal["rank", "ones", "likelihood"] = option(
+        "rank",
+        "falling from 1.0 to 0.5 in the order of the text, as the authors do; all 1.0; or the "
+        "probability the model gave to an instance's tokens",
+    )
+    repetition_penalty: float = option(
+        1.0, "divides the logits of tokens already written; Qwen2.5-VL's own is 1.05", least=1
     )
 
 
@@ -141,6 +162,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     types_of = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         kind, options = types_of[f.name], {"help": f.metadata["help"]}
+        if type(None) in typing.get_args(kind):  # None: not given
+            kind = typing.get_args(kind)[0]
         if typing.get_origin(kind) is tuple:
             kind = typing.get_args(kind)[0]
             options["nargs"] = "*"
@@ -154,7 +177,8 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
             options["required"] = True
         else:
             options["default"] = f.default
-            options["help"] += " (default: %(default)s)" if kind is not bool else ""
+            shown = kind is not bool and f.default is not None
+            options["help"] += " (default: %(default)s)" if shown else ""
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
 
 

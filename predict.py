@@ -34,10 +34,17 @@ def predict(config) -> None:
     samples = hicodet.load_split(config.data, config.split)[: config.limit or None]
     hicodet.require_images(samples)
     prompt_text = partial(hicodet.prompt_text, task_description=config.task_description)
-    examples = Examples(config.model, samples, thinking=config.thinking, prompt_text=prompt_text)
+    examples = Examples(
+        config.model,
+        samples,
+        thinking=config.thinking,
+        prompt_text=prompt_text,
+        box_frame=config.box_frame,
+    )
     if config.dry_run:
         return ranks.print(describe(examples, text_reward))
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
+    settings["box_frame"] = examples.box_frame
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     stored, number = stored_rows(run.folder)
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
@@ -53,6 +60,7 @@ def predict(config) -> None:
         slots=config.slots,
         workers=config.workers,
         scores=config.scores,
+        repetition_penalty=config.repetition_penalty,
     )
     mine = write_rows(run.folder / f"part-{number + ranks.rank:04d}.jsonl", rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
@@ -102,7 +110,8 @@ def predict_rows(
     max_new_tokens: int,
     slots: int = 64,
     workers: int = 0,
-    scores: str = "ones",
+    scores: str = "rank",
+    repetition_penalty: float = 1.0,
 ) -> Iterator[dict]:
     """Greedy predictions of this rank's share of the images, in the order in which they end.
 
@@ -118,6 +127,7 @@ def predict_rows(
         max_new_tokens=max_new_tokens,
         end_id=examples.end_id,
         temperature=0,
+        repetition_penalty=repetition_penalty,
         banned=examples.banned(model.config.text_config.vocab_size).to(model.device),
     )
 
@@ -129,23 +139,25 @@ def predict_rows(
     with tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0) as bar:
         for number, rollout in sampler.run(arriving()):
             ids, finished = rollout.completion_ids[0], bool(rollout.finished[0])
-            likelihood = rollout.logprobs[0] if scores == "likelihood" else None
-            row = prediction(examples, under_way.pop(number), ids, likelihood)
+            logprobs = rollout.logprobs[0]
+            row = prediction(examples, under_way.pop(number), ids, logprobs, scores)
             yield {"index": mine[number], "length": len(ids), "finished": finished, **row}
             bar.update()
 
 
 def prediction(
-    examples: Examples, example: Example, ids: Tensor, logprobs: Tensor | None
+    examples: Examples, example: Example, ids: Tensor, logprobs: Tensor, scores: str
 ) -> dict:
     """The line of predictions.jsonl and the rewards of one completion. ids, logprobs: (C,)."""
     text = examples.decode(ids)
     completion = hicodet.parse_completion(text)
-    scores = None
-    if logprobs is not None:
-        scores = instance_scores(examples.tokenizer, text, completion, ids, logprobs)
+    given = None
+    if scores == "rank":
+        given = hicodet.rank_scores(completion)
+    elif scores == "likelihood":
+        given = instance_scores(examples.tokenizer, text, completion, ids, logprobs)
     size = (example.sample.width, example.sample.height)
-    instances = hicodet.predicted_instances(completion, size, example.model_size, scores)
+    instances = hicodet.predicted_instances(completion, size, example.text_size, given)
     line = {"file_name": example.sample.file_name, "text": text, "instances": instances}
     reward = total_reward(completion, example.text_hois) if example.text_hois else None
     return {"line": line, "reward": reward}

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import evaluate
 import hicodet
-from engine.examples import Examples, batches, describe, picture
+from engine.examples import FRAME_FILE, Examples, batches, describe, picture
+from engine.files import replace_file
 from engine.policy import (
     ClippedAdamW,
     Ranks,
@@ -33,6 +34,13 @@ from hicodet import InputError
 from predict import predict_rows, summarise, text_reward
 from sft import SFT, supervised_text, traced_samples
 
+# of GRPOConfig, what the rewards are told; of both configs, what `fit` is told
+REWARD_OPTIONS = ("duplicate_rule", "duplicates_earn", "label_reward", "without")
+LOOP_OPTIONS = (
+    *("batch_size", "seed", "workers", "warmup_steps"),
+    *("save_every", "export_every", "eval_every"),
+)
+MAX_UNTRACED = 0.05  # share of images without a trace that SFT leaves out unasked
 SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
 
 
@@ -41,10 +49,10 @@ def sft(config) -> None:
     ranks = start_ranks()
     samples, thinks = annotated_samples(config.data), {}
     if config.thinking:
-        thinks, total = traces_of(config.traces), len(samples)
-        traced = sum(sample.file_name in thinks for sample in samples)
-        samples = traced_samples(samples, thinks, config.untraced)
-        ranks.print(f"{traced} of {total} images have a trace; training on {len(samples)}")
+        thinks = traces_of(config.traces)
+        untraced = [sample.file_name for sample in samples if sample.file_name not in thinks]
+        ranks.print(untraced_line(len(untraced), len(samples), config.untraced))
+        samples = traced_samples(samples, thinks, config.untraced or "skip")
     elif config.traces:
         raise InputError("--no-thinking takes no --traces: there is no reasoning to train on")
     options = prompt_options(config) | {"thinks": thinks, "target_text": supervised_text}
@@ -52,6 +60,9 @@ def sft(config) -> None:
     if config.dry_run:
         return ranks.print(describe(examples))
     parts = set_up(config, examples, ranks, needs_replica=config.eval_every > 0)
+    if ranks.rank == 0 and thinks:
+        text = "".join(f"{name}\n" for name in untraced)
+        replace_file(parts.run.folder / "untraced.txt", text)
     stage = SFT(parts.policy, parts.optimizer, ranks, config.tokens_per_microbatch)
     fit(stage, parts, examples, ranks, **loop_options(config, len(samples)))
 
@@ -61,7 +72,7 @@ def grpo(config) -> None:
     ranks = start_ranks()
     samples = with_images(annotated_samples(config.data), config.data)
     examples = Examples(config.model, samples, **prompt_options(config))
-    reward_options = {"duplicate_rule": config.duplicate_rule, "without": config.without}
+    reward_options = {name: getattr(config, name) for name in REWARD_OPTIONS}
     if config.dry_run:
         return ranks.print(describe(examples, partial(text_reward, **reward_options)))
     parts = set_up(config, examples, ranks, needs_replica=True)
@@ -98,6 +109,17 @@ def with_images(samples: list[hicodet.Sample], data: str) -> list[hicodet.Sample
     return samples
 
 
+def untraced_line(missing: int, total: int, untraced: str | None) -> str:
+    """What SFT says of images without a trace. Raises InputError for many if none chose."""
+    if missing > MAX_UNTRACED * total and untraced is None:
+        raise InputError(
+            f"{missing} of {total} annotated images have no trace: run teacher.py again, or choose "
+            "--untraced skip (leave them out) or --untraced answer (train on their answers alone)"
+        )
+    fate = "trained on their answer alone" if untraced == "answer" else "left out"
+    return f"{missing} of {total} annotated images have no trace: {fate if missing else 'good'}"
+
+
 def traces_of(path: str) -> dict[str, str]:
     """The teacher's traces by file name, from the file of --traces."""
     if not path:
@@ -108,15 +130,18 @@ def traces_of(path: str) -> dict[str, str]:
 
 
 def prompt_options(config) -> dict:
-    """How Examples are asked: the ablations of Table 2."""
+    """How Examples are asked: the ablations of Table 2, and the frame of boxes."""
     prompt_text = partial(hicodet.prompt_text, task_description=config.task_description)
-    return {"thinking": config.thinking, "prompt_text": prompt_text}
+    return {
+        "thinking": config.thinking,
+        "prompt_text": prompt_text,
+        "box_frame": config.box_frame,
+    }
 
 
 def loop_options(config, images: int) -> dict:
     """What `fit` takes of a config."""
-    names = ("batch_size", "seed", "workers", "warmup_steps", "save_every", "eval_every")
-    options = {name: getattr(config, name) for name in names}
+    options = {name: getattr(config, name) for name in LOOP_OPTIONS}
     steps = config.max_steps or config.epochs * math.ceil(images / config.batch_size)
     return options | {"peak_learning_rate": config.learning_rate, "steps": steps}
 
@@ -137,6 +162,7 @@ def set_up(config, examples: Examples, ranks: Ranks, *, needs_replica: bool) -> 
     """The run's folder, the policy and its optimizer, restored where a run is resumed."""
     held_out = held_out_examples(config) if config.eval_every else None
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
+    settings["box_frame"] = examples.box_frame
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     if ranks.rank == 0:
         picture(examples[0]).save(run.folder / "first_sample.png")
@@ -171,8 +197,9 @@ def fit(
     workers: int,
     peak_learning_rate: float,
     warmup_steps: int,
-    save_every: int,
-    eval_every: int,
+    save_every: int = 0,
+    export_every: int = 0,
+    eval_every: int = 0,
 ) -> None:
     """The training loop. stage: SFT or GRPO, whose `update` does one batch."""
     run, optimizer, done = parts.run, parts.optimizer, parts.done
@@ -197,9 +224,17 @@ def fit(
         bar.update()
         if save_every and (step + 1) % save_every == 0:
             run.save(parts.policy, optimizer.adamw, step + 1)
+        if export_every and (step + 1) % export_every == 0:
+            export(run, parts.policy, examples, f"model-{step + 1:06d}")
     bar.close()
-    run.export(parts.policy, [examples.tokenizer, examples.processor])
+    export(run, parts.policy, examples, "model")
     ranks.print(f"model: {run.folder / 'model'}")
+
+
+def export(run: Run, policy, examples: Examples, name: str) -> None:
+    """Write a folder that `from_pretrained`, and prediction, read without being told more."""
+    notes = {FRAME_FILE: {"box_frame": examples.box_frame}}
+    run.export(policy, name, [examples.tokenizer, examples.processor], notes)
 
 
 def held_out_examples(config) -> Examples:

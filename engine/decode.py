@@ -231,6 +231,15 @@ def _hold_angles(module, arguments, angles):
     return tuple(_hold(x) for x in angles)
 
 
+def penalise(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
+    """Logits with those of ids already written made less likely, as the library does.
+
+    logits: (B, V). written: (B, V) bool. A positive logit is divided, a negative one multiplied.
+    """
+    lower = torch.where(logits > 0, logits / penalty, logits * penalty)
+    return torch.where(written, lower, logits)
+
+
 def draw_tokens(
     logits: Tensor, *, temperature: float, uniforms: Tensor | None, banned: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from engine.policy import Ranks
 from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
+FRAME_FILE = "box_frame.json"  # in an exported folder
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Example:
     sample: hicodet.Sample
     prompt: Prompt
     model_size: tuple[int, int]  # (width, height) of the image after the processor's resize
-    text_hois: tuple[hicodet.HOI, ...]  # boxes in the frame that the text speaks, the model's
+    text_size: tuple[int, int]  # of the image whose pixels the text counts, by --box-frame
+    text_hois: tuple[hicodet.HOI, ...]  # boxes in pixels of that image
     target_ids: Tensor | None  # (C,) what SFT supervises
 
 
@@ -45,7 +48,8 @@ class Examples(Dataset):
 
     thinking: whether the prompt asks for reasoning. thinks: for SFT the trace of each file name; an
     image without one is asked for the answer alone. prompt_text(thinking=) is the text of the user
-    turn, target_text(hois, think) what SFT supervises (None: no targets).
+    turn, target_text(hois, think) what SFT supervises (None: no targets). box_frame: "model" or
+    "original", None for that of the model's folder.
     """
 
     def __init__(
@@ -57,9 +61,10 @@ class Examples(Dataset):
         thinks: dict[str, str] | None = None,
         prompt_text: Callable[..., str] = hicodet.prompt_text,
         target_text: Callable[[tuple, str | None], str] | None = None,
+        box_frame: str | None = None,
     ):
         self.samples, self.thinking, self.thinks = samples, thinking, thinks
-        self.target_text = target_text
+        self.target_text, self.box_frame = target_text, box_frame_of(model, box_frame)
         config = read_from_model(AutoConfig.from_pretrained, model, "configuration")
         if config.model_type != "qwen2_5_vl":
             raise InputError(f"--model {model}: a {config.model_type}, which is no Qwen2.5-VL")
@@ -104,9 +109,10 @@ class Examples(Dataset):
         prompt = self.prompt(sample, thinking)
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
-        hois = tuple(in_model_frame(hoi, sample, model_size) for hoi in sample.hois)
+        size = model_size if self.box_frame == "model" else (sample.width, sample.height)
+        hois = tuple(in_text_frame(hoi, sample, size) for hoi in sample.hois)
         target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
-        return Example(sample, prompt, model_size, hois, target)
+        return Example(sample, prompt, model_size, size, hois, target)
 
     def prompt(self, sample: hicodet.Sample, thinking: bool) -> Prompt:
         """Image and question, as ids with a placeholder for each image token, and patches."""
@@ -145,9 +151,26 @@ class Examples(Dataset):
         return banned
 
 
-def in_model_frame(hoi: hicodet.HOI, sample: hicodet.Sample, model_size) -> hicodet.HOI:
-    """An HOI of the sample with its boxes in the frame that the model sees."""
-    sizes = (sample.width, sample.height), model_size
+def box_frame_of(model: str, asked: str | None) -> str:
+    """The frame of boxes in text: what is asked for, else what the model's folder was trained in.
+
+    Raises InputError if the two contradict each other.
+    """
+    path = Path(model) / FRAME_FILE
+    if not path.is_file():
+        return asked or "model"
+    try:
+        trained = json.loads(path.read_text())["box_frame"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: no box_frame that can be read ({error!r})") from None
+    if asked and asked != trained:
+        raise InputError(f"--box-frame {asked}: {model} was trained with {trained}; leave it out")
+    return trained
+
+
+def in_text_frame(hoi: hicodet.HOI, sample: hicodet.Sample, text_size) -> hicodet.HOI:
+    """An HOI of the sample with its boxes in pixels of an image of text_size, (width, height)."""
+    sizes = (sample.width, sample.height), text_size
     human, obj = (hicodet.to_model_frame(box, *sizes) for box in (hoi.human, hoi.object))
     return dataclasses.replace(hoi, human=human, object=obj)
 
@@ -222,8 +245,8 @@ def batches(
 
 
 def picture(example: Example) -> Image.Image:
-    """The image as large as the model sees it, with the boxes that text and rewards speak of."""
-    image = read_image(example.sample).resize(example.model_size, Image.Resampling.BICUBIC)
+    """The image in the frame of the text, with the boxes that text and rewards speak of."""
+    image = read_image(example.sample).resize(example.text_size, Image.Resampling.BICUBIC)
     width, height = example.model_size
     caption = f"{example.sample.file_name}, seen as {width} x {height}"
     return draw_hois(image, example.text_hois, caption=caption)

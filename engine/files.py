@@ -48,7 +48,8 @@ def json_lines(path: str | Path, *, cut_last: bool = False) -> Iterator[tuple[st
             try:
                 value = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{where}: not JSON ({error}); remove the line") from None
+                hint = "remove the line" if line.endswith(b"\n") else "cut off? resuming drops it"
+                raise InputError(f"{where}: not JSON ({error}); {hint}") from None
             yield where, value
 
 

@@ -19,12 +19,13 @@ from hicodet import InputError
 
 # options that --resume may change: the final weights do not depend on them, but for rounding
 FREE_ON_RESUME = {
-    *("resume", "out", "data", "traces", "workers", "dry_run", "save_every", "slots"),
+    *("resume", "out", "data", "traces", "workers", "dry_run", "save_every", "export_every"),
+    "slots",
     *("tokens_per_microbatch", "gradient_checkpointing"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
 }
 # what a run has in its folder before its first result
-BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png"}
+BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png", "untraced.txt"}
 
 
 class Run:
@@ -89,11 +90,11 @@ class Run:
             with open(self.folder / f"{name}.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def export(self, policy, parts: list) -> None:
-        """Write model/ for `from_pretrained`, weights in fp32; whole or absent.
+    def export(self, policy, name: str, parts: list, notes: dict[str, dict]) -> None:
+        """Write a folder for `from_pretrained`, weights in fp32; whole or absent.
 
-        parts: tokenizer and image processor. In bf16 most of what a short run at 1e-6 has moved
-        would be rounded away.
+        parts: tokenizer and image processor. notes: JSON files beside them. In bf16 most of what a
+        short run at 1e-6 has moved would be rounded away.
         """
         state = {}
         for name, parameter in policy.named_parameters():
@@ -101,10 +102,12 @@ class Run:
             if self.ranks.rank == 0:
                 state[name] = full.detach().cpu()
         if self.ranks.rank == 0:
-            folder, aside = self.folder / "model", self.folder / "model.tmp"
+            folder, aside = self.folder / name, self.folder / f"{name}.tmp"
             policy.save_pretrained(aside, state_dict=state)
             for part in parts:
                 part.save_pretrained(aside)
+            for file, note in notes.items():
+                write_json(aside / file, note)
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         dist.barrier()

@@ -16,6 +16,7 @@ from engine.decode import (
     GroupCache,
     Prefill,
     draw_tokens,
+    penalise,
     prepare_for_decoding,
 )
 
@@ -42,6 +43,8 @@ class Sampler:
     model: in eval mode; on a GPU `prepare_for_decoding` changes it. slots: groups held at a time.
     prompt_room: tokens of the longest prompt. A completion ends with end_id or at max_new_tokens.
     temperature 0 is greedy decoding. banned: (V,) bool, ids that are never drawn.
+    repetition_penalty: 1, or divides positive logits of ids already written, prompt included, and
+    multiplies negative ones, as the library does.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Sampler:
         end_id: int,
         temperature: float = 1.0,
         banned: Tensor | None = None,
+        repetition_penalty: float = 1.0,
     ):
         def state(*shape, dtype=torch.long):
             return torch.zeros(slots, *shape, dtype=dtype, device=model.device)
@@ -68,6 +72,10 @@ class Sampler:
         self.uniforms = state(group_size, max_new_tokens, dtype=torch.float32)
         self.counts = state(group_size)  # tokens drawn; all but the last are in the cache
         self.done = state(group_size, dtype=torch.bool).fill_(True)
+        self.repetition_penalty, self.written = repetition_penalty, None
+        if repetition_penalty != 1:  # which ids a row's prompt and text hold
+            vocabulary = model.config.text_config.vocab_size
+            self.written = state(group_size, vocabulary, dtype=torch.bool)
         self.owners: list[int | None] = [None] * slots  # the prompt in each slot, by its number
         self.active = slots  # a step computes so many slots, from the first
         self.graph: torch.cuda.CUDAGraph | None = None  # of a step, made when first needed
@@ -119,6 +127,10 @@ class Sampler:
         if self.temperature:
             self.uniforms[at] = self.random_numbers(seeds).to(at.device)
         self.counts[at], self.done[at] = 0, False
+        if self.written is not None:
+            self.written[at] = False
+            for slot, prompt in zip(slots, prompts):
+                self.written[slot, :, prompt.prompt_ids.to(at.device)] = True
         for slot, number in zip(slots, numbers):
             self.owners[slot] = number
         ends = torch.tensor(lengths, device=at.device).cumsum(0) - 1
@@ -156,6 +168,9 @@ class Sampler:
         counts, done = self.counts[slots], self.done[slots]
         members = torch.arange(self.group_size, device=slots.device)
         at = (slots[:, None], members, counts.clamp(max=self.max_new_tokens - 1))
+        if self.written is not None:
+            written = self.written[slots].flatten(0, 1)
+            logits = penalise(logits, written, self.repetition_penalty)
         ids, logprobs = draw_tokens(
             logits,
             temperature=self.temperature,
@@ -165,6 +180,8 @@ class Sampler:
         ids, logprobs = ids.view_as(counts), logprobs.view_as(counts)
         self.ids[at] = torch.where(done, self.ids[at], ids)
         self.logprobs[at] = torch.where(done, self.logprobs[at], logprobs)
+        if self.written is not None:
+            self.written[slots[:, None], members, ids] = True
         counts = counts + ~done
         self.counts[slots] = counts
         self.done[slots] = done | (ids == self.end_id) | (counts == self.max_new_tokens)
@@ -188,6 +205,7 @@ class Sampler:
         tensors = [buffer.unflatten(0, (len(self.owners), -1)) for buffer in cached]
         tensors += [self.prompt_lengths, self.first_positions, self.ids, self.logprobs]
         tensors += [self.uniforms, self.counts, self.done]
+        tensors += [] if self.written is None else [self.written]
         for to, slot in enumerate(busy):
             for tensor in tensors if to != slot else ():
                 tensor[to] = tensor[slot]

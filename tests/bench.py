@@ -305,7 +305,7 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     name, hois = "random.jpg", bench_cpu.HOIS
     sample = hicodet.Sample(name, Path(name), 640, 480, hois, (), frozenset())
     batch = [
-        Example(sample, prompt, (640, 480), hois, None)
+        Example(sample, prompt, (640, 480), (640, 480), hois, None)
         for prompt in random_prompts(replica, size, size.prompts)
     ]
     logged = {}

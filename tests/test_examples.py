@@ -155,7 +155,7 @@ def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_pa
         assert instance.human == tuple(round(2 * side) for side in hoi.human)
         assert instance.object == tuple(round(2 * side) for side in hoi.object)
     # and back: the same text as a prediction has the boxes of the annotation, and a full reward
-    row = predict.prediction(examples, examples[0], examples[0].target_ids, None)
+    row = predict.prediction(examples, examples[0], examples[0].target_ids, None, "ones")
     for instance, hoi in zip(row["line"]["instances"], sample.hois, strict=True):
         assert instance["human"] == pytest.approx(hoi.human, abs=0.5)
         assert instance["object"] == pytest.approx(hoi.object, abs=0.5)
@@ -173,7 +173,7 @@ def test_an_image_that_is_not_square_has_a_scale_for_each_side(folder, tmp_path)
     assert examples[0].model_size == (112, 28)
     text = examples.decode(examples[0].target_ids)
     assert '"human": [28, 7, 56, 21], "object": [42, 14, 98, 21]' in text
-    row = predict.prediction(examples, examples[0], examples[0].target_ids, None)
+    row = predict.prediction(examples, examples[0], examples[0].target_ids, None, "ones")
     (found,) = row["line"]["instances"]
     assert found["human"] == pytest.approx(hoi.human)
     assert found["object"] == pytest.approx(hoi.object)

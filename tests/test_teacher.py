@@ -109,7 +109,7 @@ def test_read_traces_keeps_the_order_and_ignores_other_keys(tmp_path):
 
 
 @pytest.mark.parametrize("line, said", [
-    ("", "no JSON object"), ("{", "no JSON object"), ("[" * 100_000, "no JSON object"),
+    ("", "not JSON"), ("{", "not JSON"), ("[" * 100_000, "not JSON"),
     ("[]", '"file_name"'), ('{"think": "x"}', '"file_name"'), ('{"file_name": "b"}', '"think"'),
     ('{"file_name": "b", "think": " "}', '"think"'), ('{"file_name": "b", "think": 3}', "3"),
     ('{"file_name": "b", "think": "x </think>"}', "tag"),

@@ -1,0 +1,195 @@
+"""The authors' protocol: frames of boxes, folders as the Hub has them, scores, untraced images."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import hicodet
+import predict
+import train
+from engine.examples import FRAME_FILE, box_frame_of
+from engine.policy import load_model
+from engine.sampler import Sampler
+from tests.runs import config_of, examples_of, metrics, refusal, run
+from tests.tiny import collect, plain_logprobs
+
+
+@pytest.fixture
+def doubling_model(folder, tmp_path):
+    """The tiny model with a processor that doubles the images of the toy, 224 x 112."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    path = tmp_path / "model" / "preprocessor_config.json"
+    settings = json.loads(path.read_text()) | {"min_pixels": 448 * 224, "max_pixels": 448 * 224}
+    settings.pop("size", None)
+    path.write_text(json.dumps(settings))
+    return str(tmp_path / "model")
+
+
+# The frame of boxes
+
+
+@pytest.mark.parametrize("frame, scale", [("model", 2), ("original", 1)])
+def test_text_speaks_the_frame_that_was_asked_for(frame, scale, doubling_model, folder):
+    """In the target of SFT, in the rewards' ground truth, and back from a prediction."""
+    config = config_of("sft", folder, "x", model=doubling_model, box_frame=frame)
+    sample = hicodet.load_split(folder / "data", "train")[0]
+    examples = examples_of(config, [sample], {sample.file_name: "x"})
+    example = examples[0]
+    assert example.model_size == (448, 224)
+    text = examples.decode(example.target_ids)
+    for written, true, hoi in zip(
+        hicodet.parse_completion(text).instances, example.text_hois, sample.hois, strict=True
+    ):
+        assert written.human == tuple(round(scale * side) for side in hoi.human)
+        assert true.object == tuple(scale * side for side in hoi.object)
+    logprobs = torch.zeros(len(example.target_ids))
+    row = predict.prediction(examples, example, example.target_ids, logprobs, "rank")
+    for found, hoi in zip(row["line"]["instances"], sample.hois, strict=True):
+        assert found["human"] == pytest.approx(hoi.human, abs=0.5)
+        assert found["object"] == pytest.approx(hoi.object, abs=0.5)
+    assert row["reward"]["iou"] > 0.98
+
+
+def test_a_trained_folder_tells_its_frame(folder, tmp_path):
+    out = tmp_path / "run"
+    run(config_of("sft", folder, out, max_steps=1, box_frame="original"))
+    model = str(out / "model")
+    assert box_frame_of(model, None) == "original"
+    assert json.loads((out / "config.json").read_text())["box_frame"] == "original"
+    run(config_of("predict", folder, tmp_path / "p", model=model, limit=1, max_new_tokens=2))
+    assert json.loads((tmp_path / "p" / "config.json").read_text())["box_frame"] == "original"
+    found = refusal(config_of("predict", folder, tmp_path / "q", model=model, box_frame="model"))
+    assert "--box-frame model" in found and "original" in found
+
+
+def test_a_frame_that_cannot_be_read_is_named(tmp_path):
+    assert box_frame_of("some/hub-name", None) == "model"
+    assert box_frame_of(str(tmp_path), "original") == "original"
+    for spoilt in ("{", "[]", "{}"):
+        (tmp_path / FRAME_FILE).write_text(spoilt)
+        with pytest.raises(hicodet.InputError, match=FRAME_FILE):
+            box_frame_of(str(tmp_path), None)
+
+
+# A folder as the Hub has it
+
+
+@pytest.fixture
+def hub_folder(folder, tmp_path):
+    """Flat configuration, older keys, bf16, tied head, a near-greedy generation_config."""
+    from tests.test_quantized import flat_config, old_key
+
+    path = tmp_path / "hub"
+    shutil.copytree(folder / "model", path)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
+    state = load_file(folder / "model" / "model.safetensors")
+    state = {old_key(k): v.bfloat16() for k, v in state.items() if k != "lm_head.weight"}
+    save_file(state, path / "model.safetensors", {"format": "pt"})
+    config = flat_config(model.config) | {"torch_dtype": "bfloat16", "tie_word_embeddings": True}
+    (path / "config.json").write_text(json.dumps(config))
+    near_greedy = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "repetition_penalty": 1.05}
+    (path / "generation_config.json").write_text(json.dumps(near_greedy))
+    return path
+
+
+def test_a_hub_folder_is_the_librarys_model(hub_folder, folder):
+    mine = load_model(str(hub_folder), torch.device("cpu"))
+    plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(hub_folder, dtype=torch.float32)
+    assert mine.lm_head.weight.data_ptr() == mine.get_input_embeddings().weight.data_ptr()
+    config = config_of("predict", folder, "x", model=str(hub_folder))
+    examples = examples_of(config, hicodet.load_split(folder / "data", "test")[:2])
+    prompts = [examples[i].prompt for i in range(2)]
+    options = {"slots": 2, "prompt_room": examples.longest_prompt(), "end_id": examples.end_id}
+    sampler = Sampler(mine, group_size=4, max_new_tokens=8, **options)
+    rollout = collect(sampler, prompts, list(range(8)))
+    assert len({tuple(ids.tolist()) for ids in rollout.completion_ids}) == 8  # not near-greedy
+    for row, (ids, logprobs) in enumerate(zip(rollout.completion_ids, rollout.logprobs)):
+        expected = plain_logprobs(plain, prompts[row // 4], ids)
+        torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_command_for_the_released_weights_works_on_a_hub_folder(hub_folder, folder, tmp_path):
+    """README: predict --model ... --box-frame original --max-new-tokens 1024."""
+    options = {"box_frame": "original", "max_new_tokens": 24, "limit": 2}
+    run(config_of("predict", folder, tmp_path / "test", model=str(hub_folder), **options))
+    assert len((tmp_path / "test" / "predictions.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_repetition_penalty_equals_the_librarys(model, reference, prompts, slots):
+    options = {"group_size": 1, "max_new_tokens": 12, "end_id": -1, "temperature": 0}
+    room = max(len(prompt.prompt_ids) for prompt in prompts)
+    sampler = Sampler(model, slots=slots, prompt_room=room, repetition_penalty=1.3, **options)
+    found = [ids.tolist() for ids in collect(sampler, prompts).completion_ids]
+    for prompt, mine in zip(prompts, found, strict=True):
+        ids = prompt.prompt_ids[None]
+        output = reference.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid_thw,
+            mm_token_type_ids=(ids == reference.config.image_token_id).int(),
+            do_sample=False,
+            max_new_tokens=12,
+            repetition_penalty=1.3,
+            pad_token_id=0,
+            eos_token_id=-1,
+        )
+        assert mine == output[0, ids.shape[1] :].tolist()
+    plain = Sampler(model, slots=slots, prompt_room=room, **options)
+    assert [ids.tolist() for ids in collect(plain, prompts).completion_ids] != found
+
+
+# Scores, traces, models of Fig. 2
+
+
+def test_scores_fall_by_rank_unless_told_otherwise(folder):
+    config = config_of("predict", folder, "x")
+    assert config.scores == "rank"
+    sample = next(s for s in hicodet.load_split(folder / "data", "train") if len(s.hois) > 1)
+    examples = examples_of(config_of("sft", folder, "x"), [sample], {sample.file_name: "x"})
+    ids = examples[0].target_ids
+    verbs = sum(len(hoi.verbs) for hoi in sample.hois)
+    row = predict.prediction(examples, examples[0], ids, torch.zeros(len(ids)), "rank")
+    scores = [score for hoi in row["line"]["instances"] for score in hoi["scores"]]
+    assert scores == pytest.approx([1 - 0.5 * i / (verbs - 1) for i in range(verbs)])
+    row = predict.prediction(examples, examples[0], ids, torch.zeros(len(ids)), "ones")
+    assert {s for hoi in row["line"]["instances"] for s in hoi["scores"]} == {1.0}
+
+
+def test_many_images_without_a_trace_stop_a_run_that_did_not_choose():
+    assert "0 of 100" in train.untraced_line(0, 100, None)
+    assert "left out" in train.untraced_line(5, 100, None)
+    with pytest.raises(hicodet.InputError, match="6 of 100 .* --untraced skip"):
+        train.untraced_line(6, 100, None)
+    assert "left out" in train.untraced_line(60, 100, "skip")
+    assert "answer alone" in train.untraced_line(60, 100, "answer")
+
+
+def test_images_without_a_trace_are_listed_in_the_run(folder, tmp_path):
+    run(config_of("sft", folder, tmp_path / "run", max_steps=1))
+    names = [sample.file_name for sample in hicodet.load_split(folder / "data", "train")]
+    assert (tmp_path / "run" / "untraced.txt").read_text().split() == names[20:]
+    config = replace(config_of("sft", folder, tmp_path / "other"), untraced=None)
+    assert "4 of 24 annotated images" in refusal(config)
+
+
+def test_models_on_the_way_are_what_a_shorter_run_ends_with(folder, tmp_path):
+    """But for the schedule, which is the same here: a constant rate is not needed for step 2."""
+    run(config_of("sft", folder, tmp_path / "run", max_steps=4, export_every=2, save_every=0))
+    names = sorted(path.name for path in (tmp_path / "run").glob("model*"))
+    assert names == ["model", "model-000002", "model-000004"]
+    two, last, end = (
+        load_file(tmp_path / "run" / name / "model.safetensors")
+        for name in ("model-000002", "model-000004", "model")
+    )
+    assert all(torch.equal(last[name], end[name]) for name in end)
+    assert any(not torch.equal(two[name], end[name]) for name in end)
+    model = str(tmp_path / "run" / "model-000002")
+    run(config_of("predict", folder, tmp_path / "p", model=model, limit=1, max_new_tokens=2))
+    assert len(metrics(tmp_path / "run")) == 4
