@@ -412,30 +412,35 @@ def to_image_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int,
 
 
 ROLE = "You are an HOI detection model. "
-STRUCTURE = "Follow this exact structure:\n"
+STRUCTURE = "Follow this exact structure:\n\n"
 TASK_DESCRIPTION = f"""\
 <VALID OBJECT CLASSES>:
-<object class>:{", ".join(OBJECTS)}
+<object class>:{", ".join(OBJECTS)}.
+
 <VALID INTERACTIONS> (object: allowed_verbs):
 <object class>: <verb class>, <verb class>, ...
-{INTERACTIONS}"""
+{INTERACTIONS}
+"""
 THINKING_PROCESS = """\
 Thinking Process:
 1. How many people are in the image?
 2. What are those people doing?
 3. What <object class> in <VALID OBJECT CLASSES> are each people interacting with?
 4. Find existing <verb class> combinations from <VALID INTERACTIONS> for each <object class>.
+
 """
-THINK_EXAMPLE = "<think> reasoning process here </think>\n"
+THINK_EXAMPLE = "<think>\nreasoning process here\n</think>\n"
+# The two spaces and the dots are the authors'.
 ANSWER_EXAMPLE = """\
 <answer>
 [
     {
-        "human": [x1, y1, x2, y2],
+        "human":  [x1, y1, x2, y2],
         "object": [x1, y1, x2, y2],
         "object class": "<object class>",
         "verb class": "<verb class>, <verb class>, ... "
-    }
+    },
+    ...
 ]
 </answer>"""
 
@@ -443,6 +448,7 @@ ANSWER_EXAMPLE = """\
 def prompt_text(*, thinking: bool = True, task_description: bool = True) -> str:
     """The text of the user turn (Fig. 4); the two switches are the ablations of Table 2.
 
+    With both it is, to the character, what the authors ask their own weights.
     Without `thinking` the Thinking Process and the example's <think> part are left out, without
     `task_description` the role and both lists of classes.
     """

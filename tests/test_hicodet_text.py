@@ -1,5 +1,6 @@
 """hicodet.py, its language: prompt, answers, parser, predictions, drawing."""
 
+import hashlib
 import json
 import random
 import time
@@ -29,49 +30,75 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(QWEN)
 
 
-def test_fig4_prompt():
-    lines = hicodet.prompt_text().splitlines()
-    assert lines[0] == "You are an HOI detection model. Follow this exact structure:"
-    assert lines[1] == "<VALID OBJECT CLASSES>:"
-    assert lines[2].startswith("<object class>:person, bicycle, car, motorcycle, airplane, bus, ")
-    assert lines[3] == "<VALID INTERACTIONS> (object: allowed_verbs):"
-    assert lines[4] == "<object class>: <verb class>, <verb class>, ..."
-    assert lines[5] == (
-        "airplane: board, direct, exit, fly, inspect, load, ride, sit on, wash, no interaction"
-    )
-    assert lines[6] == (
+PROMPT_SHA256 = "02de28236c8a0d32bc0a0313abb6ac85890074adbe9bb3dd2444114288bffea3"  # the authors'
+
+
+def test_fig4_prompt_is_the_authors_to_the_character():
+    text = hicodet.prompt_text()
+    assert len(text) == 6844
+    assert hashlib.sha256(text.encode()).hexdigest() == PROMPT_SHA256
+
+
+def test_fig4_prompt_layout():
+    lines = hicodet.prompt_text().split("\n")
+    assert lines[:3] == [
+        "You are an HOI detection model. Follow this exact structure:", "", "<VALID OBJECT CLASSES>:"
+    ]  # fmt: skip
+    assert lines[3].startswith("<object class>:person, bicycle, car, motorcycle, airplane, bus, ")
+    assert lines[3].endswith(", hair drier, toothbrush.")
+    assert lines[4:7] == [
+        "", "<VALID INTERACTIONS> (object: allowed_verbs):",
+        "<object class>: <verb class>, <verb class>, ...",
+    ]  # fmt: skip
+    assert lines[8] == (
         "bicycle: carry, hold, inspect, jump, hop on, park, push, repair, ride, sit on, "
         "straddle, walk, wash, no interaction"
     )
-    assert lines[85] == "Thinking Process:"
-    assert lines[89].startswith("4. Find existing <verb class> combinations from <VALID INTER")
-    assert lines[90] == "EXAMPLE OUTPUT FORMAT:"
-    assert lines[91] == "<think> reasoning process here </think>"
-    assert (lines[92], lines[-1]) == ("<answer>", "</answer>")
-    listed = [(verb, row[0]) for line in lines[5:85] if (row := line.split(": "))
+    listed = [(verb, row[0]) for line in lines[7:87] if (row := line.split(": "))
               for verb in row[1].split(", ")]  # fmt: skip
     assert tuple(listed) == hicodet.PAIRS
+    assert lines[87:90] == ["", "Thinking Process:", "1. How many people are in the image?"]
+    assert lines[93:] == [
+        "", "EXAMPLE OUTPUT FORMAT:", "<think>", "reasoning process here", "</think>", "<answer>",
+        "[", "    {", '        "human":  [x1, y1, x2, y2],', '        "object": [x1, y1, x2, y2],',
+        '        "object class": "<object class>",',
+        '        "verb class": "<verb class>, <verb class>, ... "', "    },", "    ...", "]",
+        "</answer>",
+    ]  # fmt: skip
 
 
-def test_prompt_ablations_of_table_2():
-    for thinking in (True, False):
-        for task_description in (True, False):
-            text = hicodet.prompt_text(thinking=thinking, task_description=task_description)
-            assert ("Thinking Process" in text) == ("<think>" in text) == thinking
-            assert ("You are an HOI" in text) == ("airplane" in text) == task_description
-            assert text.count("Follow this exact structure:\n") == 1
-            assert "EXAMPLE OUTPUT FORMAT:" in text and text.endswith("\n]\n</answer>")
-            assert not hicodet.parse_completion(text).instances  # an echo earns nothing
+TABLE_2 = {  # (thinking, task_description) -> how the text opens, and what follows it at once
+    (True, True): ("You are an HOI detection model. Follow this exact structure:", "<VALID OBJECT"),
+    (False, True): ("You are an HOI detection model. Follow this exact structure:", "<VALID OBJEC"),
+    (True, False): ("Follow this exact structure:", "Thinking Process:\n1. How many"),
+    (False, False): ("Follow this exact structure:", "EXAMPLE OUTPUT FORMAT:\n<answer>\n[\n    {"),
+}
 
 
-def test_prompt_and_answers_in_real_tokens(tokenizer, real_samples):
+@pytest.mark.parametrize("thinking, task_description", TABLE_2)
+def test_prompt_ablations_of_table_2(thinking, task_description):
+    text = hicodet.prompt_text(thinking=thinking, task_description=task_description)
+    opening, following = TABLE_2[thinking, task_description]
+    assert text.startswith(f"{opening}\n\n{following}")
+    assert ("Thinking Process" in text) == ("<think>" in text) == thinking
+    assert ("zebra: feed, hold, pet, watch, no interaction\n\n" in text) == task_description
+    assert "\n\nEXAMPLE OUTPUT FORMAT:\n" in text and text.endswith("\n    ...\n]\n</answer>")
+    assert "\n\n\n" not in text  # one empty line between parts, whichever are left out
+    assert not hicodet.parse_completion(text).instances  # an echo earns nothing
+
+
+def test_prompt_in_real_tokens(tokenizer):
     template = json.loads((QWEN / "chat_template.json").read_text())["chat_template"]
     content = [{"type": "image"}, {"type": "text", "text": hicodet.prompt_text()}]
     turns = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], chat_template=template,
         add_generation_prompt=True, tokenize=False,
     )  # fmt: skip
-    assert len(tokenizer(turns)["input_ids"]) == 1966
+    assert turns.count("<|image_pad|>") == 1
+    assert len(tokenizer(turns)["input_ids"]) == 1971
+
+
+def test_answers_in_real_tokens(tokenizer, real_samples):
     answers = [answer_in_model_frame(s)[0] for s in real_samples[:1000] if s.hois]
     lengths = [len(tokens) for tokens in tokenizer(answers)["input_ids"]]
     assert 135 < sum(lengths) / len(lengths) < 150
