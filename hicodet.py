@@ -12,8 +12,9 @@ Follows Sec. 3.1 (prompt of Fig. 4, answers as JSON text) and Sec. 4.2 (merging)
 
 import json
 import math
+import re
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -465,12 +466,12 @@ def prompt_text(*, thinking: bool = True, task_description: bool = True) -> str:
     )
 
 
-ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
+ANSWER_OPEN, ANSWER_CLOSE, THINK_CLOSE = "<answer>", "</answer>", "</think>"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One element of the answer's list, as written; what it lacks or spoils is None or ()."""
+    """One object of the answer, as written; what it lacks or spoils is None or ()."""
 
     human: Box | None  # None: key missing, or not four finite numbers
     object: Box | None
@@ -490,7 +491,7 @@ class Completion:
     """What parse_completion understood of a text."""
 
     has_think: bool
-    has_answer: bool
+    has_answer: bool  # False: every reward is 0, whatever instances prediction may read
     instances: tuple[Prediction, ...]
 
 
@@ -515,15 +516,65 @@ def format_completion(hois: Iterable[HOI], think: str | None) -> str:
 
 
 def parse_completion(text: str) -> Completion:
-    """Reads a model's text: tags and the JSON list after the last <answer>.
+    """Reads a model's text: its tags, and the JSON objects of its answer, one an instance.
 
-    Instances are decoded one after the other until the list ends or the first unreadable place,
-    so a list cut short keeps those before the cut. Never raises; time is linear in the text.
+    The answer is what follows the last `<answer>` that instances follow, up to `</answer>`.
+    Without `<answer>`, it is what follows `</think>`, or the whole text: only prediction uses
+    that, as the rewards ask for the tag. An object that cannot be read is skipped, as is whatever
+    stands between objects, so a list cut short keeps those before the cut. Never raises; time is
+    linear in the text.
     """
-    start = text.rfind(ANSWER_OPEN)
-    has_answer = start >= 0
-    instances = tuple(_read_instances(text, start + len(ANSWER_OPEN))) if has_answer else ()
-    return Completion("<think>" in text, has_answer, instances)
+    instances = ()
+    for start, stop in _answer_places(text):
+        instances = tuple(_read_instances(text, start, stop))
+        if instances:
+            break
+    return Completion("<think>" in text, ANSWER_OPEN in text, instances)
+
+
+def _answer_places(text: str) -> list[tuple[int, int]]:
+    """Where the answer may stand, (start, stop) in the text, the likeliest first."""
+    starts = [match.end() for match in re.finditer(ANSWER_OPEN, text)]
+    if not starts:
+        starts = [text.rfind(THINK_CLOSE) + len(THINK_CLOSE) if THINK_CLOSE in text else 0]
+    places = []
+    for start, following in zip(starts, [*starts[1:], len(text)], strict=True):
+        close = text.find(ANSWER_CLOSE, start, following)
+        places.append((start, close if close >= 0 else following))
+    return places[::-1]
+
+
+# Both patterns take what they take for good ("*+"), and an escaped quote never opens a string:
+# so a quote or a brace that is never closed is searched to the end of the text only once.
+_FLAT = r"""(?: [^{}"\\]++ | "(?:\\.|[^"\\])*+" | \\"? )*+"""
+# From brace to brace; a value may be an object itself, deeper ones are found alone.
+_OBJECT = re.compile(rf"\{{ {_FLAT} (?: \{{ {_FLAT} \}} {_FLAT} )*+ \}}", re.VERBOSE | re.DOTALL)
+_COMMENT = r"(?://|\#)[^\n{}]*+"  # on one line with the rest it ends before the brace
+# What models write in an object where JSON has something else; the first two stay as they are.
+_NEAR_JSON = re.compile(
+    rf"""
+      "(?:\\.|[^"\\])*+" | \\.
+    | '(?:\\.|[^'\\])*+'
+    | , (?= (?:\s|{_COMMENT})*+ [}}\]] )
+    | {_COMMENT}
+    | \b(?:None|True|False)\b
+    """,
+    re.VERBOSE | re.DOTALL,
+)
+_RESPELLED = {"None": "null", "True": "true", "False": "false"}
+
+
+def _to_json(text: str) -> str:
+    """Python's quotes and words become JSON's; comments and trailing commas are left out."""
+
+    def respell(match: re.Match) -> str:
+        found = match[0]
+        if found[0] == "'":
+            inner = re.sub(r"""\\?["']""", "'", found[1:-1])  # no label has a quote in it
+            return f'"{inner}"'
+        return "" if found[0] in ",/#" else _RESPELLED.get(found, found)
+
+    return _NEAR_JSON.sub(respell, text)
 
 
 def _pairs_hook(pairs: list[tuple[str, object]]) -> tuple[dict[str, object], int]:
@@ -532,25 +583,30 @@ def _pairs_hook(pairs: list[tuple[str, object]]) -> tuple[dict[str, object], int
 
 
 # float for integers too: int() refuses long ones, and a boolean is no coordinate this way.
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs_hook, parse_int=float)
+# Not strict: a string may hold a raw line break.
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs_hook, parse_int=float, strict=False)
 
 
-def _read_instances(text: str, start: int) -> Iterable[Prediction]:
-    close = text.find(ANSWER_CLOSE, start)
-    position = text.find("[", start, close if close >= 0 else len(text)) + 1
-    while position > 0:
-        while position < len(text) and text[position] in " \t\r\n,":
-            position += 1
+def _read_instances(text: str, start: int, stop: int) -> Iterator[Prediction]:
+    while found := _OBJECT.search(text, start, stop):
+        instance = _read_instance(found[0], found.span())
+        if instance is None:
+            start = found.start() + 1  # a quote too many may have hidden objects in this one
+        else:
+            yield instance
+            start = found.end()
+
+
+def _read_instance(text: str, span: tuple[int, int]) -> Prediction | None:
+    for spell in (str, _to_json):
         try:
-            value, end = _DECODER.raw_decode(text, position)
-        except (ValueError, RecursionError):  # the end of the list, a cut, or garbage
-            return
-        yield _to_prediction(value, (position, end))
-        position = end
+            return _to_prediction(*_DECODER.decode(spell(text)), span)
+        except (ValueError, RecursionError):  # no JSON, or brackets a thousand deep
+            continue
+    return None
 
 
-def _to_prediction(value: object, span: tuple[int, int]) -> Prediction:
-    fields, key_count = value if isinstance(value, tuple) else ({}, 0)
+def _to_prediction(fields: dict, key_count: int, span: tuple[int, int]) -> Prediction:
     label, verbs = fields.get("object class"), fields.get("verb class")
     return Prediction(
         human=_to_box(fields.get("human")),

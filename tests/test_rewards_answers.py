@@ -82,7 +82,10 @@ CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a 
         written(changed(object_class="bike", verb_class="ride, pedal")), (0.5, 0, 0.5, 1)),
     "empty list": (written(), (0.2, 0, 0, 0)),
     "empty instance": (written({}), (0.2, 0, 0, 0)),
-    "numbers as instances": (written(1, None, "a", INSTANCE), (0.2 + 0.6 / 4, 0.25, 0.25, 1)),
+    "three empty instances more": (written({}, {}, {}, INSTANCE), (0.2 + 0.6 / 4, 0.25, 0.25, 1)),
+    "what is no object is no instance": (written(1, None, "a", INSTANCE), (0.8, 1, 1, 1)),
+    "single quotes": (TEXT.replace('"', "'"), (0.8, 1, 1, 1)),
+    "a bare object": (TEXT.replace("[{", "{").replace("}]", "}"), (0.8, 1, 1, 1)),
     "three instances too many": (
         written(INSTANCE, apart(1), apart(2), apart(3)), (0.8, 0.25, 0.25, 1)),
     "one box with x2 < x1": (  # unique, so r_b = 1, but IoU 0: (0 + 1) / 2

@@ -284,7 +284,7 @@ def test_a_cut_image_is_listed_and_the_others_go_on(data, tmp_path, capsys):
     finally:
         cut.write_bytes(whole)
     assert len(lines(out)) == 19
-    assert f"{cut} : not a readable image" in capsys.readouterr().err
+    assert f"{cut}: not a readable image" in capsys.readouterr().err
 
 
 def test_template_backend_writes_every_image_and_resumes(data, tmp_path):
