@@ -473,7 +473,7 @@ ANSWER_OPEN, ANSWER_CLOSE, THINK_CLOSE = "<answer>", "</answer>", "</think>"
 class Prediction:
     """One object of the answer, as written; what it lacks or spoils is None or ()."""
 
-    human: Box | None  # None: key missing, or not four finite numbers
+    human: Box | None  # as written, inverted or not; None: key missing, or not four finite numbers
     object: Box | None
     object_class: str | None  # stripped, of the vocabulary or not; None: missing or no string
     verbs: tuple[str, ...]  # split at commas, stripped, empties dropped, repeats kept
@@ -482,8 +482,9 @@ class Prediction:
 
     @property
     def has_boxes(self) -> bool:
-        """Whether both boxes could be read."""
-        return self.human is not None and self.object is not None
+        """Whether both boxes could be read and have an area, one that a float can hold."""
+        boxes = self.human, self.object
+        return None not in boxes and all(iou(box, box) > 0 for box in boxes)
 
 
 @dataclass(frozen=True)

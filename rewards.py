@@ -15,7 +15,8 @@ Where the paper leaves a choice, it is read like this:
 5. Eqs. 14-18: C_gt is a multiset. All verbs of an instance are compared with what the instances
    before it left over, and each distinct match then takes one occurrence away.
 6. An instance without both boxes has r_b = 0, is no duplicate and takes no part in Eqs. 19-22;
-   its labels count as usual.
+   its labels count as usual. A box without area is none: its IoU with its own copies is 0/0, so
+   that they would all be unique in Eq. 7.
 7. An answer without a readable list is N^_a = 0. With N_a = 0 every term divided by it is 0.
 """
 

@@ -13,6 +13,7 @@ BOX, THIRD = (0.0, 0.0, 10.0, 10.0), (5.0, 0.0, 15.0, 10.0)
 HALF = (0.0, 0.0, 10.0, 5.0)  # inside BOX: IoU 50/100 = 0.5 with it
 CLOSE = (0.0, 0.0, 10.0, 8.0)  # inside BOX: IoU 80/100 = 0.8 with it
 FAR = (50.0, 50.0, 60.0, 60.0)  # IoU 0 with all of the above
+LINE, INVERTED = (0.0, 0.0, 10.0, 0.0), (10.0, 10.0, 0.0, 0.0)  # no area
 
 
 def predicted(human=BOX, object=FAR, object_class="bicycle", verbs=("ride",), key_count=4):
@@ -43,6 +44,8 @@ def test_eq6_tag_reward():
         (THIRD, BOX, 1, 1),  # 1/3 and 0
         (None, FAR, 0, 0),  # a box is missing
         (BOX, None, 0, 0),
+        (LINE, BOX, 0, 0),  # a box has no area
+        (BOX, INVERTED, 0, 0),
     ],
 )
 def test_eq7_box_reward(human, object, printed, pair):
@@ -50,7 +53,8 @@ def test_eq7_box_reward(human, object, printed, pair):
     assert rewards.box_reward(instance, recorded) == printed
     assert rewards.box_reward(instance, recorded, "printed") == printed
     assert rewards.box_reward(instance, recorded, "pair") == pair
-    assert rewards.box_reward(instance, []) == (human is not None and object is not None)
+    complete = not {human, object} & {None, LINE, INVERTED}
+    assert rewards.box_reward(instance, []) == complete
 
 
 def test_eq7_box_reward_compares_with_every_recorded_pair():

@@ -60,13 +60,16 @@ def apart(i):
 
 TEXT = written(INSTANCE)
 REPEATED_KEY = TEXT.replace("}", ', "verb class": "ride"' * 3 + "}")
+POINTS = INSTANCE | {"human": [0, 0, 0, 0], "object": [0, 0, 0, 0]}
 INVERTED = {"human": [50, 100, 10, 20], "object": [90, 110, 30, 60]}
 UNREAD = (0.6, 1, 1, 0)  # one box unread: 0.2 + (0 + 0.2 + 0.2), no similarity
 CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a = 1
     # One is unique: 0.2 + 0.6/10. Labels match once in ten. IoU does not count surplus.
     "ten copies of one instance": (written(*[INSTANCE] * 10), (0.26, 0.1, 0.1, 1)),
-    # Inverted boxes have IoU 0 even with themselves, so they are no duplicates: 0.2 + 10*0.6/10.
-    "ten copies of inverted boxes": (written(*[INSTANCE | INVERTED] * 10), (0.8, 0.1, 0.1, 0)),
+    # A box without area is none, so r_b = 0 throughout: 0.2 + 10*0.4/10, and no similarity.
+    "ten copies of inverted boxes": (written(*[INSTANCE | INVERTED] * 10), (0.6, 0.1, 0.1, 0)),
+    # 0.2 + (0.6 + 0.4 + 0.4) / 3; the pair alone earns more, 3.8.
+    "a true pair and two points": (written(INSTANCE, POINTS, POINTS), (2 / 3, 1 / 3, 1 / 3, 1)),
     # Intersection 20*40 = 800, union 40*80 + 60*50 - 800 = 5400; both IoUs are 800/5400 = 4/27.
     "human and object swapped": (
         written(changed(human=INSTANCE["object"], object=INSTANCE["human"])), (0.8, 1, 1, 4 / 27)),
@@ -88,21 +91,17 @@ CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a 
     "a bare object": (TEXT.replace("[{", "{").replace("}]", "}"), (0.8, 1, 1, 1)),
     "three instances too many": (
         written(INSTANCE, apart(1), apart(2), apart(3)), (0.8, 0.25, 0.25, 1)),
-    "one box with x2 < x1": (  # unique, so r_b = 1, but IoU 0: (0 + 1) / 2
-        written(changed(human=INVERTED["human"])), (0.8, 1, 1, 0.5)),
+    "one box with x2 < x1": (written(changed(human=INVERTED["human"])), UNREAD),
+    "one box with x2 = x1": (written(changed(human=[10, 20, 10, 100])), UNREAD),
+    "one box with y2 = y1": (written(changed(object=[30, 60, 90, 60])), UNREAD),
     "NaN": (TEXT.replace("20", "NaN"), UNREAD),
     "Infinity": (TEXT.replace("20", "-Infinity"), UNREAD),
     "an integer of 5,000 digits": (TEXT.replace("110", "9" * 5000), UNREAD),
-    # Such a box is finite, its area is not: human IoU 0, object IoU 1.
+    # These boxes are finite; their areas are infinite, inf * 0 and 1e-320 * 1e-320 = 0.
     "an integer of 301 digits": (
-        written(changed(human=[-(10**300), -(10**300), 10**300, 10**300])), (0.8, 1, 1, 0.5)),
-    # Infinitely wide and of height 0: an area of inf * 0, not a number, must not reach a reward.
-    "a box wider than any float": (
-        written(changed(human=[-1e308, 50, 1e308, 50])), (0.8, 1, 1, 0.5)),
-    # Areas of 1e-320 * 1e-320 = 0: IoU 0 and not 0/0. The human boxes are no duplicates then, the
-    # object boxes are: 0.2 + 0.6/2, one label of each kind in two, IoU (0 + 1) / 2.
-    "two boxes smaller than any float": (
-        written(*[changed(human=[0, 0, 1e-320, 1e-320])] * 2), (0.5, 0.5, 0.5, 0.5)),
+        written(changed(human=[-(10**300), -(10**300), 10**300, 10**300])), UNREAD),
+    "a box wider than any float": (written(changed(human=[-1e308, 50, 1e308, 50])), UNREAD),
+    "a box smaller than any float": (written(changed(human=[0, 0, 1e-320, 1e-320])), UNREAD),
     "a box of five numbers": (written(changed(object=[30, 60, 90, 110, 1])), UNREAD),
     "a box of strings": (written(changed(object=["30", "60", "90", "110"])), UNREAD),
     "the prompt echoed": (hicodet.prompt_text(), (0.2, 0, 0, 0)),  # its example is no JSON
@@ -158,7 +157,7 @@ def slow_rewards(instances, hois, rule):
         verbs = [verb for verb in verbs if verb]
 
         r_box, duplicate = 0, False
-        if "?" not in boxes:
+        if "?" not in boxes and all(x1 < x2 and y1 < y2 for x1, y1, x2, y2 in boxes):
             complete.append(boxes)
             hits = [[slow_iou(*ab) > Fraction(1, 2) for ab in zip(boxes, seen)] for seen in unique]
             duplicate = any(h or o if rule == "printed" else h and o for h, o in hits)
@@ -269,6 +268,16 @@ def test_garbage_earns_a_finite_reward_between_0_and_3_8(rng):
         assert all(math.isfinite(part) and part >= 0 for part in parts.values()), text
         assert parts["format"] <= 0.8 + 1e-9 and parts["total"] <= 3.8 + 1e-9, text
         assert max(parts["object"], parts["verb"], parts["iou"]) <= 1 + 1e-9, text
+
+
+def test_boxes_without_area_do_not_pay():
+    """The ground truth has three bicycles; of the answer's pairs one is true, two are points.
+
+    Labels match in 3 of 3 either way. Boxes: 0.2 + (0.6 + 0.4 + 0.4) / 3, where two more r_b
+    would make it 3.13.
+    """
+    parts = earned(written(INSTANCE, POINTS, POINTS), [RIDER] * 3)
+    assert parts["total"] == pytest.approx(0.2 + 1.4 / 3 + 1 + 1 + 1 / 3)
 
 
 def test_share_of_real_images_whose_perfect_answer_is_punished(real_samples):
