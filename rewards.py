@@ -20,6 +20,7 @@ Where the paper leaves a choice, it is read like this:
 7. An answer without a readable list is N^_a = 0. With N_a = 0 every term divided by it is 0.
 """
 
+import operator
 from collections import Counter
 from collections.abc import Collection, Sequence
 
@@ -31,13 +32,14 @@ REWARD_WEIGHTS = {"tag": 0.2, "box": 0.2, "object": 0.2, "verb": 0.2}  # w of Eq
 N_KEYS = 4  # N_k of Eq. 12: "human", "object", "object class", "verb class"
 DUPLICATE_IOU = 0.5  # Eq. 7
 # How the overlaps of the human boxes and of the object boxes combine to "duplicate" in Eq. 7.
-DUPLICATE_RULES = {"printed": any, "pair": all}
+DUPLICATE_RULES = {"printed": operator.or_, "pair": operator.and_}
 ABLATIONS = ("label", "iou")  # Table 3: "w/o label reward", "w/o IoU reward"
 
 OBJECT_SET = frozenset(OBJECTS)  # C_o of Eq. 9
 VERB_SET = frozenset(VERBS)  # C_v of Eq. 11
 
 BoxPair = tuple[Box, Box]  # human box, object box
+NO_BOXES = ((0.0,) * 4,) * 2  # stands where an instance lacks a box
 
 
 # HOI key format reward
@@ -60,8 +62,8 @@ def box_reward(
         return 0.0
     combine = DUPLICATE_RULES[duplicate_rule]
     for human, object_ in recorded:
-        overlaps = (iou(instance.human, human), iou(instance.object, object_))
-        if combine(overlap > DUPLICATE_IOU for overlap in overlaps):
+        same_human = iou(instance.human, human) > DUPLICATE_IOU
+        if combine(same_human, iou(instance.object, object_) > DUPLICATE_IOU):
             return 0.0
     return 1.0
 
@@ -73,6 +75,27 @@ def recorded_boxes(
     if not r_b:
         return tuple(recorded)
     return (*recorded, (instance.human, instance.object))
+
+
+def box_rewards(instances: Sequence[Prediction], duplicate_rule: str = "printed") -> list[float]:
+    """r_b of all instances of an answer: Eqs. 7 and 8 in turn.
+
+    A box holds the centre of every box that it overlaps by IoU > 0.5. So an instance need only be
+    compared with the recorded pairs around its own centres, which are few in the longest answer.
+    """
+    boxes = [(a.human, a.object) if a.has_boxes else NO_BOXES for a in instances]
+    corners = np.array(boxes, dtype=float).reshape(-1, 2, 4).transpose(2, 1, 0)
+    x1, y1, x2, y2 = np.ascontiguousarray(corners)  # (2, N^_a) each: of humans and of objects
+    x, y = x1 + (x2 - x1) / 2, y1 + (y2 - y1) / 2
+    recorded, unique = (), np.zeros(len(instances), dtype=bool)
+    for i, instance in enumerate(instances):
+        in_width = (x1[:, :i] <= x[:, i, None]) & (x[:, i, None] <= x2[:, :i])
+        in_height = (y1[:, :i] <= y[:, i, None]) & (y[:, i, None] <= y2[:, :i])
+        around = DUPLICATE_RULES[duplicate_rule](*(in_width & in_height))[unique[:i]]
+        near = [recorded[k] for k in np.flatnonzero(around)]
+        unique[i] = box_reward(instance, near, duplicate_rule)
+        recorded = recorded_boxes(recorded, instance, unique[i])
+    return unique.astype(float).tolist()
 
 
 def object_format_reward(instance: Prediction) -> float:
@@ -109,10 +132,9 @@ def format_reward(
     r_tag = weights["tag"] * tag_reward(completion)
     if not hois:
         return r_tag
-    total, recorded = 0.0, ()
-    for instance in completion.instances:
-        r_b = box_reward(instance, recorded, duplicate_rule)
-        recorded = recorded_boxes(recorded, instance, r_b)
+    total = 0.0
+    rewards = box_rewards(completion.instances, duplicate_rule)
+    for instance, r_b in zip(completion.instances, rewards, strict=True):
         if instance.has_boxes and not r_b:
             continue
         total += key_penalty(instance.key_count) * (

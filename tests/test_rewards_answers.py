@@ -10,7 +10,7 @@ import pytest
 
 import hicodet
 import rewards
-from hicodet import HOI, parse_completion
+from hicodet import HOI, Prediction, parse_completion
 
 RIDER = HOI((10.0, 20.0, 50.0, 100.0), (30.0, 60.0, 90.0, 110.0), "bicycle", ("ride", "sit on"))
 INSTANCE = {"human": [10, 20, 50, 100], "object": [30, 60, 90, 110],
@@ -233,6 +233,52 @@ def test_random_answers_against_the_slow_reference(rng):
             expected = slow_rewards(instances, hois, rule)
             assert list(parts.values()) == pytest.approx(
                 [float(x) for x in [*expected, sum(expected)]], abs=1e-12), (text, hois, rule)
+
+
+def slow_box_rewards(instances, rule):
+    """Eqs. 7 and 8 with every instance against the whole record."""
+    recorded, found = (), []
+    for instance in instances:
+        found.append(rewards.box_reward(instance, recorded, rule))
+        recorded = rewards.recorded_boxes(recorded, instance, found[-1])
+    return found
+
+
+def shifted(rng, box):
+    """The box or one beside it, by up to a third of its sides: about IoU 0.5."""
+    x, y = ((box[k + 2] - box[k]) * rng.choice([0, 0, -1, 1]) * rng.random() / 3 for k in (0, 1))
+    return box[0] + x, box[1] + y, box[2] + x, box[3] + y
+
+
+def far_off(rng):
+    """As far from 0 as a float has no bit left between the sides."""
+    x = 2.0 ** rng.randrange(40, 60) * rng.randint(1, 4)
+    return x, -x, math.nextafter(x, math.inf), math.nextafter(-x, math.inf)
+
+
+@pytest.mark.parametrize("rule", ["printed", "pair"])
+def test_looking_only_at_boxes_nearby_finds_every_duplicate(rule, rng):
+    for _ in range(40):
+        pool = [tuple(random_box(rng, False)) for _ in range(20)] + [far_off(rng), None, None]
+        pool = [tuple(10.0 * side for side in box) if box else None for box in pool]
+        boxes = [(box and shifted(rng, box)) for box in rng.choices(pool, k=2 * rng.randrange(80))]
+        instances = [predicted(*pair) for pair in zip(boxes[::2], boxes[1::2], strict=True)]
+        assert rewards.box_rewards(instances, rule) == slow_box_rewards(instances, rule)
+
+
+def predicted(human, object):
+    return Prediction(human, object, "bicycle", ("ride",), 4, (0, 0))
+
+
+def test_a_megabyte_of_instances_is_scored():
+    """With every pair of 10,000 instances compared this would take many minutes."""
+    instances = [apart(i) for i in range(10_000)]
+    hoi = HOI(tuple(instances[0]["human"]), tuple(instances[0]["object"]), "bicycle", ("ride",))
+    text = written(*instances)
+    assert len(text) > 1_000_000
+    # All unique: 0.2 + 0.6; the first "ride" is found, 1/2 of its verbs.
+    assert earned(text, [hoi]) == pytest.approx(
+        {"format": 0.8, "object": 1e-4, "verb": 0.5e-4, "iou": 1, "total": 1.80015})
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", ":", '"', "\\",
