@@ -43,6 +43,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -55,14 +56,15 @@ from engine.chat import (
     Stop,
     Teacher,
     Transient,
+    batch_results,
     complete,
     input_tokens,
     known_prices,
     request_body,
     write_requests,
 )
-from engine.traces import TAGS, TraceFile, read_lines
-from hicodet import HOI, InputError, Sample
+from engine.traces import TAGS, TraceFile, gerund, read_lines, template_trace
+from hicodet import InputError, Sample
 
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
 
@@ -70,7 +72,6 @@ TASK = "Look at the image and reason about how its people interact with objects.
 REQUEST = """\
 Answer the four questions in order, in a few plain sentences, between <think> and </think>. Name \
 object classes and verbs literally. No coordinates, no lists, no <answer>."""
-SAME_PERSON_IOU = 0.5  # as in merging: one person is annotated anew for every verb
 
 # What a trace's words are checked against (`unanswered`).
 COUNTS = set("a an one two three four five six seven eight nine ten single pair couple few several "
@@ -79,63 +80,6 @@ PEOPLE = set("person persons people man men woman women child children boy boys 
              "kids individual individuals adult adults".split())
 EVERYDAY = {"bicycle": "bike", "motorcycle": "motorbike", "airplane": "plane", "couch": "sofa",
             "tv": "television", "skis": "ski", "knife": "knives", "hair drier": "dryer"}
-
-
-# ---- traces from the ground truth
-
-
-def gerund(verb: str) -> str:
-    """The -ing form of one of the 117 verbs: "hop on" -> "hopping on"."""
-    head, _, rest = verb.partition(" ")
-    if head == "no":
-        return "not interacting with"
-    if head.endswith("ie"):
-        head = head[:-2] + "y"
-    elif head.endswith("e"):
-        head = head[:-1]
-    elif head[-1] not in "aeiouwxy" and head[-2] in "aeiou" and head[-3:-2] not in "aeiou":
-        # One vowel between consonants doubles the last: hop -> hopping, but lift -> lifting.
-        head = head if head in ("open", "exit") else head + head[-1]
-    return f"{head}ing {rest}".rstrip()
-
-
-def join_words(words: Sequence[str]) -> str:
-    """["a", "b", "c"] -> "a, b and c"."""
-    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def count_people(hois: Iterable[HOI]) -> int:
-    """Distinct people, annotated as humans or as objects; boxes with IoU > 0.5 are one person."""
-    people: list[hicodet.Box] = []
-    for hoi in hois:
-        for box in (hoi.human, hoi.object) if hoi.object_class == "person" else (hoi.human,):
-            if all(hicodet.iou(box, seen) <= SAME_PERSON_IOU for seen in people):
-                people.append(box)
-    return len(people)
-
-
-def template_trace(hois: Sequence[HOI]) -> str:
-    """A trace written from the ground truth: one sentence for each question of Fig. 4.
-
-    hois: the merged instances of one image, boxes in any frame. Returns the text that goes inside
-    <think>, without tags; object classes and verbs come in their order of first appearance, each
-    verb once a class, so the text grows with what there is to say and not with the instances.
-    """
-    if not hois:
-        return "There is no person who interacts with an object."
-    verbs_of: dict[str, list[str]] = {}
-    for hoi in hois:
-        known = verbs_of.setdefault(hoi.object_class, [])
-        known += [verb for verb in dict.fromkeys(hoi.verbs) if verb not in known]
-    number = count_people(hois)
-    who = ("There is 1 person. The person is" if number == 1
-           else f"There are {number} people. They are")
-    doing = [f"{join_words([gerund(verb) for verb in verbs])} the {name}"
-             for name, verbs in verbs_of.items()]
-    plural = "es are" if len(verbs_of) > 1 else " is"
-    pairs = [f"for {name}: {', '.join(verbs)}" for name, verbs in verbs_of.items()]
-    return (f"{who} {join_words(doing)}. The object class{plural} {join_words(list(verbs_of))}. "
-            f"The verb classes are, {'; '.join(pairs)}.")
 
 
 # ---- is it a trace?
@@ -198,34 +142,48 @@ def judge(reply: dict) -> tuple[str | None, str]:
 # ---- asking the teacher
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What became of the request for one image."""
+
+    think: str | None = None  # the accepted trace
+    reason: str = ""  # why there is none
+    attempts: int = 0
+    usage: dict = field(default_factory=dict)  # of all attempts
+    given_up: bool = False  # the server did not serve
+    stopped: bool = False  # the run ends; without a reason, another thread ended it
+
+
 def ask(
     sample: Sample, teacher: Teacher, attempts: int, budget: Budget, stop: threading.Event
-) -> tuple[str | None, str, int, dict]:
-    """Asks for an image's trace, again if it is rejected, at most `attempts` times.
-
-    Returns the trace or None, why the last was rejected, the attempts made, their usage in all.
-    """
-    if stop.is_set():
-        raise Stop
-    body, usage = request_body(sample, teacher), Counter()
-    for attempt in range(1, attempts + 1):
-        try:
+) -> Outcome:
+    """Ask for an image's trace, again if it is rejected, at most `attempts` times."""
+    usage, attempt = Counter(), 0
+    try:
+        if stop.is_set():
+            raise Stop
+        body = request_body(sample, teacher)
+        for attempt in range(1, attempts + 1):
             reply, used = complete(teacher, body, budget, stop)
-        except Stop:
-            stop.set()  # here, before this thread takes the next image
-            raise
-        usage.update(used)
-        think, reason = judge(reply)
-        if think:
-            break
-    return think, reason, attempt, dict(usage)
+            usage.update(used)
+            think, reason = judge(reply)
+            if think:
+                break
+        return Outcome(think, reason, attempt, dict(usage))
+    except Stop as error:
+        stop.set()  # here, before this thread takes the next image
+        return Outcome(reason=str(error), stopped=True)
+    except Transient as error:
+        return Outcome(reason=str(error), given_up=True)
+    except InputError as error:  # the image is broken
+        return Outcome(reason=str(error))
 
 
 def ask_all(
     samples: Sequence[Sample], teacher: Teacher, file: TraceFile, budget: Budget, attempts: int,
     concurrency: int,
 ) -> tuple[dict[str, str], str]:
-    """Asks for the traces of all samples, `concurrency` at a time, and appends those accepted.
+    """Ask for the traces of all samples, `concurrency` at a time, and append those accepted.
 
     Returns why images have none, by file name, and why the run ended early ("" if it did not);
     what is in flight then is still waited for.
@@ -236,22 +194,17 @@ def ask_all(
         jobs = {pool.submit(ask, sample, teacher, attempts, budget, stop): sample
                 for sample in samples}
         for job in as_completed(jobs):
-            sample = jobs.pop(job)
-            try:
-                think, reason, made, usage = job.result()
-                given_up = 0
-            except Stop as error:
-                ended = ended or str(error)
+            sample, outcome = jobs.pop(job), job.result()
+            if outcome.stopped:
+                ended = ended or outcome.reason
                 continue
-            except (Transient, InputError) as error:  # InputError: the image
-                think, reason = None, str(error)
-                given_up += isinstance(error, Transient)
-            if think:
-                file.append(sample, think, teacher.model, made, usage)
+            if outcome.think:
+                file.append(sample, outcome.think, teacher.model, outcome.attempts, outcome.usage)
             else:
-                missing[sample.file_name] = reason
+                missing[sample.file_name] = outcome.reason
+            given_up = given_up + 1 if outcome.given_up else 0
             if given_up == GIVEN_UP_IN_A_ROW:
-                ended = ended or f"{given_up} images given up in a row, the last for {reason}"
+                ended = f"{given_up} images given up in a row, the last for {outcome.reason}"
                 stop.set()
             bar.set_postfix_str(f"rejected {len(missing)}, tokens {budget.tokens:,}, "
                                 f"${budget.spent:.4f}", refresh=False)
@@ -263,41 +216,27 @@ def ask_all(
     return missing, ended
 
 
-# ---- OpenAI's Batch API
-
-
 def collect(
     paths: Iterable[Path], wanted: dict[str, Sample], teacher: Teacher, file: TraceFile,
     budget: Budget,
 ) -> dict[str, str]:
-    """Appends the accepted traces of a batch's result files, in any order; the first one counts.
+    """Append the accepted traces of a batch's result files, in any order; the first one counts.
 
     wanted: the images by file name. Returns why others were not accepted. Raises InputError naming
     the line that is no result, or one of other data.
     """
     missing: dict[str, str] = {}
-    for path in paths:
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                result = json.loads(line)
-                sample = wanted[result["custom_id"]]
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: no result of a request for this data: "
-                                 f"{error!r}") from None
-            if sample.file_name in file.names:
-                continue
-            try:
-                reply = result["response"]["body"]
-                think, reason = judge(reply)
-            except (LookupError, TypeError, AttributeError):
-                think, reason = None, line[:300].decode(errors="replace")  # the server's error
-            if think:
-                usage = budget.settle(0.0, reply.get("usage"))
-                file.append(sample, think, teacher.model, 1, usage)
-            else:
-                missing[sample.file_name] = reason
+    for where, name, reply, said in batch_results(paths):
+        if name not in wanted:
+            raise InputError(f"{where}: {name!r} is no training image of this data")
+        if name in file.names:
+            continue
+        think, reason = judge(reply) if reply else (None, said)
+        if think:
+            usage = budget.settle(0.0, reply.get("usage"))
+            file.append(wanted[name], think, teacher.model, 1, usage)
+        else:
+            missing[name] = reason
     return {name: reason for name, reason in missing.items() if name not in file.names}
 
 

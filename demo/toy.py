@@ -33,8 +33,8 @@ from transformers import (
 
 from demo.grounding import PROMPT, grounding_text
 from demo.scenes import GRID, KINDS, RARE, SIDE, Scene, draw_scene, make_scenes
+from engine.traces import gerund, join_words, template_trace
 from hicodet import HOI, PAIRS, Box, format_completion, prompt_text
-from teacher import gerund, join_words, template_trace
 
 MAX_PAIRS = 3
 INVISIBLE_SHARE = 40  # one image in so many lists an interaction without boxes

@@ -10,14 +10,14 @@ import random
 import re
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from engine.files import open_image
+from engine.files import json_lines, open_image
 from hicodet import InputError, Sample
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -29,7 +29,8 @@ MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
 
 
 class Stop(Exception):
-    """Ends the run: a wrong key, a refused request, the budget. Without text: another's Stop."""
+    """Ends the run: a wrong key, a refused request, the budget. Empty message: another thread
+    already stopped the run."""
 
 
 class Transient(Exception):
@@ -152,9 +153,7 @@ def post(teacher: Teacher, body: dict) -> dict:
     if response.status != 200:
         raise refusal(response, f"{teacher.base_url}: {response.status}: {text[:500]}")
     try:
-        reply = json.loads(text)
-        reply["choices"][0]["message"].get("content")  # has it the expected shape?
-        return reply
+        return checked_reply(json.loads(text))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Transient(f"no chat completion in the reply: {error!r}", billed=True) from None
 
@@ -244,3 +243,26 @@ def write_part(out: Path, number: int, lines: list[str]) -> Path:
     path = out.with_name(f"{out.stem}.requests-{number:03d}.jsonl")
     path.with_suffix(".tmp").write_text("".join(lines), encoding="ascii")
     return path.with_suffix(".tmp").rename(path)
+
+
+def checked_reply(reply: dict) -> dict:
+    """The reply, if it has the shape of a chat completion; otherwise what indexing raises."""
+    reply["choices"][0]["message"].get("content")
+    return reply
+
+
+def batch_results(paths: Iterable[Path]) -> Iterator[tuple[str, str, dict | None, str]]:
+    """The result lines of a batch: their place, custom_id, the reply, and what was said instead.
+
+    The reply is None where the server answered with an error. Raises InputError naming the line
+    that is no result.
+    """
+    for path in paths:
+        for where, result in json_lines(path):
+            if not isinstance(result, dict) or not isinstance(result.get("custom_id"), str):
+                raise InputError(f"{where}: no result of a batch")
+            try:
+                reply = checked_reply(result["response"]["body"])
+            except (LookupError, TypeError, AttributeError):
+                reply = None
+            yield where, result["custom_id"], reply, json.dumps(result)[:300]

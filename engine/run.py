@@ -97,10 +97,10 @@ class Run:
         short run at 1e-6 has moved would be rounded away.
         """
         state = {}
-        for name, parameter in policy.named_parameters():
+        for key, parameter in policy.named_parameters():
             full = parameter.full_tensor()  # from all ranks, so all of them pass here
             if self.ranks.rank == 0:
-                state[name] = full.detach().cpu()
+                state[key] = full.detach().cpu()
         if self.ranks.rank == 0:
             folder, aside = self.folder / name, self.folder / f"{name}.tmp"
             policy.save_pretrained(aside, state_dict=state)

@@ -12,13 +12,12 @@ import engine.traces
 import hicodet
 import hoi_r1
 import sft
-import teacher
 
 
 def write_traces(folder, count=None):
     """traces.jsonl from the ground truth of the first `count` training images."""
     samples = hicodet.load_split(folder / "data", "train")[:count]
-    rows = [{"file_name": s.file_name, "think": teacher.template_trace(s.hois)} for s in samples]
+    rows = [{"file_name": s.file_name, "think": engine.traces.template_trace(s.hois)} for s in samples]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

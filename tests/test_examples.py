@@ -21,7 +21,6 @@ import engine.traces
 import hicodet
 import predict
 import sft
-import teacher
 from engine.attention import pack, token_logprobs
 from engine.examples import read_image
 from engine.policy import load_model
@@ -79,7 +78,7 @@ def test_only_the_target_is_in_the_loss(folder):
     """The packed loss equals cross-entropy with labels on the target's tokens alone (Eq. 1)."""
     config = config_of("sft", folder, "unused")
     samples = hicodet.load_split(folder / "data", "train")[:3]
-    thinks = {s.file_name: teacher.template_trace(s.hois) for s in samples}
+    thinks = {s.file_name: engine.traces.template_trace(s.hois) for s in samples}
     examples = examples_of(config, samples, thinks)
     model = load_model(config.model, torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)

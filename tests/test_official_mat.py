@@ -14,7 +14,15 @@ import evaluate
 import hicodet
 from engine.official_mat import write_official
 from tests.test_evaluate import (
-    BOX, FAR, HOLD_BICYCLE, MANY, RIDE_BICYCLE, RIDE_HORSE, make_line, make_sample, random_problem,
+    BOX,
+    FAR,
+    HOLD_BICYCLE,
+    MANY,
+    RIDE_BICYCLE,
+    RIDE_HORSE,
+    make_line,
+    make_sample,
+    random_problem,
 )  # fmt: skip
 from tests.test_evaluate_command import annotated, run_main
 from tests.test_hicodet import write

@@ -9,7 +9,15 @@ import evaluate
 import hicodet
 from engine import pair_scores
 from tests.test_evaluate import (
-    BOX, FAR, HOLD_BICYCLE, MANY, RIDE_BICYCLE, RIDE_HORSE, make_line, make_sample, random_problem,
+    BOX,
+    FAR,
+    HOLD_BICYCLE,
+    MANY,
+    RIDE_BICYCLE,
+    RIDE_HORSE,
+    make_line,
+    make_sample,
+    random_problem,
     reference_iou,
 )  # fmt: skip
 

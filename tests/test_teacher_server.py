@@ -296,7 +296,7 @@ def test_template_backend_writes_every_image_and_resumes(data, tmp_path):
     assert out.read_text().startswith(first)
     samples = hicodet.load_split(data, "train")
     assert engine.traces.read_traces(out) == {
-        sample.file_name: teacher.template_trace(sample.hois) for sample in samples}
+        sample.file_name: engine.traces.template_trace(sample.hois) for sample in samples}
     assert json.loads(first.splitlines()[0]).keys() == {
         "file_name", "think", "teacher", "attempts", "usage"}
 

@@ -10,7 +10,14 @@ import pytest
 import evaluate
 from engine import ties
 from tests.test_evaluate import (
-    BOX, FAR, HOLD_BICYCLE, MANY, RIDE_BICYCLE, make_line, make_sample, random_problem,
+    BOX,
+    FAR,
+    HOLD_BICYCLE,
+    MANY,
+    RIDE_BICYCLE,
+    make_line,
+    make_sample,
+    random_problem,
     reference_ap,
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ from PIL import Image
 from scipy.io import loadmat, whosmat
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
+import engine.traces
 import hicodet
 import teacher
 from demo import grounding, scenes, toy
@@ -296,7 +297,7 @@ def test_the_tokenizer_round_trips_any_text(tokenizer):
 def test_prompt_and_completions_are_short(folder, tokenizer):
     assert len(prompt_ids(tokenizer)) <= 68  # 32 of them image tokens
     for sample in hicodet.load_split(folder / "data", "test"):
-        text = hicodet.format_completion(sample.hois, think=teacher.template_trace(sample.hois))
+        text = hicodet.format_completion(sample.hois, think=engine.traces.template_trace(sample.hois))
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text
         assert len(ids) <= (28 if len(sample.hois) == 1 else 54)
