@@ -10,7 +10,8 @@ Where the paper leaves a choice, it is read like this:
 1. Eq. 7: as printed, one overlapping box of the two makes a duplicate, which also hits one person
    with two objects. `duplicate_rule="pair"` asks for both boxes, the purpose the text states.
 2. Eq. 8: the record holds unique boxes only, so a duplicate makes no later box a duplicate.
-3. Eq. 13: a duplicate gets none of r_b, r_ko, r_kv. Eqs. 14-22 know nothing of duplicates.
+3. Eq. 13: a duplicate gets none of r_b, r_ko, r_kv. Eqs. 14-22 know nothing of duplicates;
+   with `duplicates_earn="nothing"` they earn, and use up, no labels either.
 4. Eqs. 10, 16: the denominator counts verbs as written, repeats included; without verbs both are 0.
 5. Eqs. 14-18: C_gt is a multiset. All verbs of an instance are compared with what the instances
    before it left over, and each distinct match then takes one occurrence away.
@@ -23,6 +24,7 @@ Where the paper leaves a choice, it is read like this:
 import operator
 from collections import Counter
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -33,6 +35,7 @@ N_KEYS = 4  # N_k of Eq. 12: "human", "object", "object class", "verb class"
 DUPLICATE_IOU = 0.5  # Eq. 7
 # How the overlaps of the human boxes and of the object boxes combine to "duplicate" in Eq. 7.
 DUPLICATE_RULES = {"printed": operator.or_, "pair": operator.and_}
+DUPLICATES_EARN = ("labels", "nothing")  # in Eqs. 14 and 16
 ABLATIONS = ("label", "iou")  # Table 3: "w/o label reward", "w/o IoU reward"
 
 OBJECT_SET = frozenset(OBJECTS)  # C_o of Eq. 9
@@ -194,6 +197,17 @@ def matched_verbs(verbs: Sequence[str], remaining: Counter) -> frozenset[str]:
     return frozenset(verb for verb in verbs if verb in remaining)
 
 
+def without_duplicate_labels(
+    instances: Sequence[Prediction], duplicate_rule: str = "printed"
+) -> list[Prediction]:
+    """The instances, as many as before, with no labels left in the duplicates of Eq. 7."""
+    rewards = box_rewards(instances, duplicate_rule)
+    return [
+        replace(instance, object_class=None, verbs=()) if instance.has_boxes and not r_b else instance
+        for instance, r_b in zip(instances, rewards, strict=True)
+    ]
+
+
 # HOI IoU reward
 
 
@@ -232,11 +246,17 @@ def iou_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
     return sum(float(similarity[i, j]) for i, j in matching) / len(hois)
 
 
+def _check(name: str, value: str, known: Collection[str]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} is one of {list(known)}: {value!r}")
+
+
 def total_reward(
     completion: Completion,
     hois: Sequence[HOI],
     *,
     duplicate_rule: str = "printed",
+    duplicates_earn: str = "labels",
     without: Collection[str] = (),
 ) -> dict[str, float]:
     """Eq. 23: r, the sum of the format, label and IoU rewards, at most 3.8.
@@ -244,18 +264,21 @@ def total_reward(
     `hois` are in the frame of the text. `without` names rewards to leave out, as in Table 3:
     "label" (Eqs. 14-18) and "iou" (Eqs. 19-22). Returns "format", "object", "verb", "iou" and
     their sum "total"; a part left out is 0, and a text without `<answer>` earns 0 throughout.
-    Raises ValueError for an unknown `duplicate_rule` or name in `without`.
+    Raises ValueError for an unknown name in any option.
     """
-    if duplicate_rule not in DUPLICATE_RULES:
-        raise ValueError(f"duplicate_rule is one of {list(DUPLICATE_RULES)}: {duplicate_rule!r}")
+    _check("duplicate_rule", duplicate_rule, DUPLICATE_RULES)
+    _check("duplicates_earn", duplicates_earn, DUPLICATES_EARN)
     if unknown := set(without).difference(ABLATIONS):
         raise ValueError(f"without takes names of {ABLATIONS}: {sorted(unknown)}")
     parts = {"format": 0.0, "object": 0.0, "verb": 0.0, "iou": 0.0}
     if completion.has_answer:
         parts["format"] = format_reward(completion, hois, duplicate_rule)
         if "label" not in without:
-            parts["object"] = object_label_reward(completion.instances, hois)
-            parts["verb"] = verb_label_reward(completion.instances, hois)
+            labelled = completion.instances
+            if duplicates_earn == "nothing":
+                labelled = without_duplicate_labels(labelled, duplicate_rule)
+            parts["object"] = object_label_reward(labelled, hois)
+            parts["verb"] = verb_label_reward(labelled, hois)
         if "iou" not in without:
             parts["iou"] = iou_reward(completion.instances, hois)
     return parts | {"total": sum(parts.values())}

@@ -230,8 +230,37 @@ def test_eq23_total_reward_without_parts_of_table_3():
         assert parts == pytest.approx(dict(zip(names, values, strict=True)))
 
 
+def test_duplicates_keep_or_lose_their_labels():
+    first, other = predicted(BOX, BOX), predicted(FAR, FAR, "dog", ("walk",))
+    copy = predicted(BOX, BOX, "cat", ("hold",))  # of the first one's boxes
+    person = predicted(BOX, FAR, "cat", ("hold",))  # one person, another object
+    boxless = predicted(None, BOX)
+    stripped = predicted(BOX, BOX, None, ()), predicted(BOX, FAR, None, ())
+    instances = [first, copy, person, boxless, other]
+    printed = [first, *stripped, boxless, other]
+    assert rewards.without_duplicate_labels(instances) == printed
+    pair = [first, stripped[0], person, boxless, other]
+    assert rewards.without_duplicate_labels(instances, "pair") == pair
+
+
+def test_eq23_total_reward_where_duplicates_earn_nothing():
+    """A duplicate neither earns the bicycle nor takes it from the instance behind it."""
+    first, copy = predicted(BOX, BOX, "dog", ("walk",)), predicted(BOX, BOX)
+    answer, hois = completion(first, copy, predicted(FAR, FAR)), [truth(FAR, FAR)]
+    printed = rewards.total_reward(answer, hois)
+    nothing = rewards.total_reward(answer, hois, duplicates_earn="nothing")
+    # One bicycle and one ride in three instances, found by the second one or by the third.
+    assert (printed["object"], printed["verb"]) == pytest.approx((1 / 3, 1 / 3))
+    assert nothing == pytest.approx(printed)
+    # With a key too many the second one earns 4/5 of it.
+    answer = completion(first, predicted(BOX, BOX, key_count=5), predicted(FAR, FAR))
+    assert rewards.total_reward(answer, hois)["object"] == pytest.approx(4 / 15)
+    nothing = rewards.total_reward(answer, hois, duplicates_earn="nothing")
+    assert (nothing["object"], nothing["verb"]) == pytest.approx((1 / 3, 1 / 3))
+
+
 @pytest.mark.parametrize("options", [{"without": ["verb"]}, {"without": "iou"},
-                                     {"duplicate_rule": "both"}])
+                                     {"duplicate_rule": "both"}, {"duplicates_earn": "some"}])
 def test_eq23_total_reward_refuses_unknown_names(options):
     with pytest.raises(ValueError):
         rewards.total_reward(completion(), [truth()], **options)

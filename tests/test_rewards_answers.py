@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 from fractions import Fraction
 from itertools import permutations
 
@@ -39,6 +40,11 @@ def test_a_perfect_answer_with_one_person_and_two_objects():
     assert earned(text, [RIDER, bag]) == pytest.approx(
         {"format": 0.5, "object": 1, "verb": 1, "iou": 1, "total": 3.5})
     assert earned(text, [RIDER, bag], duplicate_rule="pair")["total"] == pytest.approx(3.8)
+    # The bag's labels go with it: 0.5 + 1/2 + 1/2 + 1. As a pair it is no duplicate.
+    nothing = {"duplicates_earn": "nothing"}
+    assert earned(text, [RIDER, bag], **nothing)["total"] == pytest.approx(2.5)
+    options = nothing | {"duplicate_rule": "pair"}
+    assert earned(text, [RIDER, bag], **options)["total"] == pytest.approx(3.8)
 
 
 def test_three_riders_of_three_bicycles_earn_the_whole_label_reward():
@@ -124,6 +130,26 @@ def test_attempts_to_cheat(text, expected):
     names = ("format", "object", "verb", "iou")
     assert [parts[name] for name in names] == pytest.approx(list(expected))
     assert parts["total"] == pytest.approx(sum(expected))
+
+
+# The same where three ride a bicycle, RIDER and two far from him: text, options -> the total.
+RIDERS = [RIDER, *(replace(RIDER, human=box, object=box)
+                   for box in [(900.0, 0.0, 950.0, 80.0), (900.0, 500.0, 950.0, 580.0)])]
+THREE = {
+    # Boxes 0.2 + 0.6/3, labels 1/3 each, IoU 1/3.
+    "one pair": (written(INSTANCE), {}, 1.4),
+    # Labels 3/3 each: 0.2 + (0.6 + 0 + 0)/3 + 1 + 1 + 1/3.
+    "three copies": (written(*[INSTANCE] * 3), {}, 2.4 + 1 / 3),
+    "three copies that earn nothing": (
+        written(*[INSTANCE] * 3), {"duplicates_earn": "nothing"}, 1.4),
+    # Boxes 0.2 + (0.6 + 0.4 + 0.4)/3: r_b for the points would make it 3.13.
+    "a pair and two points": (written(INSTANCE, POINTS, POINTS), {}, 3.0),
+}
+
+
+@pytest.mark.parametrize("text, options, total", THREE.values(), ids=THREE.keys())
+def test_attempts_to_cheat_where_three_of_a_class_are_there(text, options, total):
+    assert earned(text, RIDERS, **options)["total"] == pytest.approx(total)
 
 
 # A reference that shares nothing with the code: cells, fractions, lists, every permutation
@@ -314,16 +340,6 @@ def test_garbage_earns_a_finite_reward_between_0_and_3_8(rng):
         assert all(math.isfinite(part) and part >= 0 for part in parts.values()), text
         assert parts["format"] <= 0.8 + 1e-9 and parts["total"] <= 3.8 + 1e-9, text
         assert max(parts["object"], parts["verb"], parts["iou"]) <= 1 + 1e-9, text
-
-
-def test_boxes_without_area_do_not_pay():
-    """The ground truth has three bicycles; of the answer's pairs one is true, two are points.
-
-    Labels match in 3 of 3 either way. Boxes: 0.2 + (0.6 + 0.4 + 0.4) / 3, where two more r_b
-    would make it 3.13.
-    """
-    parts = earned(written(INSTANCE, POINTS, POINTS), [RIDER] * 3)
-    assert parts["total"] == pytest.approx(0.2 + 1.4 / 3 + 1 + 1 + 1 / 3)
 
 
 def test_share_of_real_images_whose_perfect_answer_is_punished(real_samples):
