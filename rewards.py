@@ -15,10 +15,12 @@ Where the paper leaves a choice, it is read like this:
 4. Eqs. 10, 16: the denominator counts verbs as written, repeats included; without verbs both are 0.
 5. Eqs. 14-18: C_gt is a multiset. All verbs of an instance are compared with what the instances
    before it left over, and each distinct match then takes one occurrence away.
-6. An instance without both boxes has r_b = 0, is no duplicate and takes no part in Eqs. 19-22;
+6. Eqs. 14-18 compare labels with the image's whole set: who does what with which is not asked.
+   `label_reward="matched"` compares them on the pairs of Eq. 21 instead.
+7. An instance without both boxes has r_b = 0, is no duplicate and takes no part in Eqs. 19-22;
    its labels count as usual. A box without area is none: its IoU with its own copies is 0/0, so
    that they would all be unique in Eq. 7.
-7. An answer without a readable list is N^_a = 0. With N_a = 0 every term divided by it is 0.
+8. An answer without a readable list is N^_a = 0. With N_a = 0 every term divided by it is 0.
 """
 
 import operator
@@ -203,8 +205,8 @@ def without_duplicate_labels(
     """The instances, as many as before, with no labels left in the duplicates of Eq. 7."""
     rewards = box_rewards(instances, duplicate_rule)
     return [
-        replace(instance, object_class=None, verbs=()) if instance.has_boxes and not r_b else instance
-        for instance, r_b in zip(instances, rewards, strict=True)
+        replace(a, object_class=None, verbs=()) if a.has_boxes and not r_b else a
+        for a, r_b in zip(instances, rewards, strict=True)
     ]
 
 
@@ -233,17 +235,58 @@ def match_instances(cost: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
 
 
+def matched_pairs(
+    instances: Sequence[Prediction], hois: Sequence[HOI]
+) -> list[tuple[Prediction, HOI, float]]:
+    """The pairs of the matching (Eq. 21) with their similarity (Eq. 20), none without boxes."""
+    complete = [instance for instance in instances if instance.has_boxes]
+    if not hois or not complete:
+        return []
+    similarity = np.array([[pair_similarity(a, b) for b in hois] for a in complete])
+    matching = match_instances(matching_cost(similarity))
+    return [(complete[i], hois[j], float(similarity[i, j])) for i, j in matching]
+
+
 def iou_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
     """Eq. 22: r_IoU, the similarities of the matched pairs over N_a; 0 without ground truth.
 
     Instances that lack a box take no part. Surplus instances cost nothing here.
     """
-    complete = [instance for instance in instances if instance.has_boxes]
-    if not hois or not complete:
-        return 0.0
-    similarity = np.array([[pair_similarity(a, b) for b in hois] for a in complete])
-    matching = match_instances(matching_cost(similarity))
-    return sum(float(similarity[i, j]) for i, j in matching) / len(hois)
+    pairs = matched_pairs(instances, hois)
+    return sum(similarity for _, _, similarity in pairs) / len(hois) if pairs else 0.0
+
+
+# Label reward on matched pairs, not in the paper: `label_reward="matched"`
+
+
+def matched_object_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
+    """In place of Eq. 14: the share of instances with the object class of their matched pair.
+
+    Each counts key_penalty (Eq. 12), over max(N_a, N^_a); 0 without ground truth.
+    """
+    pairs = matched_pairs(instances, hois)
+    total = sum(key_penalty(a.key_count) * (a.object_class == b.object_class) for a, b, _ in pairs)
+    return total / max(len(hois), len(instances), 1)
+
+
+def matched_verb_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
+    """In place of Eq. 16: verbs in common with the matched pair, over the larger number of verbs.
+
+    So verbs left out cost as surplus ones do. Each share counts key_penalty (Eq. 12), over
+    max(N_a, N^_a); 0 without ground truth.
+    """
+    total = 0.0
+    for instance, hoi, _ in matched_pairs(instances, hois):
+        common = len(set(instance.verbs).intersection(hoi.verbs))
+        share = common / max(len(instance.verbs), len(hoi.verbs))
+        total += key_penalty(instance.key_count) * share
+    return total / max(len(hois), len(instances), 1)
+
+
+LABEL_REWARDS = {  # of object classes, of verbs
+    "printed": (object_label_reward, verb_label_reward),
+    "matched": (matched_object_reward, matched_verb_reward),
+}
 
 
 def _check(name: str, value: str, known: Collection[str]) -> None:
@@ -257,6 +300,7 @@ def total_reward(
     *,
     duplicate_rule: str = "printed",
     duplicates_earn: str = "labels",
+    label_reward: str = "printed",
     without: Collection[str] = (),
 ) -> dict[str, float]:
     """Eq. 23: r, the sum of the format, label and IoU rewards, at most 3.8.
@@ -268,6 +312,7 @@ def total_reward(
     """
     _check("duplicate_rule", duplicate_rule, DUPLICATE_RULES)
     _check("duplicates_earn", duplicates_earn, DUPLICATES_EARN)
+    _check("label_reward", label_reward, LABEL_REWARDS)
     if unknown := set(without).difference(ABLATIONS):
         raise ValueError(f"without takes names of {ABLATIONS}: {sorted(unknown)}")
     parts = {"format": 0.0, "object": 0.0, "verb": 0.0, "iou": 0.0}
@@ -277,8 +322,9 @@ def total_reward(
             labelled = completion.instances
             if duplicates_earn == "nothing":
                 labelled = without_duplicate_labels(labelled, duplicate_rule)
-            parts["object"] = object_label_reward(labelled, hois)
-            parts["verb"] = verb_label_reward(labelled, hois)
+            object_reward, verb_reward = LABEL_REWARDS[label_reward]
+            parts["object"] = object_reward(labelled, hois)
+            parts["verb"] = verb_reward(labelled, hois)
         if "iou" not in without:
             parts["iou"] = iou_reward(completion.instances, hois)
     return parts | {"total": sum(parts.values())}

@@ -41,9 +41,8 @@ def test_fig4_prompt_is_the_authors_to_the_character():
 
 def test_fig4_prompt_layout():
     lines = hicodet.prompt_text().split("\n")
-    assert lines[:3] == [
-        "You are an HOI detection model. Follow this exact structure:", "", "<VALID OBJECT CLASSES>:"
-    ]  # fmt: skip
+    assert lines[0] == "You are an HOI detection model. Follow this exact structure:"
+    assert lines[1:3] == ["", "<VALID OBJECT CLASSES>:"]
     assert lines[3].startswith("<object class>:person, bicycle, car, motorcycle, airplane, bus, ")
     assert lines[3].endswith(", hair drier, toothbrush.")
     assert lines[4:7] == [
@@ -231,10 +230,10 @@ BUS = '{"object class": "bus"}'
 READ = {  # text -> whether it has <answer>, and the object classes of the instances read
     "a raw line break in a string": (
         '<answer> [{"object class": "bicycle", "verb class": "ride,\nsit on"}]', True, ["bicycle"]),
-    "a comment between": (f"<answer> [{RIDER_TEXT}, // the other\n{BUS}]", True, ["bicycle", "bus"]),
+    "a comment between": (f"<answer> [{RIDER_TEXT}, // two\n{BUS}]", True, ["bicycle", "bus"]),
     "the same on one line": (f"<answer> [{RIDER_TEXT}, // other {BUS}]", True, ["bicycle", "bus"]),
     "a comment inside": (
-        '<answer> [{"human": [1, 2, 3, 4], // the "rider\'s" box\n "object class": "bus" # or car\n}]',
+        '<answer> [{"human": [1, 2], // the "rider\'s"\n "object class": "bus" # or car\n}]',
         True, ["bus"]),
     "no comment": ('<answer> [{"object class": "bus // #1, None"}]', True, ["bus // #1, None"]),
     "None between": (f"<answer> [{RIDER_TEXT}, None, {BUS}]", True, ["bicycle", "bus"]),
@@ -321,8 +320,8 @@ def test_parser_never_raises():
         "<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", ":", " ", "\n",
         '"', "\\", "\\u", "\\ud83d", '"human"', '"object"', '"object class"', '"verb class"',
         "[1, 2, 3, 4]", '"ride, sit on"', '"bicycle"', "NaN", "-Infinity", "true", "null", "1e999",
-        "-", "0", "9" * 5000, "\x00", "\ud800", "自転車", "é", "'", "//", "#", "None", "\\'", RIDER_TEXT,
-        hicodet.prompt_text(),
+        "-", "0", "9" * 5000, "\x00", "\ud800", "自転車", "é", "'", "//", "#", "None", "\\'",
+        RIDER_TEXT, hicodet.prompt_text(),
     ]  # fmt: skip
     for _ in range(1500):
         text = "".join(rng.choices(pieces, k=rng.randrange(40)))

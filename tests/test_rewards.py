@@ -209,6 +209,61 @@ def test_eq22_iou_reward():
     assert rewards.iou_reward([predicted(BOX, None)], hois) == 0.0
 
 
+# The labels on matched pairs. The boxes decide: BOX goes with BOX and FAR with FAR.
+
+
+def test_matched_object_reward():
+    hois = [truth(BOX, BOX, "bicycle"), truth(FAR, FAR, "dog")]
+    right = [predicted(FAR, FAR, "dog"), predicted(BOX, BOX, "bicycle", key_count=5)]
+    # (1 + 4/5) / 2
+    assert rewards.matched_object_reward(right, hois) == pytest.approx(0.9)
+    swapped = [predicted(BOX, BOX, "dog"), predicted(FAR, FAR, "bicycle")]
+    assert rewards.matched_object_reward(swapped, hois) == 0.0
+    assert rewards.object_label_reward(swapped, hois) == 1.0
+    # One of two pairs, then one of three instances: the surplus one has no pair.
+    assert rewards.matched_object_reward(right[:1], hois) == pytest.approx(1 / 2)
+    surplus = [predicted(BOX, FAR, "bicycle"), predicted(None, BOX, "bicycle")]
+    assert rewards.matched_object_reward([right[0], *surplus], hois[1:]) == pytest.approx(1 / 3)
+
+
+def test_matched_verb_reward():
+    hois = [truth(BOX, BOX, verbs=("ride", "sit on")), truth(FAR, FAR, verbs=("hold",))]
+    instances = [
+        predicted(FAR, FAR, verbs=("hold", "hold", "moon")),  # 1 in common, 3 written: 1/3
+        predicted(BOX, BOX, verbs=("ride",), key_count=3),  # 1 in common of 2 true: 4/5 * 1/2
+    ]
+    # (1/3 + 2/5) / 2
+    assert rewards.matched_verb_reward(instances, hois) == pytest.approx(11 / 30)
+    swapped = [predicted(BOX, BOX, verbs=("hold",)), predicted(FAR, FAR, verbs=("ride", "sit on"))]
+    assert rewards.matched_verb_reward(swapped, hois) == 0.0
+    assert rewards.verb_label_reward(swapped, hois) == 1.0
+    assert rewards.matched_verb_reward([predicted(BOX, BOX, verbs=())], hois) == 0.0
+    # 1/3 of one instance in three
+    surplus = [instances[0], predicted(BOX, BOX), predicted(BOX, None, verbs=("hold",))]
+    assert rewards.matched_verb_reward(surplus, hois[1:]) == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize("reward", [rewards.matched_object_reward, rewards.matched_verb_reward])
+def test_matched_labels_without_instances_or_ground_truth(reward):
+    assert reward([], []) == reward([predicted()], []) == reward([], [truth()]) == 0.0
+
+
+def test_eq23_total_reward_of_matched_labels():
+    hois = [truth(BOX, BOX, verbs=("ride", "hold")), truth(FAR, FAR, "dog", ("walk",))]
+    answer = completion(predicted(BOX, BOX), predicted(FAR, FAR, "bicycle", ("walk",)))
+    matched = rewards.total_reward(answer, hois, label_reward="matched")
+    # object (1 + 0) / 2, verb (1/2 + 1) / 2
+    assert matched == pytest.approx(
+        {"format": 0.8, "object": 0.5, "verb": 0.75, "iou": 1.0, "total": 3.05})
+    without = rewards.total_reward(answer, hois, label_reward="matched", without=["label"])
+    assert without == rewards.total_reward(answer, hois, without=["label"])
+    # The second one repeats the first one's human box.
+    answer = completion(predicted(BOX, BOX), predicted(BOX, FAR, "dog", ("walk",)))
+    for earn, expected in {"labels": (1.0, 0.75), "nothing": (0.5, 0.25)}.items():
+        parts = rewards.total_reward(answer, hois, label_reward="matched", duplicates_earn=earn)
+        assert (parts["object"], parts["verb"]) == pytest.approx(expected)
+
+
 def test_eq23_total_reward():
     answer = completion(predicted(THIRD, HALF, "bicycle", ("ride", "moon")))
     parts = rewards.total_reward(answer, [truth(BOX, BOX)])
@@ -260,7 +315,8 @@ def test_eq23_total_reward_where_duplicates_earn_nothing():
 
 
 @pytest.mark.parametrize("options", [{"without": ["verb"]}, {"without": "iou"},
-                                     {"duplicate_rule": "both"}, {"duplicates_earn": "some"}])
+                                     {"duplicate_rule": "both"}, {"duplicates_earn": "some"},
+                                     {"label_reward": "both"}])
 def test_eq23_total_reward_refuses_unknown_names(options):
     with pytest.raises(ValueError):
         rewards.total_reward(completion(), [truth()], **options)

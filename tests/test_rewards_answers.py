@@ -142,9 +142,43 @@ THREE = {
     "three copies": (written(*[INSTANCE] * 3), {}, 2.4 + 1 / 3),
     "three copies that earn nothing": (
         written(*[INSTANCE] * 3), {"duplicates_earn": "nothing"}, 1.4),
+    # Matched, the copies' labels are those of whomever is left, unless they earn nothing.
+    "three copies, labels matched": (
+        written(*[INSTANCE] * 3), {"label_reward": "matched"}, 2.4 + 1 / 3),
+    "three copies, labels matched, that earn nothing": (
+        written(*[INSTANCE] * 3), {"label_reward": "matched", "duplicates_earn": "nothing"}, 1.4),
+    # Who has no boxes has no pair: 0.2 + (0.6 + 0.4 + 0.4)/3 + 1/3 + 1/3 + 1/3.
+    "a pair and two points, labels matched": (
+        written(INSTANCE, POINTS, POINTS), {"label_reward": "matched"}, 0.2 + 1.4 / 3 + 1),
     # Boxes 0.2 + (0.6 + 0.4 + 0.4)/3: r_b for the points would make it 3.13.
     "a pair and two points": (written(INSTANCE, POINTS, POINTS), {}, 3.0),
 }
+
+
+MATCHED = {"label_reward": "matched"}
+LEFT, RIGHT = apart(1), apart(2) | {"object class": "dog", "verb class": "walk"}
+PAIRS = [HOI(tuple(pair["human"]), tuple(pair["object"]), pair["object class"],
+             tuple(pair["verb class"].split(", "))) for pair in (LEFT, RIGHT)]
+SWAPPED = [LEFT | {"object class": "dog"}, RIGHT | {"object class": "bicycle"}]
+HANDED_ON = [LEFT | {"verb class": "walk"}, RIGHT | {"verb class": "ride, sit on"}]
+BLIND = {  # edits of LEFT and RIGHT -> the total as printed, and with labels on matched pairs
+    "none": ([LEFT, RIGHT], 3.8, 3.8),
+    "object classes swapped": (SWAPPED, 3.8, 2.8),
+    "verbs handed on": (HANDED_ON, 3.8, 2.8),
+    # Matched verbs: (1/2 + 1) / 2.
+    "the first verb only": ([LEFT | {"verb class": "ride"}, RIGHT], 3.8, 3.55),
+    # IoU 1/2 for the human boxes, 1 for the object boxes; the objects alone decide who is who.
+    "human boxes handed on": (
+        [LEFT | {"human": RIGHT["human"]}, RIGHT | {"human": LEFT["human"]}], 3.3, 3.3),
+    "every second one dropped": ([LEFT], 2.0, 2.0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("instances, printed, matched", BLIND.values(), ids=BLIND.keys())
+def test_what_the_label_reward_as_printed_does_not_see(instances, printed, matched):
+    text = written(*instances)
+    assert earned(text, PAIRS)["total"] == pytest.approx(printed)
+    assert earned(text, PAIRS, **MATCHED)["total"] == pytest.approx(matched)
 
 
 @pytest.mark.parametrize("text, options, total", THREE.values(), ids=THREE.keys())
