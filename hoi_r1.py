@@ -6,6 +6,8 @@
     torchrun --nproc_per_node 8 hoi_r1.py predict --model runs/grpo/model --data ... --out runs/test
     python evaluate.py runs/test/predictions.jsonl --data hico_20160224_det
     python hoi_r1.py demo            # all of it on a drawn data set, on a laptop
+    python hoi_r1.py report runs/sft runs/grpo runs/test         # one page to look at
+    python hoi_r1.py show --data hico_20160224_det --predictions runs/test/predictions.jsonl
 
 Plain `python` runs one process. Three policies: pi_theta in fp32, sharded over the ranks by FSDP2
 and computing in bf16 on a GPU; pi_old, a replica on every rank in the dtype of computation, which
@@ -154,31 +156,66 @@ class DemoConfig(Config):
     grpo_steps: int = option(150, "steps of GRPO", least=1)
 
 
-STAGES = {"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig}
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig(Config):
+    """One page of one or several runs side by side: an HTML file that needs no network."""
+
+    runs: tuple[str, ...] = field(
+        metadata={"help": "folders of runs, trainings and predictions", "positional": True}
+    )
+    out: str = option("", "file to write, instead of report.html in the last folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowConfig(Config):
+    """Pictures of images with their ground truth, and the prediction beside it."""
+
+    data: str = field(metadata={"help": "folder of hico_20160224_det: anno_bbox.mat, images/"})
+    predictions: str = option("", "predictions.jsonl of the split, to be drawn beside the truth")
+    out: str = option("pictures", "folder for the pictures")
+    images: int = option(0, "the first so many; 12, if no choice is made", least=0)
+    file: str = option("", "the image of this file name")
+    worst: int = option(0, "so many with the most missed interactions, these first", least=0)
+    split: typing.Literal["train", "test"] = option("test", "images to draw")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if sum(map(bool, (self.images, self.file, self.worst))) > 1:
+            raise ValueError("--images, --file and --worst: give one of them")
+        if self.worst and not self.predictions:
+            raise ValueError("--worst: give the predictions too, with --predictions")
+
+
+STAGES = {
+    **{"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig},
+    **{"report": ReportConfig, "show": ShowConfig},
+}
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag for each field of a config dataclass."""
+    """One flag for each field of a config dataclass, or a place if it is marked "positional"."""
     types_of = typing.get_type_hints(config_class)
     for f in dataclasses.fields(config_class):
         kind, options = types_of[f.name], {"help": f.metadata["help"]}
         if type(None) in typing.get_args(kind):  # None: not given
             kind = typing.get_args(kind)[0]
+        required = f.default is dataclasses.MISSING
         if typing.get_origin(kind) is tuple:
             kind = typing.get_args(kind)[0]
-            options["nargs"] = "*"
+            options["nargs"] = "+" if required else "*"
         if typing.get_origin(kind) is typing.Literal:
             options["choices"] = typing.get_args(kind)
         elif kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options["type"] = kind
-        if f.default is dataclasses.MISSING:
-            options["required"] = True
-        else:
-            options["default"] = f.default
-            shown = kind is not bool and f.default is not None
-            options["help"] += " (default: %(default)s)" if shown else ""
+        if f.metadata.get("positional"):
+            parser.add_argument(f.name, metavar="DIR", **options)
+            continue
+        options |= {"required": True} if required else {"default": f.default}
+        # argparse shows the default of a switch by itself
+        if not required and kind is not bool and f.default not in ("", (), None):
+            options["help"] += " (default: %(default)s)"
         parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
 
 
@@ -207,6 +244,16 @@ def run_stage(config) -> None:
         from demo.run import run_demo
 
         return run_demo(**dataclasses.asdict(config))
+    if isinstance(config, ReportConfig):
+        from engine.report import write_page
+
+        return print(write_page(config.runs, config.out))
+    if isinstance(config, ShowConfig):
+        from engine.show import show
+
+        for line in show(**dataclasses.asdict(config)):
+            print(line, flush=True)
+        return
     if isinstance(config, PredictConfig):
         from predict import predict
 

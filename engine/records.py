@@ -277,7 +277,7 @@ def _best_first(found: list, config: dict) -> tuple[list, str]:
     if not known:
         return found[:EXAMPLES], "file" if found else ""
     missed = {
-        line["file_name"]: panels.missed_pairs(truths[line["file_name"]], _line_hois(line))
+        line["file_name"]: panels.missed_pairs(truths[line["file_name"]], line_hois(line))
         for line, _ in known
     }
     return sorted(known, key=lambda pair: missed[pair[0]["file_name"]]), "missed pairs"
@@ -285,7 +285,7 @@ def _best_first(found: list, config: dict) -> tuple[list, str]:
 
 def _example(line: dict, rewards: dict[str, float], config: dict) -> Example:
     name = line["file_name"]
-    answer = Answer(str(line.get("text", "")), _line_hois(line), rewards)
+    answer = Answer(str(line.get("text", "")), line_hois(line), rewards)
     image = _read_image(config, str(config.get("split", "test")), name)
     return Example(name, image, _truths(config).get(name), answer)
 
@@ -303,12 +303,12 @@ def _read_truths(data: str, split: str) -> dict[str, tuple[hicodet.HOI, ...]]:
         return {}
 
 
-def _line_hois(line: dict) -> tuple[hicodet.HOI, ...]:
+def line_hois(line: dict) -> tuple[hicodet.HOI, ...]:
+    """The HOIs of a line of predictions.jsonl; what is none is left out."""
     return _hois(_list(line.get("instances")))
 
 
 def _hois(instances: Iterable) -> tuple[hicodet.HOI, ...]:
-    """The "instances" of a line of predictions.jsonl; what is none is left out."""
     found = []
     for row in (row for row in instances if isinstance(row, dict)):
         boxes = [tuple(map(number, _list(row.get(side)))) for side in ("human", "object")]

@@ -1,6 +1,6 @@
 """One page for one or several runs: a single HTML file that needs no network.
 
-    report.write_page(["runs/sft", "runs/grpo", "runs/test"], "runs/grpo/report.html")
+    report.write_page(["runs/sft", "runs/grpo", "runs/test"])    # runs/test/report.html
 
 `records.read_run` reads the folders, `page` makes the text, and nothing else is written.
 """
@@ -67,18 +67,21 @@ SECTIONS = (  # id, heading, what it shows
 )
 
 
-def write_page(folders: Sequence[str | Path], path: str | Path) -> None:
-    """Reads the runs and replaces the file at `path` with their page at one stroke.
+def write_page(folders: Sequence[str | Path], path: str | Path = "") -> Path:
+    """Reads the runs, replaces the file at `path` with their page at one stroke, returns the path.
 
+    path: "" is report.html in the last folder.
     Raises FileNotFoundError if a folder is missing, OSError if the file cannot be written.
     """
-    text, path = page([read_run(folder) for folder in folders]), Path(path)
+    text = page([read_run(folder) for folder in folders])
+    path = Path(path or Path(folders[-1]) / "report.html")
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a run may write it at the same time
     try:
         aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+    return path
 
 
 def page(runs: Sequence[Run]) -> str:

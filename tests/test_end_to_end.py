@@ -136,7 +136,8 @@ def test_demo_small(tmp_path):
         assert json.loads((out / f"test_{name}" / "map.json").read_text())["num_images"] == 8
 
 
-PROGRAMS = ["hoi_r1.py", "hoi_r1.py sft", "hoi_r1.py grpo", "evaluate.py", "teacher.py"]
+PROGRAMS = ["hoi_r1.py", "hoi_r1.py sft", "hoi_r1.py grpo", "hoi_r1.py report", "hoi_r1.py show"]
+PROGRAMS += ["evaluate.py", "teacher.py"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -1,0 +1,116 @@
+"""hoi_r1.py report and show: which runs and images, what is written, what is refused."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import hoi_r1
+from engine import show
+from hicodet import HOI, InputError, Sample
+from tests.run_folders import write_prediction, write_training
+
+ROOT = Path(__file__).resolve().parents[1]
+RIDE = HOI((0.0, 0.0, 40.0, 40.0), (40.0, 0.0, 80.0, 40.0), "bicycle", ("ride", "sit on"))
+HOLD = HOI((0.0, 50.0, 40.0, 90.0), (40.0, 50.0, 80.0, 90.0), "bicycle", ("hold",))
+
+
+def line(name, *hois):
+    keys = ("human", "object", "object_class", "verbs")
+    return {"file_name": name, "instances": [{k: getattr(h, k) for k in keys} for h in hois]}
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """Four images of one split, and predictions that miss 1, 3 and 0 HOIs of three of them."""
+    truths = {"a.jpg": (RIDE,), "b.jpg": (RIDE, HOLD), "c.jpg": (HOLD,), "d.jpg": ()}
+    samples = []
+    for name, hois in truths.items():
+        Image.new("RGB", (100, 100)).save(tmp_path / name)
+        samples.append(Sample(name, tmp_path / name, 100, 100, hois, (), frozenset()))
+    monkeypatch.setattr(show, "load_split", lambda root, split: samples)
+    half = HOI(RIDE.human, RIDE.object, "bicycle", ("ride",))
+    rows = [line("a.jpg", half), line("b.jpg"), line("c.jpg", HOLD, HOLD)]
+    path = tmp_path / "predictions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"data": str(tmp_path), "out": str(tmp_path / "out"), "predictions": str(path)}
+
+
+def shown(**options):
+    """What `show` says of each picture, by its name."""
+    rows = (row.split(": ", 1) for row in show.show(**options))
+    return {Path(path).name: text for path, text in rows}
+
+
+def test_worst_first(data):
+    assert shown(**data, worst=2) == {
+        "b.png": "3 of 3 missed, 0 predicted",
+        "a.png": "1 of 2 missed, 1 predicted",
+    }
+    assert list(shown(**data, worst=2)) == ["b.png", "a.png"]
+
+
+def test_first_images_and_one_by_name(data):
+    assert list(shown(**data, images=2)) == ["a.png", "b.png"]
+    assert list(shown(**data, file="images/test2015/c.jpg")) == ["c.png"]
+    assert list(shown(**data)) == ["a.png", "b.png", "c.png"]  # d.jpg is not predicted
+
+
+def test_pictures_are_side_by_side_only_with_predictions(data):
+    shown(**data, images=1)
+    with Image.open(Path(data["out"]) / "a.png") as both:
+        assert both.width == 2 * 640 + 8
+    texts = shown(**data | {"predictions": ""})
+    assert texts["a.png"] == "2 true" and texts["d.png"] == "0 true"
+    with Image.open(Path(data["out"]) / "a.png") as truth:
+        assert truth.width == 640
+
+
+@pytest.mark.parametrize(
+    "options, row, words",
+    [
+        ({"file": "d.jpg"}, "", "--file d.jpg: no image of this split, or none that is predicted"),
+        ({}, '{"file_name": "x.jpg", "instances": []}\n', "line 4: no image of this split"),
+        ({}, "{]\n", "line 4: not JSON"),
+        ({}, "7\n", "line 4: no image"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(data, options, row, words):
+    with open(data["predictions"], "a") as file:
+        file.write(row)
+    with pytest.raises(InputError, match=words) as refused:
+        shown(**data, **options)
+    assert "\n" not in str(refused.value)
+
+
+def test_choices_that_contradict_are_refused(capsys):
+    for flags in ("--images 2 --file a.jpg", "--worst 3", "--worst 3 --images 2 --predictions p"):
+        with pytest.raises(SystemExit):
+            hoi_r1.parse_config(["show", "--data", "d", *flags.split()])
+        assert "error: --" in capsys.readouterr().err
+
+
+def test_report_of_several_runs_lies_in_the_last(tmp_path, capsys):
+    folders = write_training(tmp_path), write_prediction(tmp_path)
+    hoi_r1.main(["report", *map(str, folders)])
+    assert capsys.readouterr().out.strip() == str(folders[-1] / "report.html")
+    page = (folders[-1] / "report.html").read_text()
+    assert "<title>grpo, test" in page and not (folders[0] / "report.html").exists()
+    hoi_r1.main(["report", str(folders[0]), "--out", str(tmp_path / "page.html")])
+    assert "<title>grpo<" in (tmp_path / "page.html").read_text()
+
+
+def test_report_of_no_folder_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        hoi_r1.main(["report", str(tmp_path / "absent")])
+    assert capsys.readouterr().err == f"error: {tmp_path / 'absent'}: no such folder\n"
+    with pytest.raises(SystemExit):
+        hoi_r1.parse_config(["report"])
+
+
+def test_neither_needs_torch():
+    code = "import sys, engine.report, engine.show\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
