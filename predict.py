@@ -7,6 +7,7 @@ import codecs
 import dataclasses
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -22,6 +23,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import hicodet
 from engine.examples import Example, Examples, describe, read_ahead
 from engine.files import json_lines, replace_file, write_json
+from engine.live import LiveView
 from engine.policy import Ranks, load_model, start_ranks
 from engine.run import open_run
 from engine.sampler import Sampler
@@ -44,7 +46,7 @@ def predict(config) -> None:
     if config.dry_run:
         return ranks.print(describe(examples, text_reward))
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
-    settings["box_frame"] = examples.box_frame
+    settings |= {"box_frame": examples.box_frame, "stage": "predict", "command": sys.argv}
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     stored, number = stored_rows(run.folder)
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
@@ -73,6 +75,7 @@ def predict(config) -> None:
         write_json(run.folder / "summary.json", summary)
         lines = (json.dumps(stored[index]["line"]) + "\n" for index in range(len(samples)))
         replace_file(run.folder / "predictions.jsonl", "".join(lines))
+    LiveView(run.folder, active=ranks.rank == 0).write()
     ranks.print(json.dumps(summary, indent=2))
 
 

@@ -5,7 +5,9 @@ what they call takes plain arguments.
 """
 
 import dataclasses
+import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +19,7 @@ import evaluate
 import hicodet
 from engine.examples import FRAME_FILE, Examples, batches, describe, picture
 from engine.files import replace_file
+from engine.live import LiveView
 from engine.policy import (
     ClippedAdamW,
     Ranks,
@@ -59,7 +62,7 @@ def sft(config) -> None:
     examples = Examples(config.model, with_images(samples, config.data), **options)
     if config.dry_run:
         return ranks.print(describe(examples))
-    parts = set_up(config, examples, ranks, needs_replica=config.eval_every > 0)
+    parts = set_up(config, examples, ranks, SFT.name, needs_replica=config.eval_every > 0)
     if ranks.rank == 0 and thinks:
         text = "".join(f"{name}\n" for name in untraced)
         replace_file(parts.run.folder / "untraced.txt", text)
@@ -75,7 +78,7 @@ def grpo(config) -> None:
     reward_options = {name: getattr(config, name) for name in REWARD_OPTIONS}
     if config.dry_run:
         return ranks.print(describe(examples, partial(text_reward, **reward_options)))
-    parts = set_up(config, examples, ranks, needs_replica=True)
+    parts = set_up(config, examples, ranks, GRPO.name, needs_replica=True)
     stage = GRPO(
         parts.policy,
         parts.optimizer,
@@ -158,11 +161,13 @@ class Parts:
     done: int  # steps of the run that is resumed
 
 
-def set_up(config, examples: Examples, ranks: Ranks, *, needs_replica: bool) -> Parts:
+def set_up(
+    config, examples: Examples, ranks: Ranks, stage: str, *, needs_replica: bool
+) -> Parts:
     """The run's folder, the policy and its optimizer, restored where a run is resumed."""
     held_out = held_out_examples(config) if config.eval_every else None
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
-    settings["box_frame"] = examples.box_frame
+    settings |= {"box_frame": examples.box_frame, "stage": stage, "command": sys.argv}
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     if ranks.rank == 0:
         picture(examples[0]).save(run.folder / "first_sample.png")
@@ -203,6 +208,7 @@ def fit(
 ) -> None:
     """The training loop. stage: SFT or GRPO, whose `update` does one batch."""
     run, optimizer, done = parts.run, parts.optimizer, parts.done
+    view = LiveView(run.folder, active=ranks.rank == 0)
     order = {"batch_size": batch_size, "steps": steps, "seed": seed, "workers": workers}
     bar = tqdm(
         total=steps, initial=done, disable=ranks.rank > 0, desc=stage.name, unit="step"
@@ -220,20 +226,24 @@ def fit(
         if rollout:
             run.log("rollouts", step + 1, rollout)
         run.log("metrics", step + 1, values)
+        view.refresh()
         bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
         bar.update()
         if save_every and (step + 1) % save_every == 0:
             run.save(parts.policy, optimizer.adamw, step + 1)
         if export_every and (step + 1) % export_every == 0:
-            export(run, parts.policy, examples, f"model-{step + 1:06d}")
+            export(run, parts.policy, examples, f"model-{step + 1:06d}", view.card())
     bar.close()
-    export(run, parts.policy, examples, "model")
-    ranks.print(f"model: {run.folder / 'model'}")
+    view.write()
+    export(run, parts.policy, examples, "model", view.card())
+    ranks.print(f"report: {run.folder / 'report.html'}\nmodel: {run.folder / 'model'}")
+    ranks.print(view.verdicts())
 
 
-def export(run: Run, policy, examples: Examples, name: str) -> None:
+def export(run: Run, policy, examples: Examples, name: str, card: str) -> None:
     """Write a folder that `from_pretrained`, and prediction, read without being told more."""
-    notes = {FRAME_FILE: {"box_frame": examples.box_frame}}
+    notes = {FRAME_FILE: json.dumps({"box_frame": examples.box_frame}) + "\n"}
+    notes |= {"README.md": card} if card else {}
     run.export(policy, name, [examples.tokenizer, examples.processor], notes)
 
 

@@ -283,6 +283,7 @@ def _options(columns: Sequence[Column]) -> str:
         for column in told
     )
     names = dict.fromkeys(name for column in told for name in column.run.config)
+    names.pop("command", None)  # it stands above
     rows = []
     for name in names:
         values = [column.run.config.get(name, "") for column in told]

@@ -24,8 +24,10 @@ FREE_ON_RESUME = {
     *("tokens_per_microbatch", "gradient_checkpointing"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
 }
+# how the run was started, kept to be looked at; no options
+KEPT = {"stage", "command"}
 # what a run has in its folder before its first result
-BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png", "untraced.txt"}
+BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png", "untraced.txt", "report.html"}
 
 
 class Run:
@@ -90,10 +92,10 @@ class Run:
             with open(self.folder / f"{name}.jsonl", "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def export(self, policy, name: str, parts: list, notes: dict[str, dict]) -> None:
+    def export(self, policy, name: str, parts: list, notes: dict[str, str]) -> None:
         """Write a folder for `from_pretrained`, weights in fp32; whole or absent.
 
-        parts: tokenizer and image processor. notes: JSON files beside them. In bf16 most of what a
+        parts: tokenizer and image processor. notes: texts of further files. In bf16 most of what a
         short run at 1e-6 has moved would be rounded away.
         """
         state = {}
@@ -106,8 +108,8 @@ class Run:
             policy.save_pretrained(aside, state_dict=state)
             for part in parts:
                 part.save_pretrained(aside)
-            for file, note in notes.items():
-                write_json(aside / file, note)
+            for file, text in notes.items():
+                (aside / file).write_text(text, encoding="utf-8")
             shutil.rmtree(folder, ignore_errors=True)
             aside.rename(folder)
         dist.barrier()
@@ -120,9 +122,9 @@ def _finite_or_none(value):
 def open_run(out: str, settings: dict, *, resume: bool, ranks: Ranks) -> Run:
     """Make `out` the folder of this run, lock it, and write its settings to config.json.
 
-    settings: the options, and "examples", what the run works on; all that JSON can hold. Raises
-    InputError if another process writes to the folder, if it holds anything that is not of a run,
-    or a run, unless it is this one and to be resumed.
+    settings: the options, "examples", what the run works on, "stage" and "command", which made it;
+    all that JSON can hold. Raises InputError if another process writes to the folder, if it holds
+    anything that is not of a run, or a run, unless it is this one and to be resumed.
     """
     folder, lock_file, refusal = Path(out), None, ""
     if ranks.rank == 0:
@@ -163,7 +165,7 @@ def _write_settings(folder: Path, settings: dict, resume: bool) -> None:
             stored = json.loads(path.read_text())
         except ValueError as error:
             raise InputError(f"config.json is damaged ({error}); choose another folder") from None
-        for name in mine.keys() - FREE_ON_RESUME:
+        for name in mine.keys() - FREE_ON_RESUME - KEPT:
             if stored.get(name) != mine[name]:
                 raise InputError(
                     f"the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; --resume may "

@@ -92,6 +92,7 @@ FREE = {
     "slots",
     *("tokens_per_microbatch", "gradient_checkpointing"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
+    *("stage", "command"),  # how it was started, to be looked at
 }
 
 
@@ -99,6 +100,7 @@ FREE = {
 def test_a_resumed_run_is_told_the_same(stage, folder, tmp_path):
     config = config_of(stage, folder, tmp_path, resume=True)
     settings = asdict(config) | {"examples": "24 images, 0123456789abcdef"}
+    settings |= {"stage": stage, "command": ["hoi_r1.py", stage]}
     engine.run._write_settings(tmp_path, settings, resume=False)
     stored = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "metrics.jsonl").write_text("")

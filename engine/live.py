@@ -1,0 +1,60 @@
+"""What a run leaves to be looked at: its page while it goes on, its verdicts, its model's card.
+
+None of it may end a run: what fails here is one line of warning.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from engine import health
+from engine.card import model_card
+from engine.records import read_lines, read_run
+from engine.report import write_page
+
+EVERY = 10.0  # seconds between two pages, at least
+LARGEST_SHARE = 0.05  # of a run's time that its pages may take
+
+
+class LiveView:
+    """The folder of a run under way, for people to look at."""
+
+    def __init__(self, folder: Path, *, active: bool):
+        """active: only one rank of a run writes; on the others nothing is done."""
+        self.folder, self.active, self.due = folder, active, 0.0
+
+    def refresh(self) -> None:
+        """Write report.html, unless it is too early. After a failure only `write` tries again."""
+        if time.monotonic() >= self.due:
+            self.write()
+
+    def write(self) -> None:
+        """Write report.html."""
+        started = time.monotonic()
+        path = self._try(lambda: write_page([self.folder]), "report.html")
+        seconds = time.monotonic() - started
+        self.due = started + max(EVERY, seconds / LARGEST_SHARE) if path else math.inf
+
+    def card(self) -> str:
+        """The model card; "" on the other ranks, and if it cannot be made."""
+        return self._try(lambda: model_card(read_run(self.folder)), "the model card") or ""
+
+    def verdicts(self) -> str:
+        """The health of the run, a line for each verdict; "" as above."""
+        return self._try(lambda: _verdicts(self.folder), "the health of the run") or ""
+
+    def _try(self, make: Callable[[], object], what: str):
+        """What `make` returns; None where nothing is to be done, and after a failure."""
+        if not self.active:
+            return None
+        try:
+            return make()
+        except Exception as error:  # of any kind: no mistake in a page is worth days of training
+            print(f"warning: {what} could not be made: {error!r}", file=sys.stderr, flush=True)
+            return None
+
+
+def _verdicts(folder: Path) -> str:
+    return health.as_text(health.verdicts(read_lines(folder / "metrics.jsonl")))
