@@ -11,10 +11,10 @@ import sys
 import time
 from pathlib import Path
 
-from PIL import Image
-
 import hicodet
-from engine import pictures
+from engine import panels
+from engine.files import json_lines, open_image
+from engine.records import line_hois
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPE = {  # a million random weights want another recipe than 3 billion that know images
@@ -90,29 +90,15 @@ def table(out: Path, names) -> str:
 def draw(out: Path, names, count: int) -> None:
     """Pictures of the first held-out images: the ground truth, then each model's prediction."""
     (out / "pictures").mkdir()
-    texts = [(out / f"test_{name}" / "predictions.jsonl").read_text() for name in names]
+    files = (json_lines(out / f"test_{name}" / "predictions.jsonl") for name in names)
     samples = hicodet.load_split(out / "data", "test")[:count]
-    for sample, *lines in zip(samples, *(text.splitlines() for text in texts)):
-        panels = {"ground truth": sample.hois}
-        for name, line in zip(names, lines):
-            panels[name] = [
-                hicodet.HOI(i["human"], i["object"], i["object_class"], tuple(i["verbs"]))
-                for i in json.loads(line)["instances"]
-            ]
-        captions = [name if hois else f"{name}: no instance" for name, hois in panels.items()]
-        with Image.open(sample.path) as image:
-            drawn = [
-                pictures.draw_hois(image, hois, caption=caption)
-                for hois, caption in zip(panels.values(), captions)
-            ]
-        side_by_side(drawn).save(out / "pictures" / f"{Path(sample.file_name).stem}.png")
-
-
-def side_by_side(pictures: list[Image.Image]) -> Image.Image:
-    """One picture of several."""
-    width = max(picture.width for picture in pictures)
-    size = (width * len(pictures), max(picture.height for picture in pictures))
-    sheet = Image.new("RGB", size, "white")
-    for column, picture in enumerate(pictures):
-        sheet.paste(picture, (column * width, 0))
-    return sheet
+    for sample, *lines in zip(samples, *files):
+        image, truth = open_image(sample.path), sample.hois
+        panes = [panels.draw_pairs(image, truth, range(len(truth)), caption="ground truth")]
+        for name, (_, line) in zip(names, lines):
+            hois = line_hois(line)
+            caption = name if hois else f"{name}: no instance"
+            colours = panels.match_pairs(truth, hois)
+            panes.append(panels.draw_pairs(image, hois, colours, caption=caption))
+        path = out / "pictures" / f"{Path(sample.file_name).stem}.png"
+        panels.side_by_side(panes).save(path)

@@ -21,9 +21,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
 
 import hicodet
+from engine import panels
 from engine.attention import Prompt
 from engine.files import open_image, read_from_model
-from engine.pictures import draw_hois
 from engine.policy import Ranks
 from hicodet import InputError
 
@@ -245,11 +245,16 @@ def batches(
 
 
 def picture(example: Example) -> Image.Image:
-    """The image in the frame of the text, with the boxes that text and rewards speak of."""
+    """The image in the frame of the text, with the boxes that text and rewards speak of.
+
+    Narrow ones are enlarged to 640 pixels, where labels can be read.
+    """
     image = read_image(example.sample).resize(example.text_size, Image.Resampling.BICUBIC)
-    width, height = example.model_size
+    hois, (width, height) = example.text_hois, example.model_size
     caption = f"{example.sample.file_name}, seen as {width} x {height}"
-    return draw_hois(image, example.text_hois, caption=caption)
+    return panels.draw_pairs(
+        image, hois, range(len(hois)), width=max(width, 640), caption=caption
+    )
 
 
 def describe(examples: Examples, reward: Callable[[str, tuple], dict] | None = None) -> str:

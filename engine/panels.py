@@ -67,11 +67,12 @@ def draw_pairs(
     notes: Sequence[str] = (),
     *,
     width: int = 640,
+    caption: str = "",
 ) -> Image.Image:
     """A new picture, `width` wide, with both boxes of every pair, its line and its label.
 
     colours: one for each pair, an index into COLOURS that wraps around, or None for grey.
-    notes: what to add to the labels; none if empty.
+    notes: what to add to the labels; none if empty. caption: what to write below the picture.
     """
     size = width, max(1, round(width * image.height / image.width))
     picture = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
@@ -89,7 +90,7 @@ def draw_pairs(
     # labels last, so that no line crosses one
     smaller = (min(boxes, key=_area) for boxes in pairs)  # several pairs may share the larger one
     left_out = _draw_labels(draw, size, font, zip(texts, smaller, tones))
-    return _with_lines_below(picture, left_out, font)
+    return _with_lines_below(picture, [caption] * bool(caption) + left_out, font)
 
 
 def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
@@ -169,7 +170,7 @@ def free_place(
 
 
 def _with_lines_below(picture: Image.Image, labels: Sequence[str], font) -> Image.Image:
-    """The picture and, below it, the labels that found no room in it, equal ones together."""
+    """The picture with lines below it; equal ones, labels that found no room in it, together."""
     counts = Counter(labels).items()
     lines = [f"{text}, {count} times" if count > 1 else text for text, count in counts]
     columns = max(1, int(picture.width / font.getlength("n")) - 2)

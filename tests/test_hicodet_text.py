@@ -1,4 +1,4 @@
-"""hicodet.py, its language: prompt, answers, parser, predictions, drawing."""
+"""hicodet.py, its language: prompt, answers, parser, predictions."""
 
 import dataclasses
 import hashlib
@@ -7,13 +7,11 @@ import random
 from pathlib import Path
 
 import pytest
-from PIL import Image, ImageChops
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import engine.examples
 import evaluate
 import hicodet
-from engine.pictures import HUMAN_COLOUR, OBJECT_COLOURS, draw_hois
 from hicodet import HOI
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -376,32 +374,3 @@ def test_predicted_instances():
     assert hicodet.predicted_instances(completion, *sizes, scores) == [expected]
     with pytest.raises(ValueError):
         hicodet.predicted_instances(completion, *sizes, scores[:-1])
-
-
-def test_drawing():
-    picture = Image.new("RGB", (600, 500), "white")
-    before = picture.copy()
-    hoi = HOI((50, 60, 200, 400), (300, 100, 500, 300), "bicycle", ("ride", "sit on"))
-    drawn = draw_hois(picture, [hoi])
-    assert ImageChops.difference(picture, before).getbbox() is None  # the argument is as it was
-    assert drawn.size == picture.size
-    colour = OBJECT_COLOURS[0]
-    assert drawn.getpixel((50, 60)) == drawn.getpixel((200, 400)) == HUMAN_COLOUR
-    assert drawn.getpixel((300, 200)) == drawn.getpixel((400, 100)) == colour
-    # The line runs from (125, 230) to (400, 200); its middle is (262.5, 215).
-    assert colour in {drawn.getpixel((262, y)) for y in (214, 215, 216)}
-    label = drawn.crop((250, 301, 550, 350))  # below the object: its colour, and white letters
-    counts = {rgb: count for count, rgb in label.getcolors(maxcolors=label.width * label.height)}
-    assert counts[colour] > 1500 and counts[255, 255, 255] > 100
-    assert drawn.getpixel((20, 480)) == (255, 255, 255)
-
-
-def test_drawing_enlarges_small_pictures_and_adds_a_caption():
-    hoi = HOI((1, 2, 10, 30), (90, 2, 5, 70), "dog", hicodet.VERBS)  # inverted; a very long label
-    for mode in ("L", "RGBA", "P"):
-        small = Image.new(mode, (112, 80))
-        assert draw_hois(small, [hoi] * 30).size == (672, 480)
-        captioned = draw_hois(small, [], caption="Two people.\n自転車 \ud800\x00" * 9)
-        assert captioned.width == 672 and captioned.height > 500
-        assert captioned.getpixel((671, captioned.height - 1)) == (255, 255, 255)
-    assert draw_hois(small, [hoi], min_side=80).size == small.size

@@ -59,6 +59,30 @@ def test_label_without_room_is_written_below():
     assert picture.width == 200 and picture.height > 100
 
 
+def test_caption_is_written_below():
+    image = Image.new("RGB", (100, 50))
+    for caption in ("two people", "Two people.\n自転車 \ud800\x00" * 9):
+        picture = panels.draw_pairs(image, [], [], width=200, caption=caption)
+        assert picture.width == 200
+        below = picture.crop((0, 100, 200, picture.height)).convert("L")
+        assert below.getextrema() == (0, 255)  # black on white
+
+
+def test_pair_is_drawn_where_it_is_and_the_object_is_labelled():
+    image = Image.new("RGB", (600, 500), "white")
+    hoi = HOI((50, 60, 200, 400), (300, 100, 500, 300), "bicycle", ("ride", "sit on"))
+    drawn = panels.draw_pairs(image, [hoi], [0], width=600)
+    colour = tuple(bytes.fromhex(panels.COLOURS[0][1:]))
+    corners = [(50, 60), (200, 400), (300, 200), (400, 100)]  # and places on the sides
+    assert {drawn.getpixel(place) for place in corners} == {colour}
+    # the line runs from (125, 230), where it has a dot, to (400, 200)
+    assert drawn.getpixel((125, 235)) == colour == drawn.getpixel((262, 215))
+    label = drawn.crop((310, 304, 490, 325))  # below the object: its colour, white letters
+    counts = {rgb: count for count, rgb in label.getcolors(maxcolors=10**5)}
+    assert counts[colour] > 1500 and counts[255, 255, 255] > 100
+    assert drawn.getpixel((20, 480)) == (255, 255, 255)
+
+
 def test_matched_pairs_share_a_colour_and_others_are_grey():
     image = Image.new("RGB", (100, 50))
     left, right = panels.compare(image, [HOLD, RIDE], [RIDE, moved(HOLD, 50)], width=300)
