@@ -24,7 +24,7 @@ import hicodet
 from engine.examples import Example, Examples, describe, read_ahead
 from engine.files import json_lines, replace_file, write_json
 from engine.live import LiveView
-from engine.policy import Ranks, load_model, start_ranks
+from engine.policy import Ranks, load_model, start_ranks, weights_fingerprint
 from engine.run import open_run
 from engine.sampler import Sampler
 from rewards import total_reward
@@ -46,7 +46,8 @@ def predict(config) -> None:
     if config.dry_run:
         return ranks.print(describe(examples, text_reward))
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
-    settings |= {"box_frame": examples.box_frame, "stage": "predict", "command": sys.argv}
+    settings |= {"box_frame": examples.box_frame, "weights": weights_fingerprint(config.model)}
+    settings |= {"stage": "predict", "command": sys.argv}
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     stored, number = stored_rows(run.folder)
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")

@@ -29,6 +29,7 @@ from engine.policy import (
     load_reference,
     refresh,
     start_ranks,
+    weights_fingerprint,
 )
 from engine.run import Run, open_run
 from engine.traces import read_traces
@@ -167,7 +168,8 @@ def set_up(
     """The run's folder, the policy and its optimizer, restored where a run is resumed."""
     held_out = held_out_examples(config) if config.eval_every else None
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
-    settings |= {"box_frame": examples.box_frame, "stage": stage, "command": sys.argv}
+    settings |= {"box_frame": examples.box_frame, "weights": weights_fingerprint(config.model)}
+    settings |= {"stage": stage, "command": sys.argv}
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     if ranks.rank == 0:
         picture(examples[0]).save(run.folder / "first_sample.png")

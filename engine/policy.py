@@ -1,5 +1,6 @@
 """Ranks, the three policies, FSDP2, the optimizer step and micro-batches."""
 
+import hashlib
 import math
 import os
 import types
@@ -9,6 +10,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -16,7 +18,13 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.utils import logging
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+    logging,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from engine.attention import token_logprobs, use_group_attention
 from engine.files import read_from_model
@@ -99,6 +107,33 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None
         missing = sorted(found["missing_keys"])
         raise InputError(f"--model {path}: {len(missing)} weights are missing, as {missing[0]}")
     return use_group_attention(model).to(device).eval()
+
+
+def weights_fingerprint(path: str) -> str:
+    """A hash of the names and first values of a model's weights, of which little is read.
+
+    Raises InputError if there are none in safetensors.
+    """
+    return read_from_model(_hash_first_values, path, "weights in safetensors")
+
+
+def _hash_first_values(path: str) -> str:
+    digest = hashlib.sha256()
+    for file in _weight_files(path):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                values = tensors.get_slice(name)[:1].float().flatten()
+                digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _weight_files(path: str) -> list[str]:
+    """The safetensors files of a folder or of a hub's model."""
+    try:
+        return [cached_file(path, SAFE_WEIGHTS_NAME)]
+    except OSError:  # there are several, which an index lists
+        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME)
+        return get_checkpoint_shard_files(path, index)[0]
 
 
 def load_reference(path: str, device: torch.device):

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import secrets
 import shutil
+import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -26,6 +29,9 @@ FREE_ON_RESUME = {
 }
 # how the run was started, kept to be looked at; no options
 KEPT = {"stage", "command"}
+# options in which ranks may differ: paths of one host, whose contents are compared
+FREE_ON_A_RANK = {"model", "data", "traces", "out", "workers", "host", "command"}
+CONTENTS = {"lock file": ("out",), "examples": ("data", "traces"), "weights": ("model",)}
 # what a run has in its folder before its first result
 BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png", "untraced.txt", "report.html"}
 
@@ -122,35 +128,81 @@ def _finite_or_none(value):
 def open_run(out: str, settings: dict, *, resume: bool, ranks: Ranks) -> Run:
     """Make `out` the folder of this run, lock it, and write its settings to config.json.
 
-    settings: the options, "examples", what the run works on, "stage" and "command", which made it;
-    all that JSON can hold. Raises InputError if another process writes to the folder, if it holds
-    anything that is not of a run, or a run, unless it is this one and to be resumed.
+    settings: the options, "examples" and "weights", hashes of what the run works on, "stage" and
+    "command", which made it; all that JSON can hold. Raises InputError if another process writes to
+    the folder, if it holds anything that is not of a run, or a run, unless it is this one and to be
+    resumed, and on every rank if the ranks disagree.
     """
-    folder, lock_file, refusal = Path(out), None, ""
+    folder = Path(out)
+    lock_file = _on_first(ranks, f"--out {folder}: ", lambda: _lock_folder(folder))
+    try:
+        _agree(folder, settings, ranks)
+        _on_first(ranks, f"--out {folder}: ", lambda: _write_settings(folder, settings, resume))
+    except InputError:
+        if lock_file:
+            lock_file.close()
+        raise
+    return Run(folder, lock_file, ranks)
+
+
+def _on_first(ranks: Ranks, where: str, act: Callable):
+    """act() on the first rank, whose refusal ends all ranks; None on the others."""
+    result, refusal = None, ""
     if ranks.rank == 0:
         try:
-            lock_file = _lock_folder(folder)
-            _write_settings(folder, settings, resume)
+            result = act()
         except (InputError, OSError) as error:
-            refusal = f"--out {folder}: {error}"
-            if lock_file:
-                lock_file.close()
+            refusal = f"{where}{error}"
     if refusal := ranks.gather([refusal])[0]:
         if ranks.rank:
             sys.exit(1)  # the first rank says why
         raise InputError(refusal)
-    return Run(folder, lock_file, ranks)
+    return result
 
 
 def _lock_folder(folder: Path) -> TextIO:
-    """Make the folder and lock it for this process. Raises InputError if it is in use."""
+    """Make the folder, lock it for this process and write a random word into the lock file.
+
+    Raises InputError if the folder is in use.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.lock"
     if not path.exists() and any(folder.iterdir()):
         raise InputError("holds files that are not of a run; choose another folder")
-    file = open(path, "w")
+    file = open(path, "a")
     lock(file)
+    file.truncate(0)
+    file.write(secrets.token_hex(8))
+    file.flush()
     return file
+
+
+def _agree(folder: Path, settings: dict, ranks: Ranks) -> None:
+    """Raise InputError, on every rank, unless all have this folder, these options and contents."""
+    path = folder / "run.lock"
+    word = path.read_text() if path.exists() else "none"
+    found = ranks.gather([{"lock file": word} | settings | {"host": socket.gethostname()}])
+    _on_first(ranks, "", lambda: compare_ranks(found))
+
+
+def compare_ranks(found: list[dict]) -> None:
+    """Raise InputError naming the first difference. found: the settings of each rank, "host" and
+    "lock file", whose text all read if they have one folder."""
+    first = found[0]
+    for rank, other in enumerate(found):
+        for name in [name for name in first if name not in FREE_ON_A_RANK]:
+            if other[name] != first[name]:
+                raise InputError(
+                    f"ranks must agree: {_setting(first, name)} on rank 0 ({first['host']}), "
+                    f"{_setting(other, name)} on rank {rank} ({other['host']})"
+                )
+
+
+def _setting(of: dict, name: str) -> str:
+    """An option as a flag; a content as the flags that name it."""
+    names = CONTENTS.get(name, (name,))
+    flags = " ".join(f"--{n.replace('_', '-')} {of[n]}" for n in names if of.get(n, "") != "")
+    return f"{flags} ({name}: {of[name]})" if name in CONTENTS else flags
 
 
 def _write_settings(folder: Path, settings: dict, resume: bool) -> None:
