@@ -3,10 +3,14 @@
 Axes: S prompt length, C completion length, V vocabulary.
 """
 
+import ctypes
 import dataclasses
 import hashlib
 import json
 import math
+import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +33,7 @@ from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
 FRAME_FILE = "box_frame.json"  # in an exported folder
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 
 
 @dataclass(frozen=True)
@@ -204,9 +209,21 @@ def _example_or_error(examples: Examples, index: int) -> Example | InputError:
         return error
 
 
+def _end_with_parent(parent: int, worker: int) -> None:
+    """End this worker with its parent, whose lock on the run's folder it holds too.
+
+    Left alone it would wait for ever to hand over its images. On other systems than Linux it may.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator[Example]:
     """The examples in this order, read and resized by worker processes before they are needed."""
     options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
+    options["worker_init_fn"] = partial(_end_with_parent, os.getpid())
     loader = DataLoader(
         indices,
         batch_size=None,

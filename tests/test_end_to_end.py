@@ -106,7 +106,7 @@ def test_two_ranks_equal_one_in_grpo(folder):
 
 
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
-    flags = ["--max-steps", 6, "--save-every", 1]
+    flags = ["--max-steps", 6, "--save-every", 1, "--workers", 2]
     start = folder / "model"
     stage(*sft_flags(folder, start, "whole"), *flags)
     line = [sys.executable, "hoi_r1.py", *map(str, sft_flags(folder, start, "killed") + flags)]
