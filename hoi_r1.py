@@ -146,14 +146,18 @@ class PredictConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
-    """SFT, GRPO, predictions and mAP on a drawn data set with a tiny model."""
+    """A base model, SFT, GRPO, predictions and mAP on a drawn data set, with a tiny model."""
 
     out: str = option("runs/demo", "folder for all that the demo writes")
     seed: int = option(0, "of the drawings, the first weights, data order and sampling", least=0)
     train_images: int = option(10000, "drawn training images", least=1)
     test_images: int = option(1000, "drawn held-out images", least=1)
-    sft_steps: int = option(500, "steps of SFT", least=1)
-    grpo_steps: int = option(150, "steps of GRPO", least=1)
+    base_steps: int = option(1000, "steps that make the base model", least=1)
+    sft_steps: int = option(1500, "steps of SFT", least=1)
+    grpo_steps: int = option(40, "steps of GRPO", least=1)
+    base: str = option("", "folder of a base model that is there, the model/ of demo.base")
+    complete: bool = option(False, "annotate every pair of the training images")
+    steps_scale: float = option(1.0, "times as many steps and training images", least=0.001)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from demo.grounding import PROMPT
 from engine.examples import END_OF_TURN, Examples
-from engine.policy import ClippedAdamW, Ranks, load_policy, start_ranks
+from engine.policy import ClippedAdamW, Ranks, load_policy, start_ranks, weights_fingerprint
 from engine.run import open_run
 from engine.traces import read_traces
 from hicodet import InputError, load_split
@@ -48,7 +48,8 @@ def make_base(args: argparse.Namespace, ranks: Ranks) -> None:
     model = str(args.model or args.dir / "model")
     examples = grounding_examples(args.dir, model)
     settings = {"model": model, "seed": args.seed, "steps": args.steps}
-    settings |= {"examples": examples.fingerprint()}
+    settings |= {"examples": examples.fingerprint(), "weights": weights_fingerprint(model)}
+    settings |= {"stage": "sft", "command": sys.argv}
     run = open_run(args.out, settings, resume=args.resume, ranks=ranks)
     policy = load_policy(model, ranks.device, gradient_checkpointing=False)
     optimizer = ClippedAdamW(policy, beta2=0.98, weight_decay=0.0, max_grad_norm=1.0)

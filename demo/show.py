@@ -1,0 +1,97 @@
+"""What the demo shows at its end: a table of its models, and pictures of their answers."""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+import hicodet
+from engine import panels
+from engine.files import open_image
+from engine.records import line_hois
+from predict import stored_rows
+
+WIDTH = 480  # pixels of a panel
+
+
+def table(out: Path, names) -> str:
+    """A row a model, on the held-out drawings: mAP, mean rewards, and pairs found, in percent."""
+    lines = [
+        "\n               Default           Known Object       mean reward      pairs",
+        "          Full  Rare Non-R     Full  Rare Non-R     greedy  T = 1    prec.  rec.    F1",
+    ]
+    sampled = json.loads((out / "sampled.json").read_text())["reward"]
+    for name, reward in zip(names, sampled, strict=True):
+        folder = out / f"test_{name}"
+        result = json.loads((folder / "map.json").read_text())
+        greedy = json.loads((folder / "summary.json").read_text())["reward"]["total"]
+        settings = (result[setting] for setting in ("default", "known_object"))
+        default, known = (percent(s, ("full", "rare", "non_rare")) for s in settings)
+        pairs = percent(result["pair_scores"]["micro"], ("precision", "recall", "f1"))
+        rewards = f"{greedy:6.3f} {reward:6.3f}"
+        lines.append(f"{name:8s}{default}   {known}     {rewards}   {pairs}")
+    return "\n".join(lines)
+
+
+def percent(shares: dict, names) -> str:
+    """The shares of these names in percent; "-" for a mean over nothing."""
+    values = [shares[name] for name in names]
+    return " ".join("    -" if value is None else f"{100 * value:5.1f}" for value in values)
+
+
+def draw(out: Path, count: int) -> None:
+    """Pictures of held-out drawings: the ground truth, then the answers after SFT and GRPO.
+
+    They are of the first `count` drawings, and in one more picture of the drawing in which GRPO
+    raised the reward of the greedy answer most, above the one in which it lowered it most.
+    """
+    folder = out / "pictures"
+    folder.mkdir()
+    samples = hicodet.load_split(out / "data", "test")
+    rows = {name: stored_rows(out / f"test_{name}")[0] for name in ("sft", "grpo")}
+
+    def panes(index: int) -> Image.Image:
+        return answers(samples[index], {name: rows[name][index] for name in rows})
+
+    for index, sample in enumerate(samples[:count]):
+        save(panes(index), folder / f"{Path(sample.file_name).stem}.png")
+    save(stack([panes(index) for index in extremes(rows)]), folder / "best_and_worst.png")
+
+
+def extremes(rows: dict[str, dict[int, dict]]) -> list[int]:
+    """The drawing whose reward GRPO raised most, and the one it lowered most, if there is one.
+
+    rows: those of `predict_rows` by image, for "sft" and "grpo". Of equals the first one.
+    """
+    sft, grpo = (rows[name] for name in ("sft", "grpo"))
+    gains = {i: grpo[i]["reward"]["total"] - sft[i]["reward"]["total"] for i in sorted(sft)}
+    best, worst = max(gains, key=gains.get), min(gains, key=gains.get)
+    return [best, worst] if gains[worst] < 0 else [best]
+
+
+def answers(sample: hicodet.Sample, rows: dict[str, dict]) -> Image.Image:
+    """One drawing in a row of panels: its ground truth, then each model's answer and reward."""
+    image, truth = open_image(sample.path), sample.hois
+    own = range(len(truth))
+    panes = [panels.draw_pairs(image, truth, own, caption="ground truth", width=WIDTH)]
+    for name, row in rows.items():
+        hois = line_hois(row["line"])
+        caption = f"{name.upper()}, reward {row['reward']['total']:.2f}"
+        colours = panels.match_pairs(truth, hois)
+        panes.append(panels.draw_pairs(image, hois, colours, caption=caption, width=WIDTH))
+    return panels.side_by_side(panes)
+
+
+def stack(rows: list[Image.Image]) -> Image.Image:
+    """One picture of several, from top to bottom."""
+    size = (max(row.width for row in rows), sum(row.height for row in rows))
+    sheet, top = Image.new("RGB", size, "white"), 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def save(picture: Image.Image, path: Path) -> None:
+    """Write a PNG of 64 colours, a third of the size and as easy to read."""
+    picture.quantize(64).save(path, optimize=True)
