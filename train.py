@@ -31,6 +31,7 @@ from engine.policy import (
     start_ranks,
     weights_fingerprint,
 )
+from engine.quantized import is_packed
 from engine.run import Run, open_run
 from engine.traces import read_traces
 from grpo import GRPO
@@ -61,6 +62,7 @@ def sft(config) -> None:
         raise InputError("--no-thinking takes no --traces: there is no reasoning to train on")
     options = prompt_options(config) | {"thinks": thinks, "target_text": supervised_text}
     examples = Examples(config.model, with_images(samples, config.data), **options)
+    require_trainable(examples, config.model)
     if config.dry_run:
         return ranks.print(describe(examples))
     parts = set_up(config, examples, ranks, SFT.name, needs_replica=config.eval_every > 0)
@@ -76,6 +78,7 @@ def grpo(config) -> None:
     ranks = start_ranks()
     samples = with_images(annotated_samples(config.data), config.data)
     examples = Examples(config.model, samples, **prompt_options(config))
+    require_trainable(examples, config.model)
     reward_options = {name: getattr(config, name) for name in REWARD_OPTIONS}
     if config.dry_run:
         return ranks.print(describe(examples, partial(text_reward, **reward_options)))
@@ -122,6 +125,15 @@ def untraced_line(missing: int, total: int, untraced: str | None) -> str:
         )
     fate = "trained on their answer alone" if untraced == "answer" else "left out"
     return f"{missing} of {total} annotated images have no trace: {fate if missing else 'good'}"
+
+
+def require_trainable(examples: Examples, model: str) -> None:
+    """Raise InputError for a model with quantised weights, which have no gradient."""
+    if is_packed(examples.config):
+        raise InputError(
+            f"--model {model}: its weights are quantised (quantization_config of config.json), and "
+            "only predict takes such a model; train one in bf16 or fp32"
+        )
 
 
 def traces_of(path: str) -> dict[str, str]:

@@ -70,7 +70,7 @@ class Examples(Dataset):
     ):
         self.samples, self.thinking, self.thinks = samples, thinking, thinks
         self.target_text, self.box_frame = target_text, box_frame_of(model, box_frame)
-        config = read_from_model(AutoConfig.from_pretrained, model, "configuration")
+        self.config = config = read_from_model(AutoConfig.from_pretrained, model, "configuration")
         if config.model_type != "qwen2_5_vl":
             raise InputError(f"--model {model}: a {config.model_type}, which is no Qwen2.5-VL")
         self.tokenizer = read_from_model(AutoTokenizer.from_pretrained, model, "tokenizer")

@@ -69,7 +69,11 @@ def read_from_model(read: Callable, folder: str, what: str):
 
     try:
         return read(folder)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, SafetensorError),
+        *(ImportError, RuntimeError),  # a format that needs further packages; tensors that differ
+    ) as error:
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         inside = Path(folder) / "model"
         hint = f"; is {inside} meant?" if inside.is_dir() else ""
-        raise InputError(f"--model {folder}: no {what} that can be read ({error}){hint}") from None
+        raise InputError(f"--model {folder}: no {what} that can be read ({cause}){hint}") from None

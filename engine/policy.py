@@ -26,6 +26,7 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+import engine.quantized  # noqa: F401  reads AWQ folders
 from engine.attention import token_logprobs, use_group_attention
 from engine.files import read_from_model
 from hicodet import InputError

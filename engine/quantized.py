@@ -16,8 +16,15 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hicodet import InputError
+
 PER_WORD = 8  # values of 4 bits in an int32
-SUPPORTED = {"version": "gemm", "bits": "4", "zero_point": "true"}  # of quantization_config
+SUPPORTED = {  # of quantization_config
+    "quant_method": "awq",
+    "version": "gemm",
+    "bits": "4",
+    "zero_point": "true",
+}
 STORED = {torch.int32: "I32", torch.float16: "F16"}  # dtypes as safetensors names them
 
 
@@ -51,8 +58,9 @@ class PackedLinear(nn.Module):
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(in, out): exact in fp32, then rounded once."""
         zeros, scales = unpack(self.qzeros)[:, None], self.scales.float()[:, None]
-        values = unpack(self.qweight).unflatten(0, (len(zeros), -1))  # (groups, group, out)
-        return ((values - zeros) * scales).flatten(0, 1).to(dtype)
+        words = self.qweight.unflatten(0, (len(zeros), -1))  # (groups, group, out / 8)
+        # no variable for what is unpacked: it would stay in memory while the product is made
+        return ((unpack(words) - zeros) * scales).flatten(0, 1).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight(x.dtype).T, self.bias)
@@ -61,13 +69,13 @@ class PackedLinear(nn.Module):
 def pack_layers(model: nn.Module, group_size: int) -> None:
     """Replace the linear layers of the language model's decoder, whose weights are then empty.
 
-    Raises ValueError if the groups do not divide a layer's inputs, or words its outputs.
+    Raises InputError if the groups do not divide a layer's inputs, or words its outputs.
     """
     for name, linear in list(model.model.language_model.layers.named_modules()):
         if type(linear) is nn.Linear:
             if linear.in_features % group_size or linear.out_features % PER_WORD:
                 size = f"{linear.in_features} inputs and {linear.out_features} outputs"
-                raise ValueError(
+                raise InputError(
                     f"quantization_config: group_size {group_size} does not fit the {size} of "
                     f"layers.{name}"
                 )
@@ -76,7 +84,7 @@ def pack_layers(model: nn.Module, group_size: int) -> None:
 
 
 def check_tensors(model: nn.Module, files: list[str]) -> None:
-    """Raise ValueError if the files lack one of the packed tensors, or hold it in another form."""
+    """Raise InputError if the files lack one of the packed tensors, or hold it in another form."""
     decoder = model.model.language_model.layers
     expected = {name: tensor for name, tensor in decoder.named_buffers() if tensor.dtype in STORED}
     for file in files:
@@ -88,26 +96,26 @@ def check_tensors(model: nn.Module, files: list[str]) -> None:
                 needed = f"{STORED[tensor.dtype]} {list(tensor.shape)}"
                 found = f"{stored.get_slice(key).get_dtype()} {stored.get_slice(key).get_shape()}"
                 if found != needed:
-                    raise ValueError(
+                    raise InputError(
                         f"{key} is {found}, and by config.json and its group_size it is {needed}"
                     )
     if expected:
-        raise ValueError(f"{len(expected)} tensors are missing, as layers.{min(expected)}")
+        raise InputError(f"{len(expected)} tensors are missing, as layers.{min(expected)}")
 
 
 class PackedConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json. Raises ValueError naming a key that does not fit."""
+    """`quantization_config` of config.json. Raises InputError naming a key that does not fit."""
 
     def __init__(self, values: dict):
         found = {key: str(values.get(key, "missing")).lower() for key in (*SUPPORTED, "group_size")}
         for key, supported in SUPPORTED.items():
             if found[key] != supported:
-                raise ValueError(
+                raise InputError(
                     f"quantization_config: {key} is {found[key]}; only {supported} can be read"
                 )
         size = found["group_size"]
         if not size.isdecimal() or int(size) < 1:
-            raise ValueError(f"quantization_config: group_size is {size}; must be at least 1")
+            raise InputError(f"quantization_config: group_size is {size}; must be at least 1")
         self.quant_method, self.group_size = "awq", int(size)
 
     @classmethod

@@ -9,16 +9,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import grpo
-import hoi_r1
+import hicodet
 from demo import toy
+from engine.attention import pack, token_logprobs
+from engine.policy import load_model
 from engine.quantized import PackedLinear, is_packed, pack_layers, unpack
-from tests.runs import config_of, examples_of
+from tests.runs import config_of, examples_of, refusal, run
+from tests.tiny import sample
 
 GROUP = 32  # inputs; it divides the tiny model's 64 and 96
 COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word, from its lowest four bits up
 PLANES = ("qweight", "qzeros", "scales")
 CPU = torch.device("cpu")
+MISSING = object()
 
 
 # A folder as the Hub has it, and its twin, which holds the products (q - zero) * scale
@@ -34,7 +37,7 @@ def quantise(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return values.reshape(weight.shape), zeros, scales
 
 
-def pack(values: np.ndarray) -> torch.Tensor:
+def words_of(values: np.ndarray) -> torch.Tensor:
     """(rows, out) of 0..15 -> (rows, out / 8) int32."""
     words = sum(values[:, c::8] << 4 * place for place, c in enumerate(COLUMNS))
     return torch.from_numpy(words.astype(np.uint32).view(np.int32))
@@ -107,7 +110,7 @@ def write_twins(folder, out, *, tied: bool = True, old: bool = True):
         name = old_key(key) if old else key
         if is_linear_of_decoder(key):
             values, zeros, scales = quantise(np.ascontiguousarray(value.numpy().T))
-            tensors = pack(values), pack(zeros), torch.from_numpy(scales)
+            tensors = words_of(values), words_of(zeros), torch.from_numpy(scales)
             packed |= {name.replace("weight", p): t for p, t in zip(PLANES, tensors)}
             plain[name] = dequantised(values, zeros, scales)
         else:
@@ -133,20 +136,20 @@ def copied(twins, tmp_path):
 
 
 def load(path, dtype=torch.float32):
-    return hoi_r1.load_model(str(path), CPU, dtype)
+    return load_model(str(path), CPU, dtype)
 
 
 def completions_of(model, folder, dtype=torch.float32):
     """Log-probs of random completions, and greedy ones, of the first two test images."""
     config = config_of("predict", folder, "")
-    examples = examples_of(config, hoi_r1.hicodet.load_split(config.data, "test")[:2])
+    examples = examples_of(config, hicodet.load_split(config.data, "test")[:2])
     prompts = [examples[i].prompt for i in range(2)]
     given = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
-    packed = grpo.pack(model, prompts, [[given[0]], [given[1]]])
+    packed = pack(model, prompts, [[given[0]], [given[1]]])
     with torch.no_grad():
-        logprobs = grpo.token_logprobs(model, packed)
+        logprobs = token_logprobs(model, packed)
     options = {"group_size": 1, "max_new_tokens": 8, "end_id": examples.end_id, "temperature": 0}
-    return logprobs, grpo.sample(model, prompts, **options).completion_ids
+    return logprobs, sample(model, prompts, **options).completion_ids
 
 
 # Layers
@@ -260,7 +263,7 @@ def test_predictions_are_byte_for_byte_those_of_the_twin(folder, twins, tmp_path
     for name in ("packed", "plain"):
         out = tmp_path / name
         config = config_of("predict", folder, out, model=str(twins / name), max_new_tokens=40)
-        hoi_r1.main(config)
+        run(config)
         found[name] = (out / "predictions.jsonl").read_bytes()
     texts = {json.loads(line)["text"] for line in found["packed"].splitlines()}
     assert found["packed"] == found["plain"] and len(texts) > 1
@@ -280,13 +283,22 @@ def test_a_packed_model_is_known_by_its_configuration(twins):
 # Refusals
 
 
-def refusal(path) -> str:
+def line_of(path) -> str:
     """The one line that says why this folder cannot be read, and names it."""
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(hicodet.InputError) as error:
         load(path)
     line = str(error.value)
     assert f"--model {path}: " in line and "\n" not in line
     return line
+
+
+def change(path, **changes) -> None:
+    """Give quantization_config these values; MISSING: none."""
+    config = json.loads((path / "config.json").read_text())
+    values = config["quantization_config"] | changes
+    kept = {key: value for key, value in values.items() if value is not MISSING}
+    config["quantization_config"] = kept
+    (path / "config.json").write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -302,29 +314,19 @@ def refusal(path) -> str:
     ],
 )
 def test_another_layout_is_refused(key, value, copied):
-    config = json.loads((copied / "config.json").read_text())
-    config["quantization_config"][key] = value
-    (copied / "config.json").write_text(json.dumps(config))
-    assert f"quantization_config: {key} is {str(value).lower()}; " in refusal(copied)
+    change(copied, **{key: value})
+    assert f"quantization_config: {key} is {str(value).lower()}; " in line_of(copied)
 
 
 @pytest.mark.parametrize("key", ["version", "bits", "zero_point", "group_size"])
 def test_a_configuration_without_a_key_is_refused(key, copied):
-    config = json.loads((copied / "config.json").read_text())
-    del config["quantization_config"][key]
-    (copied / "config.json").write_text(json.dumps(config))
-    assert f"quantization_config: {key} is missing" in refusal(copied)
-
-
-def set_group_size(path, group_size: int) -> None:
-    config = json.loads((path / "config.json").read_text())
-    config["quantization_config"]["group_size"] = group_size
-    (path / "config.json").write_text(json.dumps(config))
+    change(copied, **{key: MISSING})
+    assert f"quantization_config: {key} is missing" in line_of(copied)
 
 
 def test_a_group_that_does_not_divide_the_inputs_is_refused(copied):
-    set_group_size(copied, 48)
-    found = refusal(copied)
+    change(copied, group_size=48)
+    found = line_of(copied)
     assert "group_size 48 does not fit the 64 inputs" in found
     assert "layers.0.self_attn.q_proj" in found
 
@@ -332,13 +334,13 @@ def test_a_group_that_does_not_divide_the_inputs_is_refused(copied):
 def test_outputs_that_fill_no_word_are_refused():
     model = toy.tiny_model(3)
     model.model.language_model.layers[1].mlp.up_proj = nn.Linear(64, 12)
-    with pytest.raises(ValueError, match="12 outputs of layers.1.mlp.up_proj"):
+    with pytest.raises(hicodet.InputError, match="12 outputs of layers.1.mlp.up_proj"):
         pack_layers(model, GROUP)
 
 
 def test_a_group_size_that_is_not_the_tensors_is_refused(copied):
-    set_group_size(copied, 16)
-    found = refusal(copied)
+    change(copied, group_size=16)
+    found = line_of(copied)
     assert "layers.0.mlp.down_proj.qzeros is I32 [3, 8], and by" in found
     assert "group_size it is I32 [6, 8]" in found
 
@@ -355,22 +357,43 @@ def spoil(path, key: str, tensor: torch.Tensor | None) -> None:
 @pytest.mark.parametrize("plane", PLANES)
 def test_missing_tensors_are_refused(plane, copied):
     spoil(copied, f"model.layers.1.mlp.up_proj.{plane}", None)
-    assert f"1 tensors are missing, as layers.1.mlp.up_proj.{plane}" in refusal(copied)
+    assert f"1 tensors are missing, as layers.1.mlp.up_proj.{plane}" in line_of(copied)
 
 
 @pytest.mark.parametrize("plane, dtype", [("scales", torch.bfloat16), ("qzeros", torch.int64)])
 def test_tensors_of_another_dtype_are_refused(plane, dtype, copied):
     key = f"model.layers.1.mlp.up_proj.{plane}"
     spoil(copied, key, load_file(copied / "model.safetensors")[key].to(dtype))
-    assert f"{key} is " in refusal(copied)
+    assert f"{key} is " in line_of(copied)
 
 
 def test_missing_plain_weights_are_refused(copied):
     spoil(copied, "model.layers.0.self_attn.q_proj.bias", None)
-    assert "weights are missing, as model.language_model.layers.0.self" in refusal(copied)
+    assert "weights are missing, as model.language_model.layers.0.self" in line_of(copied)
 
 
 def test_a_packed_head_is_refused(copied):
     """It is packed in no folder of the Hub that Table 1 has; its plain weights are then missing."""
     spoil(copied, "lm_head.weight", None)
-    assert "weights are missing, as lm_head.weight" in refusal(copied)
+    assert "weights are missing, as lm_head.weight" in line_of(copied)
+
+
+def test_another_method_is_refused_in_one_line(copied):
+    """The library raises ImportError for the packages that it would take."""
+    change(copied, quant_method="gptq")
+    assert "(Loading a GPTQ quantized model requires " in line_of(copied)
+
+
+def test_tensors_of_another_size_are_refused_in_one_line(copied):
+    """The library raises RuntimeError, in several lines."""
+    spoil(copied, "model.embed_tokens.weight", torch.zeros(5, 64))
+    assert "no weights in safetensors that can be read (" in line_of(copied)
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_packed_model_is_not_trained(stage, folder, twins, tmp_path):
+    model, out = str(twins / "packed"), tmp_path / "run"
+    assert f"--model {model}: its weights are quantised" in refusal(
+        config_of(stage, folder, out, model=model, max_steps=1)
+    )
+    assert not out.exists()
