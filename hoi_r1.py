@@ -133,7 +133,7 @@ class PredictConfig(RunConfig):
     split: typing.Literal["train", "test"] = option("test", "images to predict")
     limit: int = option(0, "only the first so many images, also in evaluate.py; 0: all", least=0)
     max_new_tokens: int = option(2048, "longest completion", least=1)
-    slots: int = option(64, "images that are decoded at a time on a rank", least=1)
+    slots: int = option(0, "images decoded at once on a rank; 0: as many as fit, up to 64", least=0)
     scores: typing.Literal["rank", "ones", "likelihood"] = option(
         "rank",
         "falling from 1.0 to 0.5 in the order of the text, as the authors do; all 1.0; or the "

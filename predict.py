@@ -24,6 +24,7 @@ import hicodet
 from engine.examples import Example, Examples, describe, read_ahead
 from engine.files import json_lines, replace_file, write_json
 from engine.live import LiveView
+from engine.memory import slots_that_fit
 from engine.policy import Ranks, load_model, start_ranks, weights_fingerprint
 from engine.run import open_run
 from engine.sampler import Sampler
@@ -53,6 +54,7 @@ def predict(config) -> None:
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
     dist.barrier()  # every rank has listed the parts before one is added
     todo = [index for index in range(len(samples)) if index not in stored]
+    slots = slots_that_fit(examples, ranks, config.slots, len(todo), config.max_new_tokens)
     model, started = load_model(config.model, ranks.device), time.perf_counter()
     rows = predict_rows(
         model,
@@ -60,7 +62,7 @@ def predict(config) -> None:
         todo,
         ranks,
         max_new_tokens=config.max_new_tokens,
-        slots=config.slots,
+        slots=slots,
         workers=config.workers,
         scores=config.scores,
         repetition_penalty=config.repetition_penalty,

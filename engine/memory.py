@@ -4,12 +4,18 @@ Reckoned from a model's configuration before its weights are read: the weights, 
 of a slot, and what a prefill holds at its peak.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from engine.examples import Examples
+from engine.files import read_from_model
+from engine.policy import Ranks, compute_dtype
 from engine.quantized import PackedConfig, is_packed, pack_layers
+from engine.sampler import PREFILL_PROMPTS
+from hicodet import InputError
 
 MOST_SLOTS = 64  # taken where nothing else is asked for, and all of them fit
 HEADROOM = 0.05  # of the memory: workspaces, and what the allocator cannot hand out
@@ -37,7 +43,7 @@ class Need:
         """The total as a sum in words."""
         weights, slot, prefill = (n / 1e9 for n in (self.weights, self.slot, self.prefill(slots)))
         return (
-            f"{weights:.1f} GB of weights + {slots} slots x {slot:.2f} GB of keys and values + "
+            f"{weights:.1f} GB of weights + {slots} x {slot:.2f} GB of keys and values + "
             f"{prefill:.1f} GB for a prefill"
         )
 
@@ -85,17 +91,50 @@ def reckon(
     )
 
 
-def choose_slots(asked: int, need: Need, memory: int) -> tuple[int, str]:
+def choose_slots(asked: int, images: int, need: Need, memory: int) -> tuple[int, str]:
     """The number of slots to take, and a line that says why.
 
-    asked: --slots, 0 for as many as fit up to MOST_SLOTS. memory: free bytes of the GPU before the
-    weights are there. Raises ValueError if not one slot fits, or fewer than were asked for.
+    asked: --slots, 0 for as many as fit up to MOST_SLOTS; no more are taken than there are images.
+    memory: free bytes of the GPU before the weights are there. Raises InputError if not one slot
+    fits, or fewer than were asked for.
     """
+    most, least = min(asked or MOST_SLOTS, images), min(asked or 1, images)
     usable = memory * (1 - HEADROOM)
-    most = asked or MOST_SLOTS
     fitting = next((n for n in range(most, 0, -1) if need.total(n) <= usable), 0)
-    limit = f"{1 - HEADROOM:.0%} of {memory / 1e9:.1f} GB"
-    if fitting < max(asked, 1):
+    limit = f"{1 - HEADROOM:.0%} of the {memory / 1e9:.1f} GB that are free"
+    if fitting < least:
         hint = f"--slots {fitting} would fit" if fitting else "take a smaller model or a larger GPU"
-        raise ValueError(f"--slots {asked or 1}: {need.parts(asked or 1)} exceed {limit}; {hint}")
-    return fitting, f"{need.parts(fitting)} are within {limit}"
+        raise InputError(f"--slots {least}: {need.parts(least)} exceed {limit}; {hint}")
+    return fitting, f"--slots {fitting}: {need.parts(fitting)} are within {limit}"
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Free bytes of a GPU; None for a CPU, on which nothing is reckoned."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def slots_that_fit(
+    examples: Examples, ranks: Ranks, asked: int, images: int, max_new_tokens: int
+) -> int:
+    """The number of slots that a prediction takes on each rank; on a GPU a line says why.
+
+    images: of all ranks. Raises InputError as `choose_slots` does, or naming the model's folder if
+    its packed weights cannot be read.
+    """
+    memory = free_memory(ranks.device)
+    if memory is None:
+        return asked or MOST_SLOTS
+    options = {
+        "prompt_room": examples.longest_prompt(),
+        "max_new_tokens": max_new_tokens,
+        "prefill_prompts": PREFILL_PROMPTS,
+    }
+    need = read_from_model(
+        lambda _: reckon(examples.config, compute_dtype(ranks.device), **options),
+        examples.config.name_or_path,
+        "weights",
+    )
+    images = max(math.ceil(images / ranks.world), 1)
+    slots, line = choose_slots(asked, images, need, min(ranks.gather([memory])))
+    ranks.print(line)
+    return slots

@@ -1,11 +1,31 @@
 """engine/memory.py: figures of the public models, and slots for given memory."""
 
+import json
+import shutil
+
 import pytest
 import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLConfig
 
+import engine.memory
+import hicodet
+import predict
 from demo import toy
-from engine.memory import Need, cache_bytes, choose_slots, reckon, weight_bytes
+from engine.memory import (
+    Need,
+    cache_bytes,
+    choose_slots,
+    reckon,
+    unpacking_bytes,
+    weight_bytes,
+)
+from engine.quantized import PackedLinear
+from engine.sampler import PREFILL_PROMPTS
+from hicodet import InputError
+from tests.runs import config_of, examples_of, refusal, run
 
 QUANTIZATION = {
     "bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}
@@ -17,7 +37,7 @@ SIZES = {  # of the Hub's folders: width, layers, heads, width of the MLP
 PACKED_GIGABYTES = [("32B", 20.7), ("72B", 42.9), ("72B, padded", 43.0)]
 
 
-def config_of(name: str, packed: bool = True) -> Qwen2_5_VLConfig:
+def model_config(name: str, packed: bool = True) -> Qwen2_5_VLConfig:
     hidden, layers, heads, intermediate = SIZES[name]
     text = {
         "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads,
@@ -33,7 +53,8 @@ def config_of(name: str, packed: bool = True) -> Qwen2_5_VLConfig:
 
 @pytest.mark.parametrize("name, gigabytes", PACKED_GIGABYTES)
 def test_weights_of_the_packed_models(name, gigabytes):
-    assert weight_bytes(config_of(name), torch.bfloat16) / 1e9 == pytest.approx(gigabytes, abs=0.05)
+    found = weight_bytes(model_config(name), torch.bfloat16)
+    assert found / 1e9 == pytest.approx(gigabytes, abs=0.05)
 
 
 def test_weights_of_a_plain_model_are_counted_once_where_they_are_tied():
@@ -46,7 +67,7 @@ def test_weights_of_a_plain_model_are_counted_once_where_they_are_tied():
 # 2 * 64 layers * 8 heads * 128 * 2 bytes = 262,144; 2 * 80 * 8 * 128 * 2 = 327,680
 @pytest.mark.parametrize("name, a_token, gigabytes", [("32B", 262144, 1.19), ("72B", 327680, 1.49)])
 def test_keys_and_values(name, a_token, gigabytes):
-    config = config_of(name)
+    config = model_config(name)
     assert cache_bytes(config.text_config, torch.bfloat16) == a_token
     need = reckon(
         config, torch.bfloat16, prompt_room=2500, max_new_tokens=2048, prefill_prompts=16)
@@ -55,7 +76,7 @@ def test_keys_and_values(name, a_token, gigabytes):
 
 
 def test_a_prefill_of_a_packed_model():
-    config = config_of("72B")
+    config = model_config("72B")
     need = reckon(config, torch.bfloat16, prompt_room=100, max_new_tokens=1, prefill_prompts=16)
     assert need.prompt == 100 * 3 * (8192 + 29568) * 2  # bytes of bf16
     assert need.unpacking == 2 * 4 * 8192 * 29568
@@ -63,8 +84,34 @@ def test_a_prefill_of_a_packed_model():
     assert need.prefill(64) == 16 * need.prompt + need.unpacking
 
 
+class AliveBytes(TorchDispatchMode):
+    """The most bytes of tensors that were made in its context and were alive at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.most = {}, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        storage = result.untyped_storage()
+        self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.made = {at: pair for at, pair in self.made.items() if not pair[0].expired()}
+        self.most = max(self.most, sum(size for _, size in self.made.values()))
+        return result
+
+
+def test_unpacking_a_layer_takes_what_is_reckoned():
+    """Two tensors of 4 bytes a weight, beside which the layer, its zeros and scales are small."""
+    config = model_config("72B").text_config
+    config.hidden_size, config.intermediate_size = 256, 1024
+    layer = PackedLinear(nn.Linear(256, 1024, bias=False), 128)
+    with AliveBytes() as alive:
+        layer.weight(torch.bfloat16)
+    assert unpacking_bytes(config) <= alive.most < unpacking_bytes(config) * 1.1
+
+
 def test_a_plain_model_is_not_unpacked():
-    config = config_of("32B", packed=False)
+    config = model_config("32B", packed=False)
     need = reckon(config, torch.bfloat16, prompt_room=100, max_new_tokens=1, prefill_prompts=16)
     assert need.unpacking == 0
     assert need.weights / 1e9 == pytest.approx(66.9, abs=0.1)  # 33.45 billion in bf16
@@ -73,41 +120,102 @@ def test_a_plain_model_is_not_unpacked():
 # Slots. With n of them: 40 GB + n * 2 GB + min(n, 4) * 1 GB; 95 % of the memory may be taken.
 NEED = Need(weights=40 * 10**9, slot=2 * 10**9, prompt=10**9, prefill_prompts=4)
 FOR_TEN = 64 * 10**9 * 100 // 95 + 1
+MANY = 9658  # images
 
 
 def test_all_slots_are_taken_where_they_fit():
-    assert choose_slots(0, NEED, 200 * 10**9)[0] == 64
+    assert choose_slots(0, MANY, NEED, 200 * 10**9)[0] == 64
 
 
 def test_as_many_slots_as_fit_are_taken():
     """40 + 10 * 2 + 4 = 64 GB."""
-    assert choose_slots(0, NEED, FOR_TEN)[0] == 10
-    assert choose_slots(0, NEED, FOR_TEN - 10**6)[0] == 9
+    assert choose_slots(0, MANY, NEED, FOR_TEN)[0] == 10
+    assert choose_slots(0, MANY, NEED, FOR_TEN - 10**6)[0] == 9
 
 
 def test_fewer_slots_have_a_smaller_prefill():
     """40 + 1 * 2 + 1 = 43 GB."""
-    assert choose_slots(0, NEED, 46 * 10**9)[0] == 1
+    assert choose_slots(0, MANY, NEED, 46 * 10**9)[0] == 1
 
 
 def test_what_is_taken_is_said():
-    assert choose_slots(0, NEED, FOR_TEN)[1] == (
-        "40.0 GB of weights + 10 slots x 2.00 GB of keys and values + 4.0 GB for a prefill are "
-        "within 95% of 67.4 GB"
+    assert choose_slots(0, MANY, NEED, FOR_TEN)[1] == (
+        "--slots 10: 40.0 GB of weights + 10 x 2.00 GB of keys and values + 4.0 GB for a prefill "
+        "are within 95% of the 67.4 GB that are free"
     )
 
 
 def test_slots_that_are_asked_for_are_taken_where_they_fit():
-    assert choose_slots(7, NEED, FOR_TEN)[0] == 7
-    assert choose_slots(80, NEED, 300 * 10**9)[0] == 80
+    assert choose_slots(7, MANY, NEED, FOR_TEN)[0] == 7
+    assert choose_slots(80, MANY, NEED, 300 * 10**9)[0] == 80
 
 
 def test_slots_that_do_not_fit_are_refused_with_the_number_that_would():
-    with pytest.raises(ValueError, match="--slots 11: 40.0 GB .* 67.4 GB; --slots 10 would fit"):
-        choose_slots(11, NEED, FOR_TEN)
+    with pytest.raises(InputError, match="--slots 11: 40.0 GB .* free; --slots 10 would fit"):
+        choose_slots(11, MANY, NEED, FOR_TEN)
 
 
 @pytest.mark.parametrize("asked", [0, 1])
 def test_a_model_that_leaves_room_for_no_slot_is_refused(asked):
-    with pytest.raises(ValueError, match="--slots 1: .*; take a smaller model or a larger GPU"):
-        choose_slots(asked, NEED, 44 * 10**9)
+    with pytest.raises(InputError, match="--slots 1: .*; take a smaller model or a larger GPU"):
+        choose_slots(asked, MANY, NEED, 44 * 10**9)
+
+
+@pytest.mark.parametrize("asked", [0, 11])
+def test_no_more_slots_are_taken_than_there_are_images(asked):
+    assert choose_slots(asked, 3, NEED, FOR_TEN)[0] == 3
+
+
+# Predictions, on a CPU that is taken for a GPU
+
+
+@pytest.fixture
+def room_for(folder, monkeypatch):
+    """Let `predict` find memory for so many slots, and no more, of a config."""
+
+    def find(slots, config):
+        samples = hicodet.load_split(config.data, config.split)
+        need = reckon(
+            toy.tiny_model(3).config,
+            torch.float32,
+            prompt_room=examples_of(config, samples).longest_prompt(),
+            max_new_tokens=config.max_new_tokens,
+            prefill_prompts=PREFILL_PROMPTS,
+        )
+        free = need.total(slots) * 100 // 95 + 1
+        monkeypatch.setattr(engine.memory, "free_memory", lambda device: free)
+
+    return find
+
+
+def test_a_prediction_takes_the_slots_that_fit_and_says_so(folder, tmp_path, room_for, capsys):
+    found = {}
+    for name in ("whole", "short"):
+        config = config_of("predict", folder, tmp_path / name, max_new_tokens=9)
+        if name == "short":
+            room_for(4, config)
+        run(config)
+        found[name] = (tmp_path / name / "predictions.jsonl").read_bytes()
+    assert found["whole"] == found["short"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "keys and values" in line]
+    assert len(lines) == 1 and lines[0].startswith("--slots 4: 0.0 GB of weights + 4 x ")
+
+
+def test_a_prediction_is_refused_slots_that_do_not_fit(folder, tmp_path, room_for, monkeypatch):
+    config = config_of("predict", folder, tmp_path / "run", slots=5, max_new_tokens=9)
+    room_for(4, config)
+    monkeypatch.delattr(predict, "load_model")  # no weights are read
+    found = refusal(config)
+    assert found.startswith("--slots 5: ") and found.endswith("; --slots 4 would fit")
+
+
+def test_packed_weights_that_cannot_be_read_are_refused_before_they_are_read(
+    folder, tmp_path, monkeypatch
+):
+    model = shutil.copytree(folder / "model", tmp_path / "model")
+    values = json.loads((model / "config.json").read_text())
+    values["quantization_config"] = QUANTIZATION | {"quant_method": "gptq"}
+    (model / "config.json").write_text(json.dumps(values))
+    monkeypatch.setattr(engine.memory, "free_memory", lambda device: 10**12)
+    found = refusal(config_of("predict", folder, tmp_path / "run", model=str(model)))
+    assert f"--model {model}: " in found and "quant_method is gptq; only awq can be read" in found
