@@ -157,17 +157,20 @@ def test_real_answers_come_back(real_samples):
         ]
 
 
-def test_truth_written_as_text_scores_99_66_map(real_samples):
-    predictions = []
+@pytest.mark.parametrize("frame, full", [("model", 0.9966), ("original", 0.9970)])
+def test_truth_written_as_text_keeps_its_map(frame, full, real_samples):
+    predictions = {"ones": [], "rank": []}
     for sample in real_samples:
-        text, model = answer_in_model_frame(sample)
-        instances = hicodet.predicted_instances(
-            hicodet.parse_completion(text), (sample.width, sample.height), model
-        )
-        predictions.append({"file_name": sample.file_name, "instances": instances})
+        size = sample.width, sample.height
+        hois, model = in_model_frame(sample) if frame == "model" else (sample.hois, size)
+        completion = hicodet.parse_completion(hicodet.format_answer(hois))
+        for name, scores in ("ones", None), ("rank", hicodet.rank_scores(completion)):
+            instances = hicodet.predicted_instances(completion, size, model, scores)
+            predictions[name].append({"file_name": sample.file_name, "instances": instances})
     counts = hicodet.training_counts(HICO_DET)
-    result = evaluate.evaluate(predictions, real_samples, counts)
-    assert result["default"]["full"] >= 0.996
+    for lines in predictions.values():
+        result = evaluate.evaluate(lines, real_samples, counts)
+        assert result["default"]["full"] == pytest.approx(full, abs=0.0005)
 
 
 def only(answer):
@@ -374,3 +377,59 @@ def test_predicted_instances():
     assert hicodet.predicted_instances(completion, *sizes, scores) == [expected]
     with pytest.raises(ValueError):
         hicodet.predicted_instances(completion, *sizes, scores[:-1])
+
+
+def answer_of(*rows):
+    """A text whose instances are (object class, verbs), or anything else to be written as it is."""
+    boxes = {"human": [1, 2, 3, 4], "object": [5, 6, 7, 8]}
+    return json.dumps([
+        boxes | {"object class": row[0], "verb class": row[1]} if isinstance(row, tuple) else row
+        for row in rows
+    ])  # fmt: skip
+
+
+RANKS = {  # rows of an answer -> a score for each verb of each instance
+    "none": ([], []),
+    "a single triplet": ([("bicycle", "ride")], [[1.0]]),
+    "two": ([("bicycle", "ride, sit on")], [[1.0, 0.5]]),
+    "three": ([("bicycle", "ride, sit on"), ("dog", "walk")], [[1.0, 0.75], [0.5]]),
+    "no pair of the 600 takes its place": (
+        [("bicycle", "ride, type on"), ("dog", "walk")], [[1.0, 0.75], [0.5]]),
+    "a repeated verb takes another place": (
+        [("bicycle", "ride, ride"), ("dog", "walk")], [[1.0, 0.75], [0.5]]),
+    "words of no vocabulary take none": (
+        [("unicorn", "ride"), ("bicycle", "fly to, ride"), ("Dog", "walk"), ("dog", "walk")],
+        [[0.0], [0.0, 1.0], [0.0], [0.5]]),
+    "a list of classes takes none": ([(["dog"], "walk"), ("dog", "walk")], [[0.0], [1.0]]),
+    "no verbs": ([("dog", ""), ("dog", "walk")], [[], [1.0]]),
+    "a box missing": (
+        [{"human": [1, 2, 3, 4], "object class": "dog", "verb class": "walk"}, ("dog", "walk")],
+        [[0.0], [1.0]]),
+    "a box without area": (
+        [{"human": [1, 2, 1, 4], "object": [5, 6, 7, 8], "object class": "dog",
+          "verb class": "walk"}, ("dog", "walk")], [[0.0], [1.0]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rows, expected", RANKS.values(), ids=RANKS)
+def test_rank_scores(rows, expected):
+    assert hicodet.rank_scores(hicodet.parse_completion(answer_of(*rows))) == expected
+
+
+def test_rank_scores_of_more_than_a_hundred():
+    completion = hicodet.parse_completion(answer_of(*[("bicycle", "ride")] * 251))
+    scores = [score for (score,) in hicodet.rank_scores(completion)]
+    assert scores == pytest.approx([1 - 0.002 * place for place in range(251)])
+
+
+def test_predictions_with_a_score_for_each_verb():
+    rows = [("dog", "ride, walk, type on, walk"), ("unicorn", "ride"), ("bicycle", "ride, sit on")]
+    completion = hicodet.parse_completion(answer_of(*rows))
+    # ride, walk, type on, walk, ride, sit on: six places, 0.1 apart. A dog is walked only.
+    ranks = hicodet.rank_scores(completion)
+    found = hicodet.predicted_instances(completion, (9, 9), (9, 9), ranks)
+    assert [row["verbs"] for row in found] == [["walk"], ["ride", "sit on"]]
+    assert [row["scores"] for row in found] == [[pytest.approx(0.9)], pytest.approx([0.6, 0.5])]
+    for scores in (ranks[:-1], [*ranks[:-1], [1.0]], [*ranks[:-1], [1.0] * 3]):
+        with pytest.raises(ValueError):
+            hicodet.predicted_instances(completion, (9, 9), (9, 9), scores)
