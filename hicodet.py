@@ -657,7 +657,7 @@ def rank_scores(completion: Completion) -> list[list[float]]:
 def predicted_instances(
     completion: Completion,
     image_size: tuple[int, int],
-    model_size: tuple[int, int],
+    text_size: tuple[int, int],
     scores: Sequence[float | Sequence[float]] | None = None,
 ) -> list[dict]:
     """The "instances" of one line of predictions.jsonl; boxes in pixels of the original image.
@@ -677,8 +677,8 @@ def predicted_instances(
         if verbs and instance.has_boxes:
             kept.append(
                 {
-                    "human": list(to_image_frame(instance.human, image_size, model_size)),
-                    "object": list(to_image_frame(instance.object, image_size, model_size)),
+                    "human": list(to_image_frame(instance.human, image_size, text_size)),
+                    "object": list(to_image_frame(instance.object, image_size, text_size)),
                     "object_class": instance.object_class,
                     "verbs": verbs,
                     "scores": [score_of[verb] for verb in verbs],

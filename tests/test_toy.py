@@ -14,7 +14,6 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditi
 
 import engine.traces
 import hicodet
-import teacher
 from demo import grounding, scenes, toy
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
