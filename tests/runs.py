@@ -17,7 +17,8 @@ import sft
 def write_traces(folder, count=None):
     """traces.jsonl from the ground truth of the first `count` training images."""
     samples = hicodet.load_split(folder / "data", "train")[:count]
-    rows = [{"file_name": s.file_name, "think": engine.traces.template_trace(s.hois)} for s in samples]
+    think = engine.traces.template_trace
+    rows = [{"file_name": s.file_name, "think": think(s.hois)} for s in samples]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

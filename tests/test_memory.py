@@ -188,15 +188,34 @@ def room_for(folder, monkeypatch):
     return find
 
 
-def test_a_prediction_takes_the_slots_that_fit_and_says_so(folder, tmp_path, room_for, capsys):
-    found = {}
-    for name in ("whole", "short"):
+@pytest.fixture
+def taken(monkeypatch):
+    """The slots of every sampler that `predict` makes."""
+    slots, sampler = [], predict.Sampler
+
+    def make(model, **options):
+        slots.append(options["slots"])
+        return sampler(model, **options)
+
+    monkeypatch.setattr(predict, "Sampler", make)
+    return slots
+
+
+def test_a_prediction_takes_the_slots_that_fit(folder, tmp_path, room_for, taken):
+    found = []
+    for name in ("all", "few"):
         config = config_of("predict", folder, tmp_path / name, max_new_tokens=9)
-        if name == "short":
+        if name == "few":
             room_for(4, config)
         run(config)
-        found[name] = (tmp_path / name / "predictions.jsonl").read_bytes()
-    assert found["whole"] == found["short"]
+        found.append((tmp_path / name / "predictions.jsonl").read_bytes())
+    assert taken == [6, 4] and found[0] == found[1]  # of 6 images
+
+
+def test_a_prediction_says_what_it_takes(folder, tmp_path, room_for, capsys):
+    config = config_of("predict", folder, tmp_path / "run", max_new_tokens=2)
+    room_for(4, config)
+    run(config)
     lines = [line for line in capsys.readouterr().out.splitlines() if "keys and values" in line]
     assert len(lines) == 1 and lines[0].startswith("--slots 4: 0.0 GB of weights + 4 x ")
 

@@ -221,7 +221,8 @@ def test_under_torchrun_one_rank_says_why(folder, tmp_path):
     line = f"sft --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl"
     run = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "hoi_r1.py",
-         *line.split(), "--untraced", "skip", "--no-task-description", "--out", str(tmp_path / "run")],
+         *line.split(), "--untraced", "skip", "--no-task-description",
+         "--out", str(tmp_path / "run")],
         cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert run.returncode and run.stderr.count("error: --out") == 1
     assert "holds files that are not of a run" in run.stderr

@@ -296,7 +296,8 @@ def test_the_tokenizer_round_trips_any_text(tokenizer):
 def test_prompt_and_completions_are_short(folder, tokenizer):
     assert len(prompt_ids(tokenizer)) <= 76  # 32 of them image tokens
     for sample in hicodet.load_split(folder / "data", "test"):
-        text = hicodet.format_completion(sample.hois, think=engine.traces.template_trace(sample.hois))
+        think = engine.traces.template_trace(sample.hois)
+        text = hicodet.format_completion(sample.hois, think=think)
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text
         assert len(ids) <= (28 if len(sample.hois) == 1 else 54)
