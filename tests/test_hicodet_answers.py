@@ -99,14 +99,14 @@ READ = {  # text -> whether it has <answer>, and the object classes of the insta
     "a comment inside": (
         '<answer> [{"human": [1, 2], // the "rider\'s"\n "object class": "bus" # or car\n}]',
         True, ["bus"]),
-    "no comment": ('<answer> [{"object class": "bus // #1, None"}]', True, ["bus // #1, None"]),
     "None between": (f"<answer> [{RIDER_TEXT}, None, {BUS}]", True, ["bicycle", "bus"]),
     "None inside": ('<answer> [{"human": None, "object class": "bus"}]', True, ["bus"]),
     "True and False": ('<answer> [{"object class": "bus", "a": True, "b": False}]', True, ["bus"]),
     "single quotes": (f"<answer> [{QUOTED}, {QUOTED}] </answer>", True, ["bicycle"] * 2),
     "single quotes around double ones": (
         """<answer> [{'object class': 'a "b"', 'verb class': 'x\\'s'}]""", True, ["a 'b'"]),
-    "an apostrophe": ('<answer> [{"object class": "it\'s",}]', True, ["it's"]),
+    "what strings hold": (
+        """<answer> [{"object class": "it's // #1, None,]",}]""", True, ["it's // #1, None,]"]),
     "trailing commas": (
         '<answer> [{"human": [1, 2, 3, 4, ], "object class": "bus" , // last\n },]', True, ["bus"]),
     "a fence": (f"<answer>\n```json\n[{INDENTED},\n{BUS}]\n```\n</answer>", True,
@@ -117,7 +117,8 @@ READ = {  # text -> whether it has <answer>, and the object classes of the insta
     "two lists": (f"<answer> [{RIDER_TEXT}] [{BUS}] </answer>", True, ["bicycle", "bus"]),
     "a list in a list": (f"<answer> [[{RIDER_TEXT}], [{BUS}]] </answer>", True, ["bicycle", "bus"]),
     "no <answer>": (f"<think> {BUS}? </think> [{RIDER_TEXT}]", False, ["bicycle"]),
-    "no <answer>, </think> again": (f"<think> a </think> </think> [{BUS}]", False, ["bus"]),
+    "no <answer>, </think> again": (
+        f"{RIDER_TEXT} </think> {RIDER_TEXT} </think> [{BUS}]", False, ["bus"]),
     "no tag at all": (f"Two people [1]: {RIDER_TEXT} and {BUS}.", False, ["bicycle", "bus"]),
     "no <answer>, </answer>": (f"[{BUS}] </answer> [{RIDER_TEXT}]", False, ["bus"]),
     "another case": (f"<ANSWER> [{BUS}]", False, ["bus"]),
