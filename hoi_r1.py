@@ -79,6 +79,7 @@ class TrainConfig(RunConfig):
     tokens_per_microbatch: int = option(16384, "of a forward; fewer need less memory", least=1)
     gradient_checkpointing: bool = option(True, "slower, takes far less memory")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
+    keep: int = option(2, "newest checkpoints that stay", least=1)
     export_every: int = option(
         0, "steps between models kept as model-000400/ and so on (Fig. 2); 0: none", least=0
     )

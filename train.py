@@ -43,7 +43,7 @@ from sft import SFT, supervised_text, traced_samples
 REWARD_OPTIONS = ("duplicate_rule", "duplicates_earn", "label_reward", "without")
 LOOP_OPTIONS = (
     *("batch_size", "seed", "workers", "warmup_steps"),
-    *("save_every", "export_every", "eval_every"),
+    *("save_every", "keep", "export_every", "eval_every"),
 )
 MAX_UNTRACED = 0.05  # share of images without a trace that SFT leaves out unasked
 SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
@@ -217,6 +217,7 @@ def fit(
     peak_learning_rate: float,
     warmup_steps: int,
     save_every: int = 0,
+    keep: int = 2,
     export_every: int = 0,
     eval_every: int = 0,
 ) -> None:
@@ -243,8 +244,9 @@ def fit(
         view.refresh()
         bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
         bar.update()
-        if save_every and (step + 1) % save_every == 0:
-            run.save(parts.policy, optimizer.adamw, step + 1)
+        # a policy whose loss is not finite must not take the place of one before
+        if save_every and (step + 1) % save_every == 0 and not values["skipped"]:
+            run.save(parts.policy, optimizer.adamw, step + 1, keep)
         if export_every and (step + 1) % export_every == 0:
             export(run, parts.policy, examples, f"model-{step + 1:06d}", view.card())
     bar.close()

@@ -232,7 +232,7 @@ class ClippedAdamW:
         if self.bad_in_a_row == MAX_BAD_STEPS:
             raise InputError(
                 f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite: lower "
-                "--learning-rate, and look at the last lines of metrics.jsonl"
+                "--learning-rate and --resume; the last lines of metrics.jsonl show how it came"
             )
         return norm
 

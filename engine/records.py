@@ -23,7 +23,8 @@ EXAMPLES = 12  # of a prediction: half of them the best, half the worst
 REWARDS = ("format", "object", "verb", "iou")  # the parts of "total"
 LEAST_PIXELS = ("shortest_edge", "min_pixels", 56**2)  # names of an area, and Qwen2.5-VL's own
 MOST_PIXELS = ("longest_edge", "max_pixels", 28**2 * 16384)
-NO_OPTIONS = {"stage", "command", "examples", "weights", "resume", "dry_run"}  # of a config
+# of a config
+NO_OPTIONS = {"stage", "command", "examples", "weights", "changes", "resume", "dry_run"}
 
 
 @dataclass(frozen=True)

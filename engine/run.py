@@ -20,10 +20,13 @@ from engine.files import json_lines, lock, replace_file, write_json
 from engine.policy import Ranks
 from hicodet import InputError
 
-# options that --resume may change: the final weights do not depend on them, but for rounding
+# options that --resume may change and that change what comes next: config.json says where
+NOTED_ON_RESUME = ("learning_rate", "max_steps")
+# these, and others on which the final weights do not depend, but for rounding
 FREE_ON_RESUME = {
-    *("resume", "out", "data", "traces", "workers", "dry_run", "save_every", "export_every"),
-    "slots",
+    *NOTED_ON_RESUME,
+    *("resume", "out", "data", "traces", "workers", "dry_run", "slots"),
+    *("save_every", "keep", "export_every"),
     *("tokens_per_microbatch", "gradient_checkpointing"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
 }
@@ -42,27 +45,28 @@ class Run:
     def __init__(self, folder: Path, lock_file: TextIO | None, ranks: Ranks):
         self.folder, self.lock_file, self.ranks = folder, lock_file, ranks
 
-    def checkpoints(self) -> list[Path]:
-        """Complete checkpoints, oldest first."""
-        return sorted(p for p in self.folder.glob("checkpoint-*") if p.suffix != ".tmp")
-
     def load(self, policy, optimizer) -> int:
-        """Restore the last checkpoint, if there is one. Returns the number of steps done."""
+        """Restore the last checkpoint that can be read. Returns the number of steps done.
+
+        Without any checkpoint it is 0. Raises InputError if none of them can be read.
+        """
         if self.ranks.rank == 0:
             self._remove_unfinished()
-        done = 0
-        if self.checkpoints():
-            latest = self.checkpoints()[-1]
+        done, unread = 0, []
+        for path in reversed(checkpoints(self.folder)):
             model, moments = get_state_dict(policy, optimizer)
             try:
-                dcp.load({"model": model, "optimizer": moments}, checkpoint_id=latest)
+                dcp.load({"model": model, "optimizer": moments}, checkpoint_id=path)
             except (CheckpointException, OSError) as error:
-                cause = str(error).strip().splitlines()[-1]
-                raise InputError(
-                    f"{latest} cannot be read ({cause}): remove it to start from the first step"
-                ) from None
+                unread.append(f"{path} cannot be read ({str(error).strip().splitlines()[-1]})")
+                continue
             set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
-            done = int(latest.name.split("-")[1])
+            done = steps_of(path)
+            break
+        if unread and not done:
+            raise InputError("; ".join(unread) + ": remove it to start from the first step")
+        for message in unread:
+            self.ranks.print(f"{message}: going on from step {done}")
         if self.ranks.rank == 0:
             self._cut_logs(done)
         return done
@@ -79,15 +83,17 @@ class Run:
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
             replace_file(path, "".join(kept))
 
-    def save(self, policy, optimizer, done: int) -> None:
-        """Write a checkpoint aside, rename it when it is whole, then drop those before it."""
-        old, folder = self.checkpoints(), self.folder / f"checkpoint-{done:06d}"
+    def save(self, policy, optimizer, done: int, keep: int) -> None:
+        """Write a checkpoint aside, rename it when it is whole, leave the `keep` newest."""
+        folder = self.folder / f"checkpoint-{done:06d}"
         aside = folder.with_suffix(".tmp")
         model, moments = get_state_dict(policy, optimizer)
         dcp.save({"model": model, "optimizer": moments}, checkpoint_id=aside)
         if self.ranks.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
             aside.rename(folder)
-            for path in old:
+            written = [path for path in checkpoints(self.folder) if steps_of(path) <= done]
+            for path in written[:-keep]:
                 shutil.rmtree(path)
         dist.barrier()
 
@@ -123,6 +129,16 @@ class Run:
 
 def _finite_or_none(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints in the folder of a run, oldest first."""
+    return sorted((p for p in folder.glob("checkpoint-*") if p.suffix != ".tmp"), key=steps_of)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """The number of steps after which a checkpoint was written."""
+    return int(checkpoint.name.split("-")[1])
 
 
 def open_run(out: str, settings: dict, *, resume: bool, ranks: Ranks) -> Run:
@@ -223,4 +239,16 @@ def _write_settings(folder: Path, settings: dict, resume: bool) -> None:
                     f"the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; --resume may "
                     f"change only {', '.join(sorted(FREE_ON_RESUME))}"
                 )
+        if changes := _changes(folder, stored, mine):
+            mine["changes"] = changes
     write_json(path, mine)
+
+
+def _changes(folder: Path, stored: dict, mine: dict) -> list[dict]:
+    """The changes of NOTED_ON_RESUME since the run began: the step, and old and new values."""
+    names = [name for name in NOTED_ON_RESUME if name in mine and stored.get(name) != mine[name]]
+    before = stored.get("changes", [])
+    if not names:
+        return before
+    done = max(map(steps_of, checkpoints(folder)), default=0)
+    return [*before, {"step": done} | {name: [stored.get(name), mine[name]] for name in names}]

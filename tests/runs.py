@@ -41,6 +41,7 @@ def config_of(stage, folder, out, **changes):
 
 def run(config):
     """Run a stage in this process."""
+    gc.collect()  # the lock of a run before lives as long as the frames of an error in it
     try:
         hoi_r1.run_stage(config)
     finally:
