@@ -83,6 +83,7 @@ class TrainConfig(RunConfig):
     export_every: int = option(
         0, "steps between models kept as model-000400/ and so on (Fig. 2); 0: none", least=0
     )
+    timeout: float = option(10, "minutes a rank waits for the others, then ends", least=0.01)
     eval_every: int = option(0, "steps between evaluations on test images; 0: none", least=0)
     eval_images: int = option(200, "test images, from the first, that an evaluation takes", least=1)
     eval_max_new_tokens: int = option(2048, "longest completion in an evaluation", least=1)

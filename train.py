@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
@@ -51,7 +52,7 @@ SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_
 
 def sft(config) -> None:
     """Thinking distillation and answer supervision (Sec. 3.2). config: hoi_r1.SFTConfig."""
-    ranks = start_ranks()
+    ranks = start_ranks(timedelta(minutes=config.timeout))
     samples, thinks = annotated_samples(config.data), {}
     if config.thinking:
         thinks = traces_of(config.traces)
@@ -75,7 +76,7 @@ def sft(config) -> None:
 
 def grpo(config) -> None:
     """Reinforcement learning with the HOI rewards (Sec. 3.3). config: hoi_r1.GRPOConfig."""
-    ranks = start_ranks()
+    ranks = start_ranks(timedelta(minutes=config.timeout))
     samples = with_images(annotated_samples(config.data), config.data)
     examples = Examples(config.model, samples, **prompt_options(config))
     require_trainable(examples, config.model)

@@ -6,6 +6,7 @@ import os
 import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 
 import torch
@@ -72,15 +73,19 @@ class Ranks:
             print(*values, flush=True)
 
 
-def start_ranks() -> Ranks:
-    """Join torchrun's process group, or open one of a single process."""
+def start_ranks(timeout: timedelta = timedelta(weeks=1)) -> Ranks:
+    """Join torchrun's process group, or open one of a single process.
+
+    timeout: how long a rank waits for the others before it gives up, as when a host is gone. By
+    default longer than any work that a rank may have left where another has none.
+    """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     if cuda:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))

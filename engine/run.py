@@ -25,7 +25,7 @@ NOTED_ON_RESUME = ("learning_rate", "max_steps")
 # these, and others on which the final weights do not depend, but for rounding
 FREE_ON_RESUME = {
     *NOTED_ON_RESUME,
-    *("resume", "out", "data", "traces", "workers", "dry_run", "slots"),
+    *("resume", "out", "data", "traces", "workers", "dry_run", "slots", "timeout"),
     *("save_every", "keep", "export_every"),
     *("tokens_per_microbatch", "gradient_checkpointing"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
@@ -207,7 +207,7 @@ def compare_ranks(found: list[dict]) -> None:
     first = found[0]
     for rank, other in enumerate(found):
         for name in [name for name in first if name not in FREE_ON_A_RANK]:
-            if other[name] != first[name]:
+            if other.get(name) != first[name]:
                 raise InputError(
                     f"ranks must agree: {_setting(first, name)} on rank 0 ({first['host']}), "
                     f"{_setting(other, name)} on rank {rank} ({other['host']})"
@@ -217,8 +217,8 @@ def compare_ranks(found: list[dict]) -> None:
 def _setting(of: dict, name: str) -> str:
     """An option as a flag; a content as the flags that name it."""
     names = CONTENTS.get(name, (name,))
-    flags = " ".join(f"--{n.replace('_', '-')} {of[n]}" for n in names if of.get(n, "") != "")
-    return f"{flags} ({name}: {of[name]})" if name in CONTENTS else flags
+    flags = " ".join(f"--{n.replace('_', '-')} {of.get(n)}" for n in names if of.get(n) != "")
+    return f"{flags} ({name}: {of.get(name)})" if name in CONTENTS else flags
 
 
 def _write_settings(folder: Path, settings: dict, resume: bool) -> None:

@@ -19,11 +19,15 @@ from hicodet import InputError
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def two_hosts(folder, out, *second: str) -> tuple[list[int], str]:
-    """Exit codes and stderr of an SFT on two nodes, where the second has these flags besides."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def two_hosts(folder, out, *second: str) -> tuple[list[int], str]:
+    """Exit codes and stderr of an SFT on two nodes, where the second has these flags besides."""
+    port = free_port()
     options = f"--model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl"
     options += f" --out {out} --no-task-description --workers 0 --max-steps 1"
 
@@ -98,3 +102,26 @@ def test_other_contents_are_named_by_their_flags(name, flags):
     with pytest.raises(InputError) as refused:
         compare_ranks([one, one | {name: "other"}])
     assert f"{flags} ({name}: other) on rank 1 (a)" in str(refused.value)
+
+
+def test_a_rank_that_waits_in_vain_ends_with_the_reason():
+    """The other one has joined and then stands still, as a host does whose link is cut."""
+    code = (
+        "import sys; from datetime import timedelta; from engine.policy import start_ranks; "
+        "ranks = start_ranks(timedelta(seconds=2)); print('joined', flush=True); "
+        "ranks.rank and sys.stdin.read(); ranks.gather([0])"
+    )
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    waits, stands = (
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **place, "RANK": rank},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in "01"
+    )  # fmt: skip
+    try:
+        assert [one.stdout.readline() for one in (waits, stands)] == ["joined\n"] * 2
+        _, errors = waits.communicate(timeout=60)
+        assert waits.returncode == 1 and "Timed out waiting 2000ms" in errors
+    finally:
+        waits.kill()
+        stands.communicate("")

@@ -88,7 +88,7 @@ def test_a_resumed_run_has_the_same_data_and_traces(folder, tmp_path):
 
 # What --resume may change, and why nothing else; `dry_run` and `out` go without saying.
 FREE = {
-    *("resume", "out", "data", "traces", "workers", "dry_run", "slots"),
+    *("resume", "out", "data", "traces", "workers", "dry_run", "slots", "timeout"),
     *("save_every", "keep", "export_every"),
     *("learning_rate", "max_steps"),
     *("tokens_per_microbatch", "gradient_checkpointing"),
