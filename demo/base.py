@@ -24,6 +24,7 @@ from sft import SFT
 from train import Parts, fit
 
 TOKENS_PER_MICROBATCH = 16384
+SAVE_EVERY = 250  # steps between checkpoints
 
 
 def grounding_examples(folder: Path, model: str) -> Examples:
@@ -65,7 +66,7 @@ def make_base(args: argparse.Namespace, ranks: Ranks) -> None:
         workers=0,
         peak_learning_rate=1.5e-3,
         warmup_steps=50,
-        save_every=250,
+        save_every=SAVE_EVERY,
         eval_every=0,
     )
 

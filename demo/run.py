@@ -70,7 +70,7 @@ def make_base(out: Path, images: int, steps: int, seed: int) -> Path:
     drawings, others = out / "grounding", f"--train {images} --test 1 --seed {BASE_SEED + seed}"
     command(f"-m demo.toy {{drawings}} --complete {others}", drawings=drawings)
     flags = f"--model {{out}}/model --out {{out}}/base --steps {steps} --seed {seed}"
-    command(f"-m demo.base {{drawings}} {flags}", processes(), drawings=drawings, out=out)
+    command(f"-m demo.base {{drawings}} {flags}", process_count(), drawings=drawings, out=out)
     return out / "base" / "model"
 
 
@@ -81,7 +81,7 @@ def train(out: Path, stage: str, model: Path, flags: str) -> Path:
     command(
         f"hoi_r1.py {stage} --model {{model}} --data {{out}}/data {traces}--out {{out}}/{stage} "
         f"--no-task-description --workers 0 {flags}",
-        processes(), model=model, out=out)
+        process_count(), model=model, out=out)
     return out / stage / "model"
 
 
@@ -91,7 +91,7 @@ def predict(out: Path, name: str, model: Path) -> None:
     command(
         "hoi_r1.py predict --model {model} --data {out}/data --out {test} --max-new-tokens 96 "
         "--no-task-description --workers 0",
-        processes(), **paths)
+        process_count(), **paths)
     command(
         "evaluate.py {test}/predictions.jsonl --data {out}/data --classes present --breakdown "
         "--json {test}/map.json", **paths)
@@ -102,10 +102,10 @@ def sample(out: Path, models: list[Path], seed: int) -> None:
     paths = {f"model_{number}": model for number, model in enumerate(models)}
     folders = " ".join(f"{{{name}}}" for name in paths)
     flags = f"--data {{out}}/data --max-new-tokens 96 --seed {seed} --out {{out}}/sampled.json"
-    command(f"-m demo.sampled {folders} {flags}", processes(), out=out, **paths)
+    command(f"-m demo.sampled {folders} {flags}", process_count(), out=out, **paths)
 
 
-def processes() -> int:
+def process_count() -> int:
     """How many processes train and predict: one for each GPU or else each core, two at most."""
     return min(2, torch.cuda.device_count() or os.cpu_count() or 1)
 

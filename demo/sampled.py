@@ -27,7 +27,7 @@ def sampled_rewards(
     mine, under_way = range(ranks.rank, len(examples), ranks.world), {}
     sampler = Sampler(
         model,
-        slots=64,
+        slots=min(64, max(len(mine), 1)),
         group_size=1,
         prompt_room=examples.longest_prompt(),
         max_new_tokens=max_new_tokens,

@@ -93,5 +93,5 @@ def stack(rows: list[Image.Image]) -> Image.Image:
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a PNG of 64 colours, a third of the size and as easy to read."""
-    picture.quantize(64).save(path, optimize=True)
+    """Write a PNG of 256 colours: a third of the size, and as easy to read."""
+    picture.quantize(256).save(path, optimize=True)

@@ -1,4 +1,4 @@
-"""The programs as a user runs them: two ranks under torchrun, a kill -9, and the demo, small."""
+"""The programs as a user runs them: two ranks under torchrun, a kill -9, and --help."""
 
 import json
 import signal
@@ -122,18 +122,6 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
     assert difference(folder / "whole", folder / "killed") == 0
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert steps == list(range(1, 7))
-
-
-def test_demo_small(tmp_path):
-    """All of the demo's commands, with a handful of images and steps."""
-    out = tmp_path / "demo"
-    sizes = ["--train-images", 30, "--test-images", 8, "--sft-steps", 2, "--grpo-steps", 1]
-    printed = run("hoi_r1.py", "demo", "--out", out, *sizes)
-    table = printed[printed.index("Known Object       mean") :].splitlines()
-    assert [row.split()[0] for row in table[2:5]] == ["untrained", "sft", "grpo"]
-    assert len(list((out / "pictures").glob("*.png"))) == 6
-    for name in ("untrained", "sft", "grpo"):
-        assert json.loads((out / f"test_{name}" / "map.json").read_text())["num_images"] == 8
 
 
 PROGRAMS = ["hoi_r1.py", "hoi_r1.py sft", "hoi_r1.py grpo", "hoi_r1.py report", "hoi_r1.py show"]
