@@ -42,11 +42,11 @@ def config_of(stage, folder, out, **changes):
 
 def run(config):
     """Run a stage in this process."""
+    gc.collect()  # the lock of a run before lives as long as what refers to its folder
     try:
         hoi_r1.run_stage(config)
     finally:
         hoi_r1.leave_ranks(failed=False)
-        gc.collect()  # a run's lock lives as long as what refers to its folder
 
 
 def refusal(config) -> str:
