@@ -130,8 +130,10 @@ class GRPOConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(RunConfig):
-    """Greedy prediction for a split."""
+    """Greedy prediction for a split of HICO-DET, or for any photographs."""
 
+    data: str = option("", "folder of hico_20160224_det: anno_bbox.mat, images/")
+    image: tuple[str, ...] = option((), "photographs to predict, instead of --data")
     split: typing.Literal["train", "test"] = option("test", "images to predict")
     limit: int = option(0, "only the first so many images, also in evaluate.py; 0: all", least=0)
     max_new_tokens: int = option(2048, "longest completion", least=1)
@@ -144,6 +146,11 @@ class PredictConfig(RunConfig):
     repetition_penalty: float = option(
         1.0, "divides the logits of tokens already written; Qwen2.5-VL's own is 1.05", least=1
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.data) == bool(self.image):
+            raise ValueError("--data, --image: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,9 +268,9 @@ def run_stage(config) -> None:
             print(line, flush=True)
         return
     if isinstance(config, PredictConfig):
-        from predict import predict
+        from predict import predict, predict_photographs
 
-        return predict(config)
+        return predict_photographs(config) if config.image else predict(config)
     import train
 
     return (train.sft if isinstance(config, SFTConfig) else train.grpo)(config)

@@ -1,6 +1,7 @@
-"""Greedy prediction for a split of HICO-DET (Sec. 4.1): predictions.jsonl and summary.json.
+"""Greedy prediction for a split of HICO-DET (Sec. 4.1), or for any photographs.
 
-`predict` takes PredictConfig of hoi_r1.py and unpacks it; what it calls takes plain arguments.
+`predict` and `predict_photographs` take PredictConfig of hoi_r1.py and unpack it; what they call
+takes plain arguments.
 """
 
 import codecs
@@ -25,6 +26,7 @@ from engine.examples import Example, Examples, describe, read_ahead
 from engine.files import json_lines, replace_file, write_json
 from engine.live import LiveView
 from engine.memory import slots_that_fit
+from engine.photographs import as_text, draw, photographs, picture_paths
 from engine.policy import Ranks, load_model, start_ranks, weights_fingerprint
 from engine.run import open_run
 from engine.sampler import Sampler
@@ -36,14 +38,7 @@ def predict(config) -> None:
     ranks = start_ranks()
     samples = hicodet.load_split(config.data, config.split)[: config.limit or None]
     hicodet.require_images(samples)
-    prompt_text = partial(hicodet.prompt_text, task_description=config.task_description)
-    examples = Examples(
-        config.model,
-        samples,
-        thinking=config.thinking,
-        prompt_text=prompt_text,
-        box_frame=config.box_frame,
-    )
+    examples = Examples(config.model, samples, **prompt_options(config))
     if config.dry_run:
         return ranks.print(describe(examples, text_reward))
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
@@ -56,17 +51,7 @@ def predict(config) -> None:
     todo = [index for index in range(len(samples)) if index not in stored]
     slots = slots_that_fit(examples, ranks, config.slots, len(todo), config.max_new_tokens)
     model, started = load_model(config.model, ranks.device), time.perf_counter()
-    rows = predict_rows(
-        model,
-        examples,
-        todo,
-        ranks,
-        max_new_tokens=config.max_new_tokens,
-        slots=slots,
-        workers=config.workers,
-        scores=config.scores,
-        repetition_penalty=config.repetition_penalty,
-    )
+    rows = predict_rows(model, examples, todo, ranks, slots=slots, **row_options(config))
     mine = write_rows(run.folder / f"part-{number + ranks.rank:04d}.jsonl", rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     summary = summarise([stored[index] for index in range(len(samples))])
@@ -80,6 +65,42 @@ def predict(config) -> None:
         replace_file(run.folder / "predictions.jsonl", "".join(lines))
     LiveView(run.folder, active=ranks.rank == 0).write()
     ranks.print(json.dumps(summary, indent=2))
+
+
+def predict_photographs(config) -> None:
+    """Print what the model says of photographs, and draw it. config: hoi_r1.PredictConfig."""
+    ranks = start_ranks()
+    samples, paths = photographs(config.image), picture_paths(config.image, config.out)
+    examples = Examples(config.model, samples, upright=True, **prompt_options(config))
+    if config.dry_run:
+        return ranks.print(describe(examples))
+    Path(config.out).mkdir(parents=True, exist_ok=True)
+    slots = slots_that_fit(examples, ranks, config.slots, len(samples), config.max_new_tokens)
+    model, indices = load_model(config.model, ranks.device), list(range(len(samples)))
+    rows = predict_rows(model, examples, indices, ranks, slots=slots, **row_options(config))
+    rows = sorted(ranks.gather(list(rows)), key=lambda row: row["index"])
+    if ranks.rank:
+        return
+    for sample, path, row in zip(samples, paths, rows, strict=True):
+        draw(sample, row["line"]).save(path)
+        cut = "" if row["finished"] else "The answer was cut at --max-new-tokens.\n"
+        ranks.print(f"\n{as_text(sample, row['line'])}\n{cut}picture: {path}")
+
+
+def prompt_options(config) -> dict:
+    """How Examples are asked: the ablations of Table 2, and the frame of boxes."""
+    prompt_text = partial(hicodet.prompt_text, task_description=config.task_description)
+    return {
+        "thinking": config.thinking,
+        "prompt_text": prompt_text,
+        "box_frame": config.box_frame,
+    }
+
+
+def row_options(config) -> dict:
+    """What `predict_rows` takes of a config as it is."""
+    names = ("max_new_tokens", "workers", "scores", "repetition_penalty")
+    return {name: getattr(config, name) for name in names}
 
 
 def text_reward(text: str, hois: tuple[hicodet.HOI, ...], **options) -> dict[str, float]:

@@ -37,7 +37,7 @@ from engine.run import Run, open_run
 from engine.traces import read_traces
 from grpo import GRPO
 from hicodet import InputError
-from predict import predict_rows, summarise, text_reward
+from predict import predict_rows, prompt_options, summarise, text_reward
 from sft import SFT, supervised_text, traced_samples
 
 # of GRPOConfig, what the rewards are told; of both configs, what `fit` is told
@@ -144,16 +144,6 @@ def traces_of(path: str) -> dict[str, str]:
     if not Path(path).is_file():
         raise InputError(f"--traces {path}: no such file; teacher.py writes it")
     return read_traces(path)
-
-
-def prompt_options(config) -> dict:
-    """How Examples are asked: the ablations of Table 2, and the frame of boxes."""
-    prompt_text = partial(hicodet.prompt_text, task_description=config.task_description)
-    return {
-        "thinking": config.thinking,
-        "prompt_text": prompt_text,
-        "box_frame": config.box_frame,
-    }
 
 
 def loop_options(config, images: int) -> dict:

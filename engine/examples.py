@@ -54,7 +54,8 @@ class Examples(Dataset):
     thinking: whether the prompt asks for reasoning. thinks: for SFT the trace of each file name; an
     image without one is asked for the answer alone. prompt_text(thinking=) is the text of the user
     turn, target_text(hois, think) what SFT supervises (None: no targets). box_frame: "model" or
-    "original", None for that of the model's folder.
+    "original", None for that of the model's folder. upright: turn images as their EXIF data says,
+    which holds for photographs and not for HICO-DET, whose boxes are in stored pixels.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Examples(Dataset):
         prompt_text: Callable[..., str] = hicodet.prompt_text,
         target_text: Callable[[tuple, str | None], str] | None = None,
         box_frame: str | None = None,
+        upright: bool = False,
     ):
         self.samples, self.thinking, self.thinks = samples, thinking, thinks
+        self.upright = upright
         self.target_text, self.box_frame = target_text, box_frame_of(model, box_frame)
         self.config = config = read_from_model(AutoConfig.from_pretrained, model, "configuration")
         if config.model_type != "qwen2_5_vl":
@@ -121,7 +124,7 @@ class Examples(Dataset):
 
     def prompt(self, sample: hicodet.Sample, thinking: bool) -> Prompt:
         """Image and question, as ids with a placeholder for each image token, and patches."""
-        pixels = self.processor(images=read_image(sample), return_tensors="pt")
+        pixels = self.processor(images=read_image(sample, self.upright), return_tensors="pt")
         grid = pixels["image_grid_thw"]
         ids = self.questions[thinking]
         place = int((ids == self.image_id).nonzero())
@@ -180,9 +183,9 @@ def in_text_frame(hoi: hicodet.HOI, sample: hicodet.Sample, text_size) -> hicode
     return dataclasses.replace(hoi, human=human, object=obj)
 
 
-def read_image(sample: hicodet.Sample) -> Image.Image:
+def read_image(sample: hicodet.Sample, upright: bool = False) -> Image.Image:
     """The image as RGB. Raises InputError naming the file if it is broken or of another size."""
-    image = open_image(sample.path)
+    image = open_image(sample.path, upright=upright)
     if image.size != (sample.width, sample.height):
         raise InputError(
             f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
@@ -269,15 +272,14 @@ def picture(example: Example) -> Image.Image:
     image = read_image(example.sample).resize(example.text_size, Image.Resampling.BICUBIC)
     hois, (width, height) = example.text_hois, example.model_size
     caption = f"{example.sample.file_name}, seen as {width} x {height}"
-    return panels.draw_pairs(
-        image, hois, range(len(hois)), width=max(width, 640), caption=caption
-    )
+    wide = max(image.width, 640)
+    return panels.draw_pairs(image, hois, range(len(hois)), width=wide, caption=caption)
 
 
 def describe(examples: Examples, reward: Callable[[str, tuple], dict] | None = None) -> str:
     """What --dry-run prints: the first prompt, its answer, token counts, and what is supervised.
 
-    reward(text, hois): of a completion; None without rewards.
+    reward(text, hois): of a completion; None where there is no ground truth.
     """
     example, tokenizer = examples[0], examples.tokenizer
     ids = example.prompt.prompt_ids
@@ -293,6 +295,8 @@ def describe(examples: Examples, reward: Callable[[str, tuple], dict] | None = N
         tokens = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
         head = f"--- supervised: these {len(tokens)} tokens, and none of the prompt"
         return "\n".join([*lines, head, " | ".join(tokens)])
+    if reward is None:
+        return "\n".join(lines)
     answer = hicodet.format_completion(example.text_hois, "...")
     lines += ["--- a perfect completion and its reward", answer]
-    return "\n".join(lines + ([json.dumps(reward(answer, example.text_hois))] if reward else []))
+    return "\n".join([*lines, json.dumps(reward(answer, example.text_hois))])

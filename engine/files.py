@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hicodet import InputError
 
@@ -53,11 +53,14 @@ def json_lines(path: str | Path, *, cut_last: bool = False) -> Iterator[tuple[st
             yield where, value
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file as RGB, decoded to its last byte. Raises InputError naming a broken one."""
+def open_image(path: Path, *, upright: bool = False) -> Image.Image:
+    """An image file as RGB, decoded to its last byte. Raises InputError naming a broken one.
+
+    upright: turned as the camera noted in its EXIF data.
+    """
     try:
         with Image.open(path) as file:
-            return file.convert("RGB")
+            return (ImageOps.exif_transpose(file) if upright else file).convert("RGB")
     # what Pillow raises for broken, hostile and huge files
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
