@@ -34,6 +34,7 @@ from engine.policy import (
 )
 from engine.quantized import is_packed
 from engine.run import Run, open_run
+from engine.signals import Stop, exit_code, resume_command
 from engine.traces import read_traces
 from grpo import GRPO
 from hicodet import InputError
@@ -71,7 +72,8 @@ def sft(config) -> None:
         text = "".join(f"{name}\n" for name in untraced)
         replace_file(parts.run.folder / "untraced.txt", text)
     stage = SFT(parts.policy, parts.optimizer, ranks, config.tokens_per_microbatch)
-    fit(stage, parts, examples, ranks, **loop_options(config, len(samples)))
+    with Stop() as stop:
+        fit(stage, parts, examples, ranks, stop, **loop_options(config, len(samples)))
 
 
 def grpo(config) -> None:
@@ -101,7 +103,8 @@ def grpo(config) -> None:
         objective={name: getattr(config, name) for name in ("clip_eps", "kl_coef", "ratio")},
         rewards=reward_options,
     )
-    fit(stage, parts, examples, ranks, **loop_options(config, len(samples)))
+    with Stop() as stop:
+        fit(stage, parts, examples, ranks, stop, **loop_options(config, len(samples)))
 
 
 def annotated_samples(data: str) -> list[hicodet.Sample]:
@@ -200,6 +203,7 @@ def fit(
     parts: Parts,
     examples: Examples,
     ranks: Ranks,
+    stop: Stop,
     *,
     steps: int,
     batch_size: int,
@@ -235,11 +239,17 @@ def fit(
         view.refresh()
         bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
         bar.update()
+        asked = stop.on_any(ranks)
+        due = save_every and (step + 1) % save_every == 0
         # a policy whose loss is not finite must not take the place of one before
-        if save_every and (step + 1) % save_every == 0 and not values["skipped"]:
+        if (asked or due) and not values["skipped"]:
             run.save(parts.policy, optimizer.adamw, step + 1, keep)
         if export_every and (step + 1) % export_every == 0:
             export(run, parts.policy, examples, f"model-{step + 1:06d}", view.card())
+        if asked:
+            bar.close()
+            ranks.print(f"stopped after step {step + 1}; go on with: {resume_command()}")
+            sys.exit(exit_code(asked))
     bar.close()
     view.write()
     export(run, parts.policy, examples, "model", view.card())

@@ -34,6 +34,7 @@ from hicodet import InputError
 END_OF_TURN = "<|im_end|>"
 FRAME_FILE = "box_frame.json"  # in an exported folder
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+LAST_SECONDS = 10  # of an image worker after SIGTERM, which torchrun sends to it too
 
 
 @dataclass(frozen=True)
@@ -212,11 +213,13 @@ def _example_or_error(examples: Examples, index: int) -> Example | InputError:
         return error
 
 
-def _end_with_parent(parent: int, worker: int) -> None:
-    """End this worker with its parent, whose lock on the run's folder it holds too.
+def _start_worker(parent: int, worker: int) -> None:
+    """Let the parent finish its step at a signal, but end with it: a worker holds its lock too.
 
     Left alone it would wait for ever to hand over its images. On other systems than Linux it may.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it ended before
@@ -226,7 +229,7 @@ def _end_with_parent(parent: int, worker: int) -> None:
 def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator[Example]:
     """The examples in this order, read and resized by worker processes before they are needed."""
     options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
-    options["worker_init_fn"] = partial(_end_with_parent, os.getpid())
+    options["worker_init_fn"] = partial(_start_worker, os.getpid())
     loader = DataLoader(
         indices,
         batch_size=None,

@@ -1,12 +1,19 @@
 """A run that is ended from outside: what it leaves, and how it goes on."""
 
 import fcntl
+import os
+import shlex
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from tests.runs import metrics, weights
+from tests.test_ranks_agree import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,3 +62,88 @@ def becomes_free(path: Path, seconds: float = 10.0) -> bool:
             except BlockingIOError:
                 time.sleep(0.1)
     return False
+
+
+def start(folder, out, *flags, **environment) -> subprocess.Popen:
+    """A small SFT that saves at its end alone, with image workers, in a process of its own."""
+    line = f"sft --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl "
+    line += f"--out {out} --no-task-description --batch-size 4 --learning-rate 1e-3 --epochs 4"
+    return subprocess.Popen(
+        [sys.executable, "hoi_r1.py", *line.split(), *flags],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, **environment})  # fmt: skip
+
+
+def wait_for_step(process: subprocess.Popen, out: Path) -> None:
+    while not ((out / "metrics.jsonl").exists() and metrics(out)):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The weights of the run that nothing ends."""
+    out = tmp_path_factory.mktemp("whole")
+    process = start(folder, out)
+    assert process.wait() == 0, process.stderr.read()
+    return weights(out)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(number, code, folder, whole, tmp_path):
+    """To the weights of the run that nothing ended."""
+    process = start(folder, tmp_path)
+    wait_for_step(process, tmp_path)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=60)
+    assert process.returncode == code, errors
+    assert "Traceback" not in errors
+    done = len(metrics(tmp_path))
+    said, command = printed.splitlines()[-1].split("; go on with: python ")
+    assert said == f"stopped after step {done}" and done < 20
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{done:06d}"]
+    subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=True)
+    assert all(torch.equal(whole[name], found) for name, found in weights(tmp_path).items())
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_image_workers_too(folder, tmp_path):
+    """And SIGTERM of a batch system, which kills them: the step is finished without them."""
+    process = start(folder, tmp_path)
+    wait_for_step(process, tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert len(children) == 2
+    for number in (signal.SIGINT, signal.SIGTERM):
+        for pid in [process.pid, *map(int, children)]:
+            os.kill(pid, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+
+
+def test_a_signal_to_one_rank_stops_all(folder, tmp_path):
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    both = [start(folder, tmp_path, "--workers", "0", RANK=rank, **place) for rank in "01"]
+    wait_for_step(both[0], tmp_path)
+    both[1].send_signal(signal.SIGTERM)
+    ends = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], ends
+    assert "stopped after step" in ends[0][0] and "stopped" not in ends[1][0]
+
+
+def test_a_second_signal_ends_at_once():
+    """But not the same one again, which torchrun passes on."""
+    code = (
+        "import signal, time; from engine.signals import Stop\n"
+        "with Stop() as stop:\n"
+        "    print('ready', flush=True)\n"
+        "    while True:\n"
+        "        time.sleep(0.01)\n"
+        "        if stop.signal and time.monotonic() - stop.since > 1.2:\n"
+        "            print('waits', flush=True); time.sleep(60)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.terminate()
+    process.terminate()
+    assert process.stdout.readline() == b"waits\n"
+    process.terminate()
+    assert process.wait(timeout=30) == -signal.SIGTERM

@@ -1,0 +1,52 @@
+"""SIGTERM and Ctrl-C: a training finishes its step; a second one ends it at once."""
+
+import os
+import shlex
+import signal
+import sys
+import time
+
+from engine.policy import Ranks
+
+SAME = 1.0  # seconds; a batch system and torchrun send the same signal, one after the other
+
+
+class Stop:
+    """Whether a signal has asked to stop, inside a `with`."""
+
+    def __enter__(self) -> "Stop":
+        self.signal, self.since = 0, 0.0
+        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame) -> None:
+        if not self.signal:
+            self.signal, self.since = number, time.monotonic()
+            # image workers that get it too end soon: after this step nothing is asked of them
+            self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        elif time.monotonic() - self.since > SAME:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+
+    def on_any(self, ranks: Ranks) -> int:
+        """The signal that a rank got, on every rank; 0 if none did."""
+        return max(ranks.gather([int(self.signal)]))
+
+
+def exit_code(number: int) -> int:
+    """0 for SIGTERM, by which a batch system takes the machine for others; as a shell has it."""
+    return 0 if number == signal.SIGTERM else 128 + number
+
+
+def resume_command() -> str:
+    """The command line of this process with --resume, as torchrun or python takes it."""
+    start = ["python"]
+    if local := os.environ.get("LOCAL_WORLD_SIZE"):
+        hosts = os.environ["GROUP_WORLD_SIZE"]
+        start = ["torchrun", *([] if hosts == "1" else ["--nnodes", hosts])]
+        start += ["--nproc_per_node", local]
+    return shlex.join([*start, *sys.argv, *([] if "--resume" in sys.argv else ["--resume"])])
