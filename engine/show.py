@@ -86,9 +86,10 @@ def draw(sample: Sample, predicted: tuple[HOI, ...] | None) -> Image.Image:
 
 
 def counts(sample: Sample, predicted: tuple[HOI, ...] | None) -> str:
-    """What there is to see. An HOI is a pair with one of its verbs."""
+    """What there is to see; an interaction is a pair with one of its verbs."""
     true = sum(len(hoi.verbs) for hoi in sample.hois)
     if predicted is None:
-        return f"{true} true"
+        return f"{true} true interactions"
     missed = panels.missed_pairs(sample.hois, predicted)
-    return f"{missed} of {true} missed, {sum(len(hoi.verbs) for hoi in predicted)} predicted"
+    written = sum(len(hoi.verbs) for hoi in predicted)
+    return f"{missed} of {true} interactions missed, {written} predicted"

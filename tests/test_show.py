@@ -47,8 +47,8 @@ def shown(**options):
 
 def test_worst_first(data):
     assert shown(**data, worst=2) == {
-        "b.png": "3 of 3 missed, 0 predicted",
-        "a.png": "1 of 2 missed, 1 predicted",
+        "b.png": "3 of 3 interactions missed, 0 predicted",
+        "a.png": "1 of 2 interactions missed, 1 predicted",
     }
     assert list(shown(**data, worst=2)) == ["b.png", "a.png"]
 
@@ -64,7 +64,7 @@ def test_pictures_are_side_by_side_only_with_predictions(data):
     with Image.open(Path(data["out"]) / "a.png") as both:
         assert both.width == 2 * 640 + 8
     texts = shown(**data | {"predictions": ""})
-    assert texts["a.png"] == "2 true" and texts["d.png"] == "0 true"
+    assert texts["a.png"] == "2 true interactions" and texts["d.png"] == "0 true interactions"
     with Image.open(Path(data["out"]) / "a.png") as truth:
         assert truth.width == 640
 
