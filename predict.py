@@ -65,6 +65,7 @@ def predict(config) -> None:
         replace_file(run.folder / "predictions.jsonl", "".join(lines))
     LiveView(run.folder, active=ranks.rank == 0).write()
     ranks.print(json.dumps(summary, indent=2))
+    run.close()
 
 
 def predict_photographs(config) -> None:

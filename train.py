@@ -255,6 +255,7 @@ def fit(
     export(run, parts.policy, examples, "model", view.card())
     ranks.print(f"report: {run.folder / 'report.html'}\nmodel: {run.folder / 'model'}")
     ranks.print(view.verdicts())
+    run.close()
 
 
 def export(run: Run, policy, examples: Examples, name: str, card: str) -> None:

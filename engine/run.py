@@ -40,10 +40,15 @@ BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png", "untraced.txt",
 
 
 class Run:
-    """The folder of one run, locked as long as this object lives."""
+    """The folder of one run, locked until `close` or the end of the process."""
 
     def __init__(self, folder: Path, lock_file: TextIO | None, ranks: Ranks):
         self.folder, self.lock_file, self.ranks = folder, lock_file, ranks
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        if self.lock_file:
+            self.lock_file.close()
 
     def load(self, policy, optimizer) -> int:
         """Restore the last checkpoint that can be read. Returns the number of steps done.
