@@ -23,10 +23,9 @@ Stop it whenever you like, kill -9 included, and run the same command again: it 
 is missing. Images without an accepted trace are listed at the end with the reason.
 
 1. The teacher gets the image and the Reasoning Guidance of Fig. 4, as in the paper. The guidance
-   points to the lists of valid classes; --lists sends them along (about 1,800 tokens more), which
-   helps if many traces are rejected for want of an object or a verb.
-2. A trace is accepted if it stands within <think>, ends before --max-tokens, holds no <answer>,
-   and passes a plain word check of the four questions (`unanswered`).
+   points to the lists of valid classes; --lists sends them along (about 1,800 tokens more).
+2. A trace is refused only for what would hurt training (`accept_trace`): cut at --max-tokens, not
+   within <think>, an <answer> or special tokens in it, a refusal, nothing said of the image.
 3. Cost is reckoned at list price: cached tokens in full, replies lost on the way at the most they
    can have cost. --max-cost includes what earlier runs paid for the traces in the file.
 4. Connections are direct: proxy variables are not read, redirects are not followed.
@@ -73,70 +72,84 @@ REQUEST = """\
 Answer the four questions in order, in a few plain sentences, between <think> and </think>. Name \
 object classes and verbs literally. No coordinates, no lists, no <answer>."""
 
-# What a trace's words are checked against (`unanswered`).
-COUNTS = set("a an one two three four five six seven eight nine ten single pair couple few several "
-             "many multiple no group crowd".split())
-PEOPLE = set("person persons people man men woman women child children boy boys girl girls kid "
-             "kids individual individuals adult adults".split())
-EVERYDAY = {"bicycle": "bike", "motorcycle": "motorbike", "airplane": "plane", "couch": "sofa",
-            "tv": "television", "skis": "ski", "knife": "knives", "hair drier": "dryer"}
+MIN_WORDS = 3  # of a trace
+# Who may be in an image, and everyday names of objects; each may have "s" or "es" behind it.
+PEOPLE = r"""person people \w*man \w*men child children boy girl kid baby babies toddler infant
+adult teenager lady ladies guy individual someone somebody anyone everyone he she him her his they
+them their who crowd group team family families couple friend mother father parent son daughter
+brother sister bride groom player athlete rider \w*cyclist biker surfer skier \w*boarder skater
+driver pilot passenger batter catcher pitcher umpire referee goalie jockey cowboy farmer chef worker
+officer soldier student teacher tourist pedestrian spectator customer vendor waiter waitress nurse
+doctor performer dancer sailor hiker runner swimmer \w*diver racer trainer owner visitor guest
+participant monk figure"""
+EVERYDAY = """bike motorbike plane sofa television ski knives hair dryer ball phone plant glass bat
+glove racket racquet bear table board fridge bag"""
+# What a teacher says instead of a trace, in small letters: that it will not, or saw no image.
+CANNOT = (
+    r"(?:\bi (?:can ?not|can't|could not|couldn't|will not|won't|do not|don't)"
+    r"|(?:\bi am |\bi'm |^|[.!?]\s)(?:unable|not able|not allowed) to)(?: be able to)?"
+)
+REFUSALS = (
+    rf"{CANNOT} (?:help\b(?! but)|assist|comply|continue|fulfil|provide|process|answer|describe)",
+    rf"{CANNOT} (?:analy[sz]e|do (?:this|that)|have (?:access|the (?:ability|capability)))",
+    rf"{CANNOT} identify (?:\w+ )?(?:people|person|individual)",
+    rf"{CANNOT} (?:see|view|access|open|interpret) (?:\w+ )?(?:image|picture|photo)",
+    r"(?:^|[.!?]\s)\W*(?:(?:i'm |i am )?(?:very |so )?sorry|(?:my )?apologies|i apologi[sz]e)\b",
+    r"\bas an ai\b|\blanguage model|\bi (?:must|have to) decline|\bi(?:'m| am) not comfortable",
+    r"\b(?:against|violates?) (?:\w+ )?(?:guidelines|polic)|\bhow can i (?:help|assist)",
+    r"\bplease (?:provide|upload|share|attach|send) (?:\w+ ){0,2}(?:image|picture|photo)",
+    r"\bno (?:image|picture|photo) (?:(?:was|is|has been) )?(?:provided|given|attached|uploaded)",
+    r"\b(?:image|picture|photo) (?:could not|cannot|can't) be (?:loaded|displayed|opened)",
+)
 
 
 # ---- is it a trace?
 
 
-def object_words(name: str) -> set[str]:
-    """What may stand for an object class: its last word or an everyday name, and their plurals."""
-    words = {name.split()[-1], EVERYDAY.get(name, name.split()[-1])}
-    return PEOPLE if name == "person" else {w + end for w in words for end in ("", "s", "es")}
+def vocabulary() -> str:
+    """A pattern for a word on what a HICO image shows: people, an object, one of the verbs."""
+    heads = {verb.split()[0] for verb in hicodet.VERBS} - {"no"}
+    doing = [gerund(head) for head in heads] + [re.sub("y$", "(?:y|ie)", h) + "e?s" for h in heads]
+    nouns = "|".join([*PEOPLE.split(), *EVERYDAY.split(), *hicodet.OBJECTS])
+    return rf"\b(?:(?:{nouns})(?:s|es)?|{'|'.join(doing)})\b"
 
 
-def verb_words(verb: str) -> set[str]:
-    """What may stand for a verb: the forms of its first word; "no interaction" stays whole."""
-    head = verb.split()[0]
-    return {verb} if head == "no" else {head, f"{head}s", f"{head}es", gerund(verb).split()[0]}
+REFUSAL, VOCABULARY = re.compile("|".join(REFUSALS)), re.compile(vocabulary())
 
 
-def unanswered(think: str) -> str | None:
-    """The first of the four questions of Fig. 4 that a trace leaves open, or None.
+def trace_fault(think: str) -> str | None:
+    """What is wrong with the text of a trace, or None.
 
-    A plain check of words: 1. people and a count; 2. one of the 117 verbs; 3. one of the 80
-    objects, where "person" takes two mentions of people; 4. two of these that make a pair.
+    An image without a trace is lost to SFT, so only that is refused which would hurt training:
+    special tokens, refusals, fewer than three words, no word on what such an image shows. What
+    ends in a question mark does not count: it repeats the guidance.
     """
-    found = re.findall("[a-z]+|[0-9]+", think.lower())
-    words = set(found)
-    if re.search(r"\b(?:no|not)\b[^.]{0,20}\binteract", think.lower()):
-        words.add("no interaction")
-    verbs = {verb for verb in hicodet.VERBS if words & verb_words(verb)}
-    names = {name for name in hicodet.OBJECTS if words & object_words(name)}
-    if sum(word in PEOPLE for word in found) < 2:
-        names.discard("person")
-    counted = words & COUNTS or any(word.isdigit() for word in words)
-    answers = {
-        "how many people there are": words & PEOPLE and counted,
-        "what they are doing": verbs,
-        "which objects they interact with": names,
-        "which verbs go with the objects": any(
-            verb in verbs and name in names for verb, name in hicodet.PAIRS),
-    }
-    return next((question for question, answer in answers.items() if not answer), None)
+    text = think.lower().replace("\u2019", "'")
+    statements = re.sub(r"[^.!?\n]*\?", " ", text)
+    if held := [tag for tag in TAGS if tag in think]:
+        return f"holds {held[0]}"
+    if REFUSAL.search(text):
+        return "is a refusal"
+    if len(re.findall(r"\w+", statements)) < MIN_WORDS:
+        return f"has fewer than {MIN_WORDS} words"
+    return None if VOCABULARY.search(statements) else "names no person, object or verb"
 
 
-def judge(reply: dict) -> tuple[str | None, str]:
-    """The accepted trace of a chat completion and "", or None and why it was rejected."""
+def accept_trace(reply: dict) -> tuple[str | None, str]:
+    """The accepted trace of a chat completion and "", or None and why it was refused."""
     choice = reply["choices"][0]
     text = choice["message"].get("content")
     text = text if isinstance(text, str) else ""  # None: the model declined
     found = re.search("<think>(.*?)</think>", text, re.DOTALL)
     think = found[1].strip() if found else ""
-    if choice.get("finish_reason") == "length":
-        return None, "cut off at --max-tokens"
+    if choice.get("finish_reason") in ("length", "content_filter"):
+        return None, f"cut off ({choice['finish_reason']})"
     if "<answer>" in text:
         return None, "holds an <answer>"
-    if not think or any(tag in think for tag in TAGS):
+    if not think:
         return None, f"no text within <think> </think>: {text[:60]!r}"
-    question = unanswered(think)
-    return (None, f"does not say {question}: {think[:60]!r}") if question else (think, "")
+    fault = trace_fault(think)
+    return (None, f"{fault}: {think[:60]!r}") if fault else (think, "")
 
 
 # ---- asking the teacher
@@ -166,7 +179,7 @@ def ask(
         for attempt in range(1, attempts + 1):
             reply, used = complete(teacher, body, budget, stop)
             usage.update(used)
-            think, reason = judge(reply)
+            think, reason = accept_trace(reply)
             if think:
                 break
         return Outcome(think, reason, attempt, dict(usage))
@@ -231,7 +244,7 @@ def collect(
             raise InputError(f"{where}: {name!r} is no training image of this data")
         if name in file.names:
             continue
-        think, reason = judge(reply) if reply else (None, said)
+        think, reason = accept_trace(reply) if reply else (None, said)
         if think:
             usage = budget.settle(0.0, reply.get("usage"))
             file.append(wanted[name], think, teacher.model, 1, usage)
