@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import pickle
+import re
 import secrets
 import shutil
 import socket
@@ -35,6 +37,13 @@ KEPT = {"stage", "command"}
 # options in which ranks may differ: paths of one host, whose contents are compared
 FREE_ON_A_RANK = {"model", "data", "traces", "out", "workers", "host", "command"}
 CONTENTS = {"lock file": ("out",), "examples": ("data", "traces"), "weights": ("model",)}
+# what reading a damaged checkpoint raises
+UNREADABLE = (CheckpointException, OSError, EOFError, ValueError, pickle.UnpicklingError)
+# what a training has in its folder; beside each, while it is written, the same with .tmp
+LOGS = ("metrics.jsonl", "rollouts.jsonl")
+WRITTEN = {"run.lock", "config.json", "first_sample.png", "untraced.txt", "model", *LOGS}
+CHECKPOINT = re.compile(r"checkpoint-\d{6,}")
+EXPORTED = re.compile(r"model-\d{6,}")
 # what a run has in its folder before its first result
 BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png", "untraced.txt", "report.html"}
 
@@ -62,7 +71,7 @@ class Run:
             model, moments = get_state_dict(policy, optimizer)
             try:
                 dcp.load({"model": model, "optimizer": moments}, checkpoint_id=path)
-            except (CheckpointException, OSError) as error:
+            except UNREADABLE as error:
                 unread.append(f"{path} cannot be read ({str(error).strip().splitlines()[-1]})")
                 continue
             set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
@@ -79,11 +88,12 @@ class Run:
     def _remove_unfinished(self) -> None:
         """Remove what a crash cut short."""
         for path in self.folder.glob("*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if _is_own(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _cut_logs(self, done: int) -> None:
         """Leave out of every log the steps that will be run again."""
-        for path in self.folder.glob("*.jsonl"):
+        for path in filter(Path.exists, (self.folder / name for name in LOGS)):
             rows = (row for _, row in json_lines(path, cut_last=True))
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
             replace_file(path, "".join(kept))
@@ -138,7 +148,14 @@ def _finite_or_none(value):
 
 def checkpoints(folder: Path) -> list[Path]:
     """The complete checkpoints in the folder of a run, oldest first."""
-    return sorted((p for p in folder.glob("checkpoint-*") if p.suffix != ".tmp"), key=steps_of)
+    return sorted((p for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name)), key=steps_of)
+
+
+def _is_own(path: Path) -> bool:
+    """Whether a training gives this name to a file, be it whole or being written."""
+    name = path.name.removesuffix(".tmp")
+    patterns = (CHECKPOINT, EXPORTED)
+    return name in WRITTEN or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def steps_of(checkpoint: Path) -> int:
@@ -190,6 +207,9 @@ def _lock_folder(folder: Path) -> TextIO:
     path = folder / "run.lock"
     if not path.exists() and any(folder.iterdir()):
         raise InputError("holds files that are not of a run; choose another folder")
+    for found in folder.iterdir():
+        if found.is_symlink() and _is_own(found):
+            raise InputError(f"{found.name} is a link, behind which nothing is written: remove it")
     file = open(path, "a")
     lock(file)
     file.truncate(0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import sft
-from tests.runs import config_of, metrics, run, weights
+from tests.runs import config_of, metrics, refusal, run, weights
 
 
 def checkpoints(out) -> list[str]:
@@ -73,3 +73,26 @@ def test_a_changed_learning_rate_and_length_are_written_down(folder, tmp_path):
     quarters = [(1 + math.cos(math.pi * part)) / 2 for part in (0, 1 / 2, 1 / 2, 3 / 4, 4 / 5)]
     peaks = [1e-3, 1e-3, 1e-4, 1e-4, 1e-4]
     assert rates == pytest.approx([peak * part for peak, part in zip(peaks, quarters)])
+
+
+def test_files_that_the_run_did_not_make_stay(folder, tmp_path):
+    config = config_of("sft", folder, tmp_path, max_steps=2, save_every=1)
+    run(config)
+    mine = ["notes.tmp", "mine.jsonl", "checkpoint-000006.bak", "checkpoint-best"]
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoint-000002.tmp").mkdir()
+    run(replace(config, resume=True, max_steps=3))
+    assert [(tmp_path / name).read_text() for name in mine] == ["mine"] * 4
+    assert not (tmp_path / "checkpoint-000002.tmp").exists()
+
+
+@pytest.mark.parametrize("name", ["run.lock", "metrics.jsonl", "config.json.tmp"])
+def test_nothing_is_written_behind_a_link(name, folder, tmp_path):
+    config = config_of("sft", folder, tmp_path / "run", max_steps=1)
+    run(config)
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run" / name).unlink(missing_ok=True)
+    (tmp_path / "run" / name).symlink_to(tmp_path / "mine")
+    assert f"{name} is a link" in refusal(replace(config, resume=True))
+    assert (tmp_path / "mine").read_text() == "mine"
