@@ -7,9 +7,6 @@ import pickle
 import re
 import secrets
 import shutil
-import socket
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -18,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from engine.agreement import agree, on_first
 from engine.files import json_lines, lock, replace_file, write_json
 from engine.policy import Ranks
 from hicodet import InputError
@@ -34,9 +32,6 @@ FREE_ON_RESUME = {
 }
 # how the run was started, kept to be looked at; no options
 KEPT = {"stage", "command"}
-# options in which ranks may differ: paths of one host, whose contents are compared
-FREE_ON_A_RANK = {"model", "data", "traces", "out", "workers", "host", "command"}
-CONTENTS = {"lock file": ("out",), "examples": ("data", "traces"), "weights": ("model",)}
 # what reading a damaged checkpoint raises
 UNREADABLE = (CheckpointException, OSError, EOFError, ValueError, pickle.UnpicklingError)
 # what a training has in its folder; beside each, while it is written, the same with .tmp
@@ -172,30 +167,15 @@ def open_run(out: str, settings: dict, *, resume: bool, ranks: Ranks) -> Run:
     resumed, and on every rank if the ranks disagree.
     """
     folder = Path(out)
-    lock_file = _on_first(ranks, f"--out {folder}: ", lambda: _lock_folder(folder))
+    lock_file = on_first(ranks, f"--out {folder}: ", lambda: _lock_folder(folder))
     try:
-        _agree(folder, settings, ranks)
-        _on_first(ranks, f"--out {folder}: ", lambda: _write_settings(folder, settings, resume))
+        agree(folder, settings, ranks)
+        on_first(ranks, f"--out {folder}: ", lambda: _write_settings(folder, settings, resume))
     except InputError:
         if lock_file:
             lock_file.close()
         raise
     return Run(folder, lock_file, ranks)
-
-
-def _on_first(ranks: Ranks, where: str, act: Callable):
-    """act() on the first rank, whose refusal ends all ranks; None on the others."""
-    result, refusal = None, ""
-    if ranks.rank == 0:
-        try:
-            result = act()
-        except (InputError, OSError) as error:
-            refusal = f"{where}{error}"
-    if refusal := ranks.gather([refusal])[0]:
-        if ranks.rank:
-            sys.exit(1)  # the first rank says why
-        raise InputError(refusal)
-    return result
 
 
 def _lock_folder(folder: Path) -> TextIO:
@@ -216,34 +196,6 @@ def _lock_folder(folder: Path) -> TextIO:
     file.write(secrets.token_hex(8))
     file.flush()
     return file
-
-
-def _agree(folder: Path, settings: dict, ranks: Ranks) -> None:
-    """Raise InputError, on every rank, unless all have this folder, these options and contents."""
-    path = folder / "run.lock"
-    word = path.read_text() if path.exists() else "none"
-    found = ranks.gather([{"lock file": word} | settings | {"host": socket.gethostname()}])
-    _on_first(ranks, "", lambda: compare_ranks(found))
-
-
-def compare_ranks(found: list[dict]) -> None:
-    """Raise InputError naming the first difference. found: the settings of each rank, "host" and
-    "lock file", whose text all read if they have one folder."""
-    first = found[0]
-    for rank, other in enumerate(found):
-        for name in [name for name in first if name not in FREE_ON_A_RANK]:
-            if other.get(name) != first[name]:
-                raise InputError(
-                    f"ranks must agree: {_setting(first, name)} on rank 0 ({first['host']}), "
-                    f"{_setting(other, name)} on rank {rank} ({other['host']})"
-                )
-
-
-def _setting(of: dict, name: str) -> str:
-    """An option as a flag; a content as the flags that name it."""
-    names = CONTENTS.get(name, (name,))
-    flags = " ".join(f"--{n.replace('_', '-')} {of.get(n)}" for n in names if of.get(n) != "")
-    return f"{flags} ({name}: {of.get(name)})" if name in CONTENTS else flags
 
 
 def _write_settings(folder: Path, settings: dict, resume: bool) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from engine.agreement import compare_ranks
 from engine.policy import weights_fingerprint
-from engine.run import compare_ranks
 from hicodet import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
