@@ -18,6 +18,7 @@ from demo.grounding import PROMPT
 from engine.examples import END_OF_TURN, Examples
 from engine.policy import ClippedAdamW, Ranks, load_policy, start_ranks, weights_fingerprint
 from engine.run import open_run
+from engine.signals import Stop
 from engine.traces import read_traces
 from hicodet import InputError, load_split
 from sft import SFT
@@ -55,20 +56,22 @@ def make_base(args: argparse.Namespace, ranks: Ranks) -> None:
     policy = load_policy(model, ranks.device, gradient_checkpointing=False)
     optimizer = ClippedAdamW(policy, beta2=0.98, weight_decay=0.0, max_grad_norm=1.0)
     done = run.load(policy, optimizer.adamw)
-    fit(
-        SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH),
-        Parts(run, policy, optimizer, replica=None, evaluation=None, done=done),
-        examples,
-        ranks,
-        steps=args.steps,
-        batch_size=16,
-        seed=args.seed,
-        workers=0,
-        peak_learning_rate=1.5e-3,
-        warmup_steps=50,
-        save_every=SAVE_EVERY,
-        eval_every=0,
-    )
+    with Stop() as stop:
+        fit(
+            SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH),
+            Parts(run, policy, optimizer, replica=None, evaluation=None, done=done),
+            examples,
+            ranks,
+            stop,
+            steps=args.steps,
+            batch_size=16,
+            seed=args.seed,
+            workers=0,
+            peak_learning_rate=1.5e-3,
+            warmup_steps=50,
+            save_every=SAVE_EVERY,
+            eval_every=0,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -200,6 +200,6 @@ def test_answers_stand_beside_the_truth_with_their_rewards(tmp_path):
                 "verbs": ["ride"]}
     row = {"reward": {"total": 1.0}, "line": {"instances": [instance]}}
     drawn = show.answers(sample, {"sft": row, "grpo": row | {"line": {"instances": []}}})
-    assert drawn.width == 3 * 480
-    truth, sft, grpo = (drawn.crop((x, 0, x + 480, 240)) for x in (0, 480, 960))
+    assert drawn.width == 3 * 480 + 2 * 8  # with gaps
+    truth, sft, grpo = (drawn.crop((x, 0, x + 480, 240)) for x in (0, 488, 976))
     assert truth.tobytes() == sft.tobytes() != grpo.tobytes()

@@ -89,7 +89,7 @@ def test_options_of_sampling(changed):
     out = changed("grpo", group_size=3, max_new_tokens=5, temperature=0.01)
     (row,) = metrics(out)
     assert row["completion_length"] <= 5
-    assert row["distinct_completions"] < 0.5  # all but greedy
+    assert row["distinct_completions"] <= 0.5  # all but greedy
     (shown,) = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
     assert len(shown["completions"]) == 3
 

@@ -29,7 +29,7 @@ def two_hosts(folder, out, *second: str) -> tuple[list[int], str]:
     """Exit codes and stderr of an SFT on two nodes, where the second has these flags besides."""
     port = free_port()
     options = f"--model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl"
-    options += f" --out {out} --no-task-description --workers 0 --max-steps 1"
+    options += f" --out {out} --no-task-description --workers 0 --max-steps 1 --untraced skip"
 
     def host(number: int) -> subprocess.CompletedProcess:
         torchrun = f"--nnodes 2 --node_rank {number} --nproc_per_node 1 --master_port {port}"

@@ -1,5 +1,6 @@
 """The page of a run: what it shows, what may be missing, and that no file's content breaks it."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -242,9 +243,8 @@ def test_examples_without_rewards_are_ordered_by_missed_pairs(tmp_path, folder):
     prediction = write_prediction(tmp_path, rewards, data=folder / "data")
     samples = hicodet.load_split(folder / "data", "test")
     (right, hois), *others = ((sample.file_name, sample.hois) for sample in samples)
-    row = {"human": hois[0].human, "object": hois[0].object, "verbs": hois[0].verbs}
     lines = [{"file_name": name, "instances": []} for name, _ in others]
-    lines.append({"file_name": right, "instances": [row | {"object_class": hois[0].object_class}]})
+    lines.append({"file_name": right, "instances": [dataclasses.asdict(hoi) for hoi in hois]})
     write_lines(prediction / "predictions.jsonl", lines)
     run = read_run(prediction)
     assert run.examples_by == "missed pairs" and run.examples[0].file_name == right

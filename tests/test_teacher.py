@@ -243,7 +243,10 @@ My apologies, I can't do this for people.
 I am only a language model: no person, no dog.
 There is no image attached to your message about people.
 """.splitlines(),
-    "fewer than": ["Nice.", "People.", "A person", "...", "- - - -", "Two people?", "Are there people here? Four.", "\u4eba"],
+    "fewer than": [
+        *("Nice.", "People.", "A person", "...", "- - - -", "Two people?"),
+        *("Are there people here? Four.", "\u4eba"),
+    ],
     "names no": """\
 The weather is nice and the sky is blue today.
 This is a beautiful landscape with mountains and a lake.
