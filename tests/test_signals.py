@@ -66,7 +66,8 @@ def becomes_free(path: Path, seconds: float = 10.0) -> bool:
 
 def start(folder, out, *flags, **environment) -> subprocess.Popen:
     """A small SFT that saves at its end alone, with image workers, in a process of its own."""
-    line = f"sft --untraced skip --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl "
+    line = f"sft --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl "
+    line += "--untraced skip "
     line += f"--out {out} --no-task-description --batch-size 4 --learning-rate 1e-3 --epochs 4"
     return subprocess.Popen(
         [sys.executable, "hoi_r1.py", *line.split(), *flags],
