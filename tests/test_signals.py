@@ -29,7 +29,7 @@ from engine.files import lock
 
 class Examples:
     def __getitem__(self, index):
-        return Example("x" * 10**6, Prompt(*torch.zeros(3, 1)), (1, 1), (), None)
+        return Example("x" * 10**6, Prompt(*torch.zeros(3, 1)), (1, 1), (1, 1), (), None)
 
 file = open(sys.argv[1], "w")
 lock(file)
