@@ -75,6 +75,7 @@ def make_base(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Train a base model; --help lists the options."""
     parser = argparse.ArgumentParser(description="Teach random weights where things are.")
     add = parser.add_argument
     add("dir", type=Path, help="folder that python -m demo.toy wrote")

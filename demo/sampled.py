@@ -48,6 +48,7 @@ def sampled_rewards(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write mean rewards of sampled answers; --help lists the options."""
     parser = argparse.ArgumentParser(description="Mean rewards of answers at temperature 1.")
     add = parser.add_argument
     add("models", nargs="+", help="folders of models")

@@ -274,6 +274,7 @@ def write_model(folder: Path, seed: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Write data, model and grounding texts; --help lists the options."""
     parser = argparse.ArgumentParser(description="Write a toy HICO-DET and a tiny Qwen2.5-VL.")
     parser.add_argument("dir", type=Path, help="folder to write data/ and model/ into")
     parser.add_argument("--train", type=int, default=4000, help="training images")

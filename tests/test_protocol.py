@@ -16,7 +16,7 @@ from engine.examples import FRAME_FILE, box_frame_of
 from engine.policy import load_model
 from engine.sampler import Sampler
 from tests.runs import config_of, examples_of, metrics, refusal, run
-from tests.tiny import collect, plain_logprobs
+from tests.tiny import collect, generate, plain_logprobs
 
 
 @pytest.fixture
@@ -127,20 +127,8 @@ def test_repetition_penalty_equals_the_librarys(model, reference, prompts, slots
     sampler = Sampler(model, slots=slots, prompt_room=room, repetition_penalty=1.3, **options)
     found = [ids.tolist() for ids in collect(sampler, prompts).completion_ids]
     for prompt, mine in zip(prompts, found, strict=True):
-        ids = prompt.prompt_ids[None]
-        output = reference.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            pixel_values=prompt.pixel_values,
-            image_grid_thw=prompt.image_grid_thw,
-            mm_token_type_ids=(ids == reference.config.image_token_id).int(),
-            do_sample=False,
-            max_new_tokens=12,
-            repetition_penalty=1.3,
-            pad_token_id=0,
-            eos_token_id=-1,
-        )
-        assert mine == output[0, ids.shape[1] :].tolist()
+        expected = generate(reference, prompt, 12, -1, repetition_penalty=1.3)
+        assert mine == expected.tolist()
     plain = Sampler(model, slots=slots, prompt_room=room, **options)
     assert [ids.tolist() for ids in collect(plain, prompts).completion_ids] != found
 

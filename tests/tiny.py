@@ -38,8 +38,8 @@ def plain_logprobs(reference, prompt, completion, temperature=1.0, banned=None):
     return logprobs[torch.arange(len(completion)), completion]
 
 
-def generate(reference, prompt, max_new_tokens, end_id):
-    """The library's own greedy decoding of one prompt."""
+def generate(reference, prompt, max_new_tokens, end_id, **options):
+    """The library's own greedy decoding of one prompt. options: of its generate()."""
     ids = prompt.prompt_ids[None]
     output = reference.generate(
         input_ids=ids,
@@ -51,6 +51,7 @@ def generate(reference, prompt, max_new_tokens, end_id):
         max_new_tokens=max_new_tokens,
         eos_token_id=end_id,
         pad_token_id=0,
+        **options,
     )
     return output[0, ids.shape[1] :]
 
