@@ -21,6 +21,7 @@ def process_group():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bench.MODEL_BENCHES)
 def test_every_bench_of_a_model_runs(name, process_group, monkeypatch):
     monkeypatch.setattr(bench, "ANSWER_LENGTHS", [3 + i % 7 for i in range(32)])

@@ -64,6 +64,7 @@ def test_the_base_is_asked_for_places_and_supervised_on_all_that_is_drawn(folder
     assert examples.tokenizer.decode(example.target_ids) == line["think"] + "<|im_end|>"
 
 
+@pytest.mark.slow
 def test_the_base_is_the_same_on_two_processes(folder, tmp_path):
     """The real command, under torchrun as the demo runs it."""
     flags = f"-m demo.base {folder} --steps 2 --seed 3 --out {tmp_path}"
@@ -93,6 +94,7 @@ def test_a_folder_without_grounding_is_refused(tmp_path):
 # sampled answers
 
 
+@pytest.mark.slow
 def test_a_sampled_reward_for_each_image_of_the_share(folder, monkeypatch):
     """The mean over two ranks' shares is that over all images: seeds go with the image."""
     monkeypatch.setattr(sampled, "text_reward", lambda text, hois: {"total": len(text)})

@@ -133,6 +133,7 @@ def test_shared_products_follow_the_weights_that_are_copied_in(model, prompts, c
     assert list(replica.state_dict()) == list(other.state_dict())
 
 
+@pytest.mark.slow
 def test_steps_beyond_the_end_change_nothing(model, prompts, monkeypatch):
     """A GPU looks once in many steps which rows are done: they go on and must not be written."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}

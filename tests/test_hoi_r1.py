@@ -61,6 +61,7 @@ def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
     assert {(p.param_dtype, p.reduce_dtype) for p in told} == {(torch.bfloat16, torch.float32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, checkpointing):
     """As on a GPU, without its code generator; under checkpointing layers are not compiled."""

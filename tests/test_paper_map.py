@@ -2,6 +2,7 @@
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ def functions(path):
     return [node for node in nodes if isinstance(node, ast.FunctionDef)]
 
 
+@cache
 def cited():
     """{equation: [module.function]} from the first lines of the docstrings."""
     found = {}
@@ -26,6 +28,7 @@ def cited():
     return found
 
 
+@cache
 def named_tests():
     """{equation: [test]} from the names of the tests."""
     found = {}

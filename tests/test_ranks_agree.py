@@ -52,6 +52,7 @@ def refusal(codes_and_errors: tuple[list[int], str]) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_two_hosts_that_agree_train(folder, tmp_path):
     codes, errors = two_hosts(folder, tmp_path / "run")
     assert codes == [0, 0], errors
@@ -60,12 +61,14 @@ def test_two_hosts_that_agree_train(folder, tmp_path):
     assert (tmp_path / "run" / "model").is_dir()
 
 
+@pytest.mark.slow
 def test_another_option_ends_both(folder, tmp_path):
     line = refusal(two_hosts(folder, tmp_path / "run", "--learning-rate", "0.5"))
     assert "--learning-rate 1e-06 on rank 0" in line and "--learning-rate 0.5 on rank 1" in line
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
 
 
+@pytest.mark.slow
 def test_another_folder_ends_both(folder, tmp_path):
     """As where --out is a disk of each host."""
     line = refusal(two_hosts(folder, tmp_path / "one", "--out", str(tmp_path / "two")))
@@ -104,6 +107,7 @@ def test_other_contents_are_named_by_their_flags(name, flags):
     assert f"{flags} ({name}: other) on rank 1 (a)" in str(refused.value)
 
 
+@pytest.mark.slow
 def test_a_rank_that_waits_in_vain_ends_with_the_reason():
     """The other one has joined and then stands still, as a host does whose link is cut."""
     code = (

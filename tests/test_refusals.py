@@ -215,6 +215,7 @@ def test_numbers_are_within_bounds(capsys):
             assert f"{flag.split()[0]} " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_under_torchrun_one_rank_says_why(folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")

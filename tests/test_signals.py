@@ -90,6 +90,7 @@ def whole(folder, tmp_path_factory):
     return weights(out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_says_how_to_go_on(number, code, folder, whole, tmp_path):
     """To the weights of the run that nothing ended."""
@@ -107,6 +108,7 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, folder, whole, tmp_p
     assert all(torch.equal(whole[name], found) for name, found in weights(tmp_path).items())
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_image_workers_too(folder, tmp_path):
     """And SIGTERM of a batch system, which kills them: the step is finished without them."""
     process = start(folder, tmp_path)
@@ -120,6 +122,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_image_workers_too(folder, tmp_path):
     assert process.returncode == 130 and "Traceback" not in errors, errors
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all(folder, tmp_path):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     both = [start(folder, tmp_path, "--workers", "0", RANK=rank, **place) for rank in "01"]
@@ -130,6 +133,7 @@ def test_a_signal_to_one_rank_stops_all(folder, tmp_path):
     assert "stopped after step" in ends[0][0] and "stopped" not in ends[1][0]
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once():
     """But not the same one again, which torchrun passes on."""
     code = (

@@ -181,6 +181,7 @@ def test_concurrency_is_used_and_not_passed(data, tmp_path):
     assert server.most_in_flight == 7
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments_the_runs_add_up(data, tmp_path):
     out, server = tmp_path / "traces.jsonl", Server(delay=0.04)
     arguments = [sys.executable, str(ROOT / "teacher.py"),

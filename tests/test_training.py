@@ -185,7 +185,8 @@ def test_a_step_whose_loss_is_not_finite_is_left_out(
 
 def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
     """And pi_old's log-probs are those of pi_theta, at a temperature that is not 1."""
-    run(config_of("grpo", folder, tmp_path / "run", temperature=0.7, eval_every=3))
+    evaluation = {"eval_every": 3, "eval_max_new_tokens": 40}
+    run(config_of("grpo", folder, tmp_path / "run", temperature=0.7, **evaluation))
     rows = metrics(tmp_path / "run")
     names = {
         *("loss", "learning_rate", "grad_norm", "kl", "clip_fraction", "zero_variance_groups"),
