@@ -83,7 +83,7 @@ def bench_evaluate() -> dict:
 
 def looped_map(lines: list[dict], samples: list[hicodet.Sample], known_object: bool) -> float:
     """Mean AP over the 600 classes, one detection after the other."""
-    from tests.test_evaluate import reference_ap
+    from tests.pairs import reference_ap
 
     detections, truth = ([[] for _ in hicodet.PAIRS] for _ in range(2))
     place = {pair: number for number, pair in enumerate(hicodet.PAIRS)}

@@ -2,7 +2,6 @@
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,34 +9,19 @@ import pytest
 import evaluate
 import hicodet
 from tests.conftest import HICO_DET
-
-MANY = [100] * 600  # training counts with which no class is rare
-
-RIDE_BICYCLE = hicodet.PAIRS.index(("ride", "bicycle"))
-HOLD_BICYCLE = hicodet.PAIRS.index(("hold", "bicycle"))
-RIDE_HORSE = hicodet.PAIRS.index(("ride", "horse"))
-BOX = (0.0, 0.0, 9.0, 9.0)
-FAR = (100.0, 100.0, 109.0, 109.0)
-
-
-def make_sample(name, pairs=(), known=("bicycle",)):
-    """A Sample with true pairs given as (human, object, hoi_id)."""
-    return hicodet.Sample(
-        file_name=name, path=Path(name), width=640, height=480, hois=(),
-        pairs=tuple(hicodet.Pair(*pair) for pair in pairs), known_objects=frozenset(known),
-    )
-
-
-def make_line(name, detections=()):
-    """A line of predictions.jsonl from detections (human, object, hoi_id, score)."""
-    instances = []
-    for human, object_, hoi_id, score in detections:
-        verb, object_class = hicodet.PAIRS[hoi_id]
-        instances.append(
-            {"human": list(human), "object": list(object_), "object_class": object_class,
-             "verbs": [verb], "scores": [score]}
-        )
-    return {"file_name": name, "instances": instances}
+from tests.pairs import (
+    BOX,
+    FAR,
+    HOLD_BICYCLE,
+    MANY,
+    RIDE_BICYCLE,
+    RIDE_HORSE,
+    make_line,
+    make_sample,
+    random_problem,
+    reference_iou,
+    reference_problem,
+)
 
 
 def bicycle_ap(truth, detections):
@@ -111,103 +95,6 @@ def test_lines_equal_the_official_code(official, tmp_path):
 
 
 # ---- an independent reference, detection by detection
-
-
-def reference_iou(a, b):
-    """IoU as in VOCevaldet_bboxpair.m, in 1-based pixels."""
-    a, b = [v + 1 for v in a], [v + 1 for v in b]
-    iw = min(a[2], b[2]) - max(a[0], b[0]) + 1
-    ih = min(a[3], b[3]) - max(a[1], b[1]) + 1
-    if iw <= 0 or ih <= 0:
-        return 0.0
-    area_a = (a[2] - a[0] + 1) * (a[3] - a[1] + 1)
-    area_b = (b[2] - b[0] + 1) * (b[3] - b[1] + 1)
-    return iw * ih / (area_a + area_b - iw * ih)
-
-
-def reference_ap(detections, truth, seen):
-    """One class, one detection after the other. detections: (image, human, object, score) in tie
-    order; truth: (image, human, object). Counts in `seen` which rules came into play."""
-    taken = [False] * len(truth)
-    tp = fp = 0
-    recalls, precisions = [], []
-    for image, human, object_, _ in sorted(detections, key=lambda detection: -detection[3]):
-        best, best_overlap = None, float("-inf")
-        for j, (true_image, true_human, true_object) in enumerate(truth):
-            if true_image == image:
-                overlap = min(reference_iou(human, true_human), reference_iou(object_, true_object))
-                seen["equal overlaps"] += overlap == best_overlap > 0
-                if overlap > best_overlap:
-                    best, best_overlap = j, overlap
-        seen["no truth in image"] += best is None
-        seen["exactly half"] += best_overlap == 0.5
-        seen["already taken"] += best_overlap >= 0.5 and taken[best]
-        if best_overlap >= 0.5 and not taken[best]:
-            taken[best] = True
-            tp += 1
-        else:
-            fp += 1
-        recalls.append(tp / len(truth) if truth else float("nan"))
-        precisions.append(tp / (tp + fp))
-    ap = 0.0
-    for k in range(11):
-        reached = [p for p, r in zip(precisions, recalls) if r >= k * 0.1]
-        ap += max(reached, default=0.0) / 11
-    return ap
-
-
-def random_box(rng):
-    """Boxes on a coarse grid, 10 or 20 pixels wide, so that equal and half overlaps are common."""
-    x, y = rng.choice((0, 5, 10, 40)), rng.choice((0, 5))
-    return (x, y, x + rng.choice((9, 9, 19)), y + 9)
-
-
-def disturbed(box, rng):
-    """The same box, or half of it, or inverted, or another one."""
-    x1, y1, x2, y2 = box
-    half = (x1, y1, x1 + (x2 - x1 + 1) / 2 - 1, y2)
-    return rng.choice((box, box, box, half, (x2, y1, x1, y2), random_box(rng)))
-
-
-def random_problem(rng):
-    """Samples and lines with many ties; image 0 has no true pair, the last class none anywhere."""
-    hoi_ids = [RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE, 599]
-    samples, lines = [], []
-    for image in range(rng.randint(2, 7)):
-        pairs = [
-            (random_box(rng), random_box(rng), rng.choice(hoi_ids[:3]))
-            for _ in range(rng.randint(0, 6) if image else 0)
-        ]
-        pairs += [rng.choice(pairs)] if pairs else []  # annotated twice
-        known = {hicodet.PAIRS[hoi_id][1] for *_, hoi_id in pairs}
-        detections = [
-            (disturbed(human, rng), disturbed(object_, rng), hoi_id, rng.choice((0.5, 0.5, 1.0)))
-            for human, object_, hoi_id in rng.choices(pairs, k=12)
-        ] if pairs else []
-        detections += [
-            (random_box(rng), random_box(rng), rng.choice(hoi_ids), rng.choice((0.5, 1.0)))
-            for _ in range(rng.randint(0, 5))
-        ]
-        rng.shuffle(detections)
-        samples.append(make_sample(f"{image}.jpg", pairs, known))
-        lines.append(make_line(f"{image}.jpg", detections))
-    return samples, lines
-
-
-def reference_problem(samples, lines, hoi_id, known_object, seen):
-    """Collects one class's rows in tie order and hands them to reference_ap."""
-    verb, object_class = hicodet.PAIRS[hoi_id]
-    detections, truth = [], []
-    for image, (sample, line) in enumerate(zip(samples, lines)):
-        truth += [(image, p.human, p.object) for p in sample.pairs if p.hoi_id == hoi_id]
-        if known_object and object_class not in sample.known_objects:
-            continue
-        detections += [
-            (image, i["human"], i["object"], i["scores"][0])
-            for i in line["instances"]
-            if (i["verbs"][0], i["object_class"]) == (verb, object_class)
-        ]
-    return reference_ap(detections, truth, seen)
 
 
 def test_equals_the_reference_on_random_data():

@@ -11,7 +11,7 @@ import pytest
 
 import evaluate
 import hicodet
-from tests.test_evaluate import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, make_line, make_sample
+from tests.pairs import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, make_line, make_sample
 from tests.test_hicodet import box, hoi, image, struct, write
 
 REPO = Path(__file__).resolve().parents[1]

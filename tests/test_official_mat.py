@@ -13,7 +13,7 @@ from scipy.io import loadmat
 import evaluate
 import hicodet
 from engine.official_mat import write_official
-from tests.test_evaluate import (
+from tests.pairs import (
     BOX,
     FAR,
     HOLD_BICYCLE,

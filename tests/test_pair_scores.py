@@ -8,7 +8,7 @@ import pytest
 import evaluate
 import hicodet
 from engine import pair_scores
-from tests.test_evaluate import (
+from tests.pairs import (
     BOX,
     FAR,
     HOLD_BICYCLE,

@@ -9,7 +9,7 @@ import pytest
 
 import evaluate
 from engine import ties
-from tests.test_evaluate import (
+from tests.pairs import (
     BOX,
     FAR,
     HOLD_BICYCLE,
