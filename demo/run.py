@@ -16,6 +16,7 @@ from demo.show import draw, table
 from hicodet import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
+LEFT_OUT = 0.55  # share of the training half's further pairs that is not annotated
 BASE_SEED = 1000  # added to the seed: the base model learns from other drawings than SFT
 # A million weights want other learning rates than 3 billion; the rest of GRPO is Sec. 4.2's.
 RECIPE = {
@@ -48,61 +49,67 @@ def run_demo(
         raise InputError(f"--base {base}: no folder of a model, as the model/ of demo.base is")
     asked = train_images, base_steps, sft_steps, grpo_steps
     images, *steps = (max(1, round(number * steps_scale)) for number in asked)
-    how = "--complete " if complete else ""
-    toy = f"-m demo.toy {{out}} --train {images} --test {test_images} {how}--seed {seed}"
-    command(toy, out=out)
-    command("teacher.py --backend template --data {out}/data --out {out}/traces.jsonl", out=out)
-    model = Path(base).resolve() if base else make_base(out, images, steps[0], seed)
+    number = process_count()
+    make_data(out, images, test_images, seed, left_out=0.0 if complete else LEFT_OUT)
+    model = Path(base).resolve() if base else make_base(out, images, steps[0], seed, number)
     models = [model]
-    predict(out, "base", model)
-    for name, number in (("sft", steps[1]), ("grpo", steps[2])):
-        model = train(out, name, model, f"--max-steps {number} --seed {seed}")
+    predict(out, "base", model, number)
+    for name, length in (("sft", steps[1]), ("grpo", steps[2])):
+        model = train(out, name, model, f"--max-steps {length} --seed {seed}", number)
         models.append(model)
-        predict(out, name, model)
-    sample(out, models, seed)
+        predict(out, name, model, number)
+    sample(out, out / "sampled.json", models, seed, number)
     print(table(out, ("base", "sft", "grpo")))
     draw(out, count=6)
     print(f"\npictures: {out / 'pictures'}\n{(time.perf_counter() - started) / 60:.1f} minutes")
 
 
-def make_base(out: Path, images: int, steps: int, seed: int) -> Path:
+def make_data(out: Path, train: int, test: int, seed: int, *, left_out: float) -> None:
+    """Drawings, random weights and the teacher's traces. left_out: as in demo.toy."""
+    sizes = f"--train {train} --test {test} --left-out {left_out} --seed {seed}"
+    command(f"-m demo.toy {{out}} {sizes}", out=out)
+    command("teacher.py --backend template --data {out}/data --out {out}/traces.jsonl", out=out)
+
+
+def make_base(out: Path, images: int, steps: int, seed: int, processes: int) -> Path:
     """Train a base model from the toy's random weights. Returns its folder."""
     drawings, others = out / "grounding", f"--train {images} --test 1 --seed {BASE_SEED + seed}"
     command(f"-m demo.toy {{drawings}} --complete {others}", drawings=drawings)
     flags = f"--model {{out}}/model --out {{out}}/base --steps {steps} --seed {seed}"
-    command(f"-m demo.base {{drawings}} {flags}", process_count(), drawings=drawings, out=out)
+    command(f"-m demo.base {{drawings}} {flags}", processes, drawings=drawings, out=out)
     return out / "base" / "model"
 
 
-def train(out: Path, stage: str, model: Path, flags: str) -> Path:
-    """Run SFT or GRPO from a model. Returns the new model's folder."""
+def train(out: Path, stage: str, model: Path, flags: str, processes: int, name: str = "") -> Path:
+    """Run SFT or GRPO from a model. Returns the new model's folder, in that of `name`."""
     traces = "--traces {out}/traces.jsonl " if stage == "sft" else ""
     flags += f" {RECIPE[stage]} --adam-beta2 0.98 --no-gradient-checkpointing --save-every 0"
+    run = out / (name or stage)
     command(
-        f"hoi_r1.py {stage} --model {{model}} --data {{out}}/data {traces}--out {{out}}/{stage} "
+        f"hoi_r1.py {stage} --model {{model}} --data {{out}}/data {traces}--out {{run}} "
         f"--no-task-description --workers 0 {flags}",
-        process_count(), model=model, out=out)
-    return out / stage / "model"
+        processes, model=model, out=out, run=run)
+    return run / "model"
 
 
-def predict(out: Path, name: str, model: Path) -> None:
+def predict(out: Path, name: str, model: Path, processes: int, flags: str = "") -> None:
     """Greedy answers for the held-out drawings, and their mAP."""
     paths = {"model": model, "out": out, "test": out / f"test_{name}"}
     command(
         "hoi_r1.py predict --model {model} --data {out}/data --out {test} --max-new-tokens 96 "
-        "--no-task-description --workers 0",
-        process_count(), **paths)
+        f"--no-task-description --workers 0 {flags}",
+        processes, **paths)
     command(
         "evaluate.py {test}/predictions.jsonl --data {out}/data --classes present --breakdown "
         "--json {test}/map.json", **paths)
 
 
-def sample(out: Path, models: list[Path], seed: int) -> None:
-    """Sampled answers of every model for the held-out drawings, and their mean rewards."""
+def sample(out: Path, file: Path, models: list[Path], seed: int, processes: int) -> None:
+    """Sampled answers of every model for the held-out drawings; their mean rewards go to `file`."""
     paths = {f"model_{number}": model for number, model in enumerate(models)}
     folders = " ".join(f"{{{name}}}" for name in paths)
-    flags = f"--data {{out}}/data --max-new-tokens 96 --seed {seed} --out {{out}}/sampled.json"
-    command(f"-m demo.sampled {folders} {flags}", process_count(), out=out, **paths)
+    flags = f"--data {{out}}/data --max-new-tokens 96 --seed {seed} --out {{file}}"
+    command(f"-m demo.sampled {folders} {flags}", processes, out=out, file=file, **paths)
 
 
 def process_count() -> int:

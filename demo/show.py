@@ -11,6 +11,8 @@ from engine.files import open_image
 from engine.records import line_hois
 from predict import stored_rows
 
+MAPS = ("full", "rare", "non_rare")
+PAIRS = ("precision", "recall", "f1")
 WIDTH = 480  # pixels of a panel
 
 
@@ -22,15 +24,27 @@ def table(out: Path, names) -> str:
     ]
     sampled = json.loads((out / "sampled.json").read_text())["reward"]
     for name, reward in zip(names, sampled, strict=True):
-        folder = out / f"test_{name}"
-        result = json.loads((folder / "map.json").read_text())
-        greedy = json.loads((folder / "summary.json").read_text())["reward"]["total"]
-        settings = (result[setting] for setting in ("default", "known_object"))
-        default, known = (percent(s, ("full", "rare", "non_rare")) for s in settings)
-        pairs = percent(result["pair_scores"]["micro"], ("precision", "recall", "f1"))
-        rewards = f"{greedy:6.3f} {reward:6.3f}"
-        lines.append(f"{name:8s}{default}   {known}     {rewards}   {pairs}")
+        row = figures(out / f"test_{name}")
+        default, known = (percent(row[s], MAPS) for s in ("default", "known_object"))
+        rewards = f"{row['reward']:6.3f} {reward:6.3f}"
+        lines.append(f"{name:8s}{default}   {known}     {rewards}   {percent(row['pairs'], PAIRS)}")
     return "\n".join(lines)
+
+
+def figures(folder: Path) -> dict:
+    """What was measured of the greedy answers in `folder`; shares from 0 to 1.
+
+    Returns {"default", "known_object": {"full", "rare", "non_rare"}, "reward": mean total,
+    "pairs": {"precision", "recall", "f1"}, "right_verb": of the pairs that were found with the
+    right object class, the share that has the right verb}.
+    """
+    result = json.loads((folder / "map.json").read_text())
+    row = {s: {name: result[s][name] for name in MAPS} for s in ("default", "known_object")}
+    row["reward"] = json.loads((folder / "summary.json").read_text())["reward"]["total"]
+    row["pairs"] = {name: result["pair_scores"]["micro"][name] for name in PAIRS}
+    found = len(result["breakdown"]["why"]) - result["breakdown"]["missed"]
+    wrong = result["breakdown"]["kinds"]["wrong verb"]["pairs"]
+    return row | {"right_verb": found / max(found + wrong, 1)}
 
 
 def percent(shares: dict, names) -> str:

@@ -138,7 +138,7 @@ def test_options_of_the_demo_reach_its_commands(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo.run, "draw", lambda *_, **__: None)
     flags = ["--base", str(folder / "model"), "--complete", "--steps-scale", "0.5", "--seed", "4"]
     hoi_r1.main(["demo", "--out", str(tmp_path / "demo"), *flags])
-    assert lines[0][0] == "-m demo.toy {out} --train 5000 --test 1000 --complete --seed 4"
+    assert lines[0][0] == "-m demo.toy {out} --train 5000 --test 1000 --left-out 0.0 --seed 4"
     assert not any("demo.base" in line for line, _ in lines)
     stages = [(line, paths) for line, paths in lines if "--max-steps" in line]
     assert "hoi_r1.py sft" in stages[0][0] and "--max-steps 750 --seed 4" in stages[0][0]
@@ -185,7 +185,9 @@ def test_the_table_in_percent(tmp_path):
     pairs = {"micro": {"precision": 0.75, "recall": 0.6, "f1": 2 / 3}}
     (tmp_path / "test_sft").mkdir()
     for name, value in (
-        ("test_sft/map", {"default": means, "known_object": means, "pair_scores": pairs}),
+        ("test_sft/map", {"default": means, "known_object": means, "pair_scores": pairs,
+                          "breakdown": {"why": [None], "missed": 0,
+                                        "kinds": {"wrong verb": {"pairs": 0}}}}),
         ("test_sft/summary", {"reward": {"total": 2.5}}),
         ("sampled", {"reward": [2.25]}),
     ):

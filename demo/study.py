@@ -1,0 +1,168 @@
+"""The paper's tables on the toy, over several seeds, and two tables on the real annotations.
+
+    python -m demo.study run                      # hours: every cell that has no JSON file yet
+    python -m demo.study run --sections 1 2 --seeds 0
+    python -m demo.study write                    # demo/STUDY.md, from the JSON files
+    python -m demo.study blind --data hico_20160224_det     # what the rewards do not see
+    python -m demo.study scores --data hico_20160224_det    # what the rules of --scores are worth
+
+A cell is one model, trained as in the demo but for what its name says, and what it answers on 1,000
+held-out drawings. Its figures go to demo/study/NAME.json; models and drawings to --out. Cells of a
+seed share its base model and, where they only differ in GRPO, the model after SFT. A run that was
+cut short goes on with the cell it was at. Seeds may run beside each other, each in one process.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import demo.run
+from demo.blind import blind_table
+from demo.score_rules import rules_table
+from demo.show import figures
+from demo.tables import study_page
+from engine.files import write_json
+from hoi_r1 import DemoConfig
+
+FIGURES = Path(__file__).parent / "study"
+PAGE = Path(__file__).parent / "STUDY.md"
+SIZES = DemoConfig()
+EXPORT_EVERY = 200  # steps of SFT between models that GRPO may start from
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model of the study."""
+
+    seed: int
+    left_out: float = demo.run.LEFT_OUT  # as in demo.toy
+    sft: int = SIZES.sft_steps  # steps of SFT, of a run of as many as the demo's; 0: the base
+    grpo: str | None = None  # options of GRPO beside the demo's; None: no GRPO
+    scores: str = "rank"  # of predict
+
+    @property
+    def name(self) -> str:
+        """Of the JSON file and the run's folder."""
+        parts = [f"seed{self.seed}", f"left-out{self.left_out:g}", f"sft{self.sft}"]
+        parts += [] if self.grpo is None else ["grpo", *self.grpo.replace("--", "").split()]
+        return "_".join(parts + ([] if self.scores == "rank" else [self.scores]))
+
+    @property
+    def start(self) -> "Cell":
+        """The cell that GRPO starts from."""
+        return dataclasses.replace(self, grpo=None, scores="rank")
+
+
+# What each section compares; a cell may stand in several. The first is the demo itself.
+SECTIONS = {
+    "demo": (range(5), [{"sft": 0}, {}, {"grpo": ""}]),
+    "1": (range(3), [{"sft": 400}, {"sft": 1000}, {"sft": 400, "grpo": ""},
+                     {"sft": 1000, "grpo": ""}]),
+    "2": (range(3), [{"grpo": "--without label"}, {"grpo": "--without iou"}]),
+    "3": (range(2), [{"left_out": rate, **more} for rate in (0.0, 0.4, 0.7)
+                     for more in ({}, {"grpo": ""})]),
+    "4": (range(3), [{"grpo": "--label-reward matched"}]),
+    "5": (range(3), [{"grpo": flags} for flags in (
+        "--kl-coef 0", "--kl-coef 0.001", "--group-size 8", "--group-size 16",
+        "--duplicate-rule pair", "--duplicates-earn nothing", "--ratio sequence")]
+        + [{"grpo": "", "scores": rule} for rule in ("ones", "likelihood")]),
+}  # fmt: skip
+
+
+def cells_of(sections, seeds) -> list[Cell]:
+    """The cells of the sections in their order, seed by seed."""
+    wanted = [(name, seed) for name, seed in product(sections, seeds) if seed in SECTIONS[name][0]]
+    return [Cell(seed, **more) for name, seed in wanted for more in SECTIONS[name][1]]
+
+
+class Study:
+    """Runs cells. out: folder of models and drawings. sizes: of the drawings and trainings."""
+
+    def __init__(self, out: Path, figures_folder: Path, sizes: DemoConfig = SIZES):
+        self.out, self.figures_folder, self.sizes = out, figures_folder, sizes
+
+    def run(self, cell: Cell) -> None:
+        """Train and measure the model of a cell, if its JSON file is not there yet."""
+        file = self.figures_folder / f"{cell.name}.json"
+        if file.is_file():
+            return
+        model, data = self.model(cell), self.data(cell)
+        answers = data / f"test_{cell.name}"
+        shutil.rmtree(answers, ignore_errors=True)
+        demo.run.predict(data, cell.name, model, 1, f"--scores {cell.scores}")
+        demo.run.sample(data, answers / "sampled.json", [model], cell.seed, 1)
+        sampled = json.loads((answers / "sampled.json").read_text())["reward"][0]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        row = dataclasses.asdict(cell) | figures(answers) | {"reward_sampled": sampled}
+        write_json(file, row)
+
+    def model(self, cell: Cell) -> Path:
+        """The folder of a cell's model, which is trained now if it is not there."""
+        data, sizes = self.data(cell), self.sizes
+        if cell.grpo is not None:
+            flags = f"--max-steps {sizes.grpo_steps} --seed {cell.seed} {cell.grpo}"
+            run = data / dataclasses.replace(cell, scores="rank").name
+            return self.trained(run, "grpo", cell.start, flags)
+        base = Cell(cell.seed, sft=0)
+        if cell.sft:
+            flags = f"--max-steps {sizes.sft_steps} --seed {cell.seed}"
+            flags += f" --export-every {EXPORT_EVERY}"
+            last = self.trained(data / "sft", "sft", base, flags)
+            return last if cell.sft == sizes.sft_steps else last.parent / f"model-{cell.sft:06d}"
+        data = self.data(base)
+        if not (data / "base" / "model").is_dir():
+            for folder in ("grounding", "base"):
+                shutil.rmtree(data / folder, ignore_errors=True)
+            demo.run.make_base(data, sizes.train_images, sizes.base_steps, cell.seed, 1)
+        return data / "base" / "model"
+
+    def trained(self, run: Path, stage: str, start: Cell, flags: str) -> Path:
+        """The final model of the training in folder `run`, from the model of the cell `start`."""
+        if not (run / "model").is_dir():
+            model = self.model(start)
+            shutil.rmtree(run, ignore_errors=True)  # of a study that was cut short
+            demo.run.train(run.parent, stage, model, flags, 1, run.name)
+        return run / "model"
+
+    def data(self, cell: Cell) -> Path:
+        """The folder of a cell's drawings and traces, which are made now if not there."""
+        data = self.out / f"seed{cell.seed}_left-out{cell.left_out:g}"
+        if not data.is_dir():
+            draft, sizes = data.parent / f"{data.name}.tmp", self.sizes
+            shutil.rmtree(draft, ignore_errors=True)
+            numbers = sizes.train_images, sizes.test_images, cell.seed
+            demo.run.make_data(draft, *numbers, left_out=cell.left_out)
+            draft.rename(data)
+        return data
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run cells, write the page, or print the table of what rewards do not see."""
+    parser = argparse.ArgumentParser(description="The paper's tables on the toy.")
+    programs = parser.add_subparsers(dest="program", required=True)
+    run = programs.add_parser("run", help="train and measure")
+    run.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    run.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    run.add_argument("--out", type=Path, default=Path("runs/study"))
+    programs.add_parser("write", help="write demo/STUDY.md")
+    for name, what in (("blind", "the rewards do not see"), ("scores", "--scores is worth")):
+        program = programs.add_parser(name, help=f"what {what}, on the real annotations")
+        program.add_argument("--data", required=True, help="folder of hico_20160224_det")
+    args = parser.parse_args(argv)
+    if args.program == "run":
+        study = Study(args.out.resolve(), FIGURES)
+        for cell in cells_of(args.sections, args.seeds):
+            study.run(cell)
+    elif args.program == "write":
+        rows = [json.loads(file.read_text()) for file in sorted(FIGURES.glob("*.json"))]
+        PAGE.write_text(study_page(rows))
+    else:
+        print({"blind": blind_table, "scores": rules_table}[args.program](args.data))
+
+
+if __name__ == "__main__":
+    main()
