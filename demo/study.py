@@ -2,7 +2,7 @@
 
     python -m demo.study run                      # hours: every cell that has no JSON file yet
     python -m demo.study run --sections 1 2 --seeds 0
-    python -m demo.study write                    # demo/STUDY.md, from the JSON files
+    python -m demo.study write                    # demo/STUDY.md and its picture, from the files
     python -m demo.study blind --data hico_20160224_det     # what the rewards do not see
     python -m demo.study scores --data hico_20160224_det    # what the rules of --scores are worth
 
@@ -24,12 +24,13 @@ import demo.run
 from demo.blind import blind_table
 from demo.score_rules import rules_table
 from demo.show import figures
-from demo.tables import study_page
+from demo.tables import rates_picture, study_page
 from engine.files import write_json
 from hoi_r1 import DemoConfig
 
 FIGURES = Path(__file__).parent / "study"
 PAGE = Path(__file__).parent / "STUDY.md"
+PICTURE = Path(__file__).parents[1] / "assets" / "left_out.svg"
 SIZES = DemoConfig()
 EXPORT_EVERY = 200  # steps of SFT between models that GRPO may start from
 
@@ -160,6 +161,7 @@ def main(argv: list[str] | None = None) -> None:
     elif args.program == "write":
         rows = [json.loads(file.read_text()) for file in sorted(FIGURES.glob("*.json"))]
         PAGE.write_text(study_page(rows))
+        PICTURE.write_text(rates_picture(rows))
     else:
         print({"blind": blind_table, "scores": rules_table}[args.program](args.data))
 

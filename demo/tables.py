@@ -4,6 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean, stdev
 
+from engine.charts import Line, line_chart
+
 PAPER = "the paper's Full"
 COLUMNS: dict[str, tuple[Callable[[dict], float | None], int]] = {  # value, decimals
     "Full": (lambda row: percent(row["default"]["full"]), 1),
@@ -152,6 +154,30 @@ def study_page(cells: list[dict]) -> str:
         parts += [""] * bool(claims) + [verdict(claim, cells) for claim in claims]
     return "\n".join(parts) + "\n"
 
+
+def rates_picture(cells: list[dict]) -> str:
+    """An SVG of mAP against the share of annotations left out, before and after GRPO."""
+    lines, legend = [], []
+    of = COLUMNS["Full"][0]
+    for models, colour, name in ((RATE_SFT, "#8a6d3b", "SFT"), (RATE_GRPO, "#1f6feb", "then GRPO")):
+        values = {100 * m.left_out: [of(r) for r in m.rows(cells).values()] for m in models}
+        values = {rate: found for rate, found in values.items() if found}
+        means = [mean(found) for found in values.values()]
+        apart = [stdev(found) if len(found) > 1 else 0.0 for found in values.values()]
+        lines.append(Line(name, list(values), means, colour, spread=apart))
+        place = f'x="60" y="{150 - 14 * len(lines)}"'
+        legend.append(f'<text {place} style="fill:{colour}">{name}</text>')
+    svg = line_chart(
+        lines, "mAP of SFT and of GRPO after it, by the share of annotations left out",
+        y_range=(0, 100), x_label="% of further pairs that are not annotated; mAP of all pairs",
+    )  # fmt: skip
+    head = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="510"', 1)
+    return head.replace(">", f">{STYLE}{''.join(legend)}", 1)
+
+
+STYLE = """<style>text { font: 11px sans-serif; fill: #777 } .y { text-anchor: end }
+.x { text-anchor: middle } .grid { stroke: #ccc } .axis { stroke: #777 } .band { opacity: .14 }
+.line { fill: none; stroke-width: 1.8 }</style>"""
 
 INTRODUCTION = """\
 # The study: the paper's tables on the toy

@@ -120,6 +120,13 @@ def test_a_row_is_mean_and_spread_over_seeds():
     assert lines[2].endswith("| 16.77 |")
 
 
+def test_the_picture_shows_the_rates_that_were_run():
+    """One rate, two seeds: a point a line, at the height of its mean."""
+    cells = [cell(0, 0.3), cell(1, 0.4), cell(0, 0.5, grpo=""), cell(1, 0.6, grpo="")]
+    drawn = tables.rates_picture(cells)
+    assert "<title>SFT, 55: 35</title>" in drawn and "<title>then GRPO, 55: 55</title>" in drawn
+
+
 def test_labels_are_handed_on_from_pair_to_pair():
     first, second = blind.handed_on((HOLD, RIDE), "object_class", "verbs")
     assert (first.object_class, first.verbs, first.human) == ("horse", ("ride",), HOLD.human)
