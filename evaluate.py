@@ -1,21 +1,21 @@
 """The official HICO-DET mAP: Default and Known Object, Full / Rare / Non-Rare (Sec. 4.1, Table 1).
 
-    python evaluate.py predictions.jsonl --data hico_20160224_det --json result.json
-    python evaluate.py predictions.jsonl --data hico_20160224_det --breakdown --ties bracket
+    python evaluate.py predictions.jsonl --data hico_20160224_det --json ap.json
+    python evaluate.py predictions.jsonl --data hico_20160224_det --breakdown
 
+Prints a row of Table 1 in percent; --json writes the same as fractions, with the AP of all 600
+classes. No GPU and no image files are needed, only anno_bbox.mat and, if at hand, anno.mat.
 predictions.jsonl (`hoi_r1.py predict` writes it) has one line for every image of the split:
 
-    {"file_name": "HICO_test2015_00000001.jpg", "instances": [{"human": [319, 305, 358, 348],
-     "object": [147.0, 344.5, 375.0, 413.0], "object_class": "motorcycle",
-     "verbs": ["ride", "sit on"], "scores": [1.0, 0.7]}]}
+    {"file_name": "HICO_test2015_00000001.jpg", "instances": [{"human":
+     [319, 305, 358, 348], "object": [147, 344.5, 375, 413], "object_class":
+     "motorcycle", "verbs": ["ride", "sit on"], "scores": [1.0, 0.7]}]}
 
 Boxes are x1, y1, x2, y2 in 0-based pixels of the original image, and each verb has its score. An
 image without predictions has an empty list of instances. Other keys, such as "text", are ignored.
-Printed is a row of Table 1 in percent; --json writes the same as fractions, with the AP of all 600
-classes. No GPU and no image files are needed, only anno_bbox.mat and, if at hand, anno.mat.
+
 What --breakdown, --ties bracket and --official-mat do is defined at the top of engine/breakdown.py,
 pair_scores.py, ties.py and official_mat.py; none of them changes the official result.
-
 The official MATLAB code does the following, and so does this one:
 1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
 2. A detection's overlap with a true pair is the smaller of the human and the object IoU. It goes to
@@ -33,11 +33,11 @@ data set. Every class has some in the official test set, so the result there is 
 Axes: N detections (one for each verb of each instance), M true pairs, I images.
 """
 
-import argparse
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -45,6 +45,7 @@ import engine.breakdown
 import engine.official_mat
 import engine.pair_scores
 import engine.ties
+from engine.options import Config, option, parse_config, required
 from engine.predictions import read_predictions
 from hicodet import HOI_IDS, OBJECTS, PAIRS, Sample, load_split, training_counts
 
@@ -319,14 +320,9 @@ def evaluate(
     if sorted(p["file_name"] for p in predictions) != sorted(s.file_name for s in samples):
         raise ValueError("predictions must name every image of the samples, each exactly once")
     return evaluate_arrays(
-        detection_arrays(predictions, samples),
-        truth_arrays(samples),
-        known_classes(samples),
-        train_counts,
-        classes=classes,
-        breakdown=breakdown,
-        ties=ties,
-    )
+        detection_arrays(predictions, samples), truth_arrays(samples), known_classes(samples),
+        train_counts, classes=classes, breakdown=breakdown, ties=ties,
+    )  # fmt: skip
 
 
 def table(result: dict) -> str:
@@ -353,62 +349,65 @@ def _row(means: dict) -> str:
     return " ".join("       -" if value is None else f"{100 * value:8.2f}" for value in values)
 
 
-def _parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(Config):
+    """Options of the command."""
+
+    GROUPS = {
+        "what to read and write": "predictions data split limit json",
+        "what to measure": "classes breakdown ties official_mat",
+    }
+    predictions: Path = required("predictions.jsonl, as described above", positional=True)
+    data: Path = required("folder of hico_20160224_det: anno_bbox.mat, anno.mat")
+    split: Literal["test", "train"] = option("test", "the images that were predicted")
+    limit: int | None = option(None, "only the first so many images, as in predict", least=1)
+    json: Path | None = option(None, "also write the result to this file", metavar="FILE")
+    classes: Literal["all", "present"] = option(
+        "all", "means over all 600 classes, or over those with true pairs in the split"
     )
-    add = parser.add_argument
-    add("predictions", type=Path, help="predictions.jsonl, as described above")
-    add("--data", type=Path, required=True, help="folder of HICO-DET, with anno_bbox.mat")
-    add("--split", choices=("test", "train"), default="test", help="default: test")
-    means = "the means are over all 600 classes (default) or those with true pairs in the split"
-    add("--classes", choices=("all", "present"), default="all", help=means)
-    first = "only the first so many images, as hoi_r1.py predict --limit leaves them"
-    add("--limit", type=int, metavar="N", help=first)
-    why = "why true pairs were missed, mAP if each reason were mended, and F1 of pairs"
-    add("--breakdown", action="store_true", help=why)
-    order = "bracket: also mAP with equal scores in random, the best and the worst order"
-    add("--ties", choices=("official", "bracket"), default="official", help=order)
-    add("--json", type=Path, metavar="OUT.JSON", help="also write the result to this file")
-    layout = "also write the detections as the official MATLAB code reads them (takes minutes)"
-    add("--official-mat", type=Path, metavar="DIR", help=layout)
-    args = parser.parse_args(argv)
-    if args.json and args.json.resolve() == args.predictions.resolve():
-        parser.error("--json would overwrite the predictions")
-    if args.limit is not None and args.limit < 1:
-        parser.error(f"--limit {args.limit}: must be at least 1")
-    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
-        parser.error(f"--json {args.json}: give a file in a folder that exists")
-    if args.official_mat and args.limit:
-        parser.error("--official-mat is for code that wants the whole split: leave out --limit")
-    mat = args.official_mat
-    if mat and (mat.is_file() or not mat.parent.is_dir()):
-        parser.error(f"--official-mat {mat}: give a folder, which is made if its parent exists")
-    return args
+    breakdown: bool = option(False, "why true pairs were missed, what that costs, F1 of pairs")
+    ties: Literal["official", "bracket"] = option(
+        "official", "bracket: also mAP with equal scores in random, the best and the worst order"
+    )
+    official_mat: Path | None = option(
+        None, "also write what the official MATLAB code reads; takes minutes", metavar="DIR"
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        json, mat = self.json, self.official_mat
+        if json and json.resolve() == self.predictions.resolve():
+            raise ValueError("--json would overwrite the predictions")
+        if json and (json.is_dir() or not json.parent.is_dir()):
+            raise ValueError(f"--json {json}: give a file in a folder that exists")
+        if mat and self.limit:
+            raise ValueError("--official-mat is for code that wants the whole split: no --limit")
+        if mat and (mat.is_file() or not mat.parent.is_dir()):
+            raise ValueError(f"--official-mat {mat}: give a folder, or a new one's place")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line; --help prints the module docstring."""
-    args = _parse_arguments(argv)
-    choices = {name: getattr(args, name) for name in ("classes", "breakdown", "ties")}
+    """Command line; --help prints the head of the module docstring."""
+    config = parse_config(EvaluateConfig, __doc__.partition("\nThe official MATLAB")[0], argv)
+    choices = {name: getattr(config, name) for name in ("classes", "breakdown", "ties")}
     try:
-        samples = load_split(args.data, args.split)[: args.limit]
-        train_counts = training_counts(args.data)
-        predictions = read_predictions(args.predictions, samples)
+        samples = load_split(config.data, config.split)[: config.limit]
+        train_counts = training_counts(config.data)
+        predictions = read_predictions(config.predictions, samples)
         result = evaluate(predictions, samples, train_counts, **choices)
     except (OSError, ValueError) as error:
         sys.exit(f"evaluate.py: error: {error}")
     absent = result["true_pairs"].count(0)
-    if absent and args.classes == "all":
+    if absent and config.classes == "all":
         note = f"{absent} classes have no true pair here and count as 0; see --classes present"
         print(note, file=sys.stderr)
     print(table(result), flush=True)
     try:
-        if args.json:
-            args.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
-        if args.official_mat:
+        if config.json:
+            config.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+        if config.official_mat:
             rows = detection_arrays(predictions, samples)
-            engine.official_mat.write_official(args.official_mat, rows, len(samples))
+            engine.official_mat.write_official(config.official_mat, rows, len(samples))
     except OSError as error:
         sys.exit(f"evaluate.py: error: {error}")
 

@@ -1,13 +1,19 @@
 """HOI-R1: supervised fine-tuning, GRPO with HOI rewards, prediction (Secs. 3.2, 3.3, 4.2).
 
-    torchrun --nproc_per_node 8 hoi_r1.py sft --model Qwen/Qwen2.5-VL-3B-Instruct \\
-        --data hico_20160224_det --traces traces.jsonl --out runs/sft
-    torchrun --nproc_per_node 8 hoi_r1.py grpo --model runs/sft/model --data ... --out runs/grpo
-    torchrun --nproc_per_node 8 hoi_r1.py predict --model runs/grpo/model --data ... --out runs/test
+    # all of it on a drawn data set, on a laptop
+    python hoi_r1.py demo
+    # the paper's model: traces of teacher.py, then SFT, GRPO, predictions, mAP
+    torchrun --nproc_per_node 8 hoi_r1.py sft --data hico_20160224_det \\
+        --model Qwen/Qwen2.5-VL-3B-Instruct --traces traces.jsonl --out runs/sft
+    torchrun --nproc_per_node 8 hoi_r1.py grpo --data hico_20160224_det \\
+        --model runs/sft/model --out runs/grpo
+    torchrun --nproc_per_node 8 hoi_r1.py predict --data hico_20160224_det \\
+        --model runs/grpo/model --out runs/test
     python evaluate.py runs/test/predictions.jsonl --data hico_20160224_det
-    python hoi_r1.py demo            # all of it on a drawn data set, on a laptop
-    python hoi_r1.py report runs/sft runs/grpo runs/test         # one page to look at
-    python hoi_r1.py show --data hico_20160224_det --predictions runs/test/predictions.jsonl
+    # look at it: a page of all runs, pictures of images with the most misses
+    python hoi_r1.py report runs/sft runs/grpo runs/test
+    python hoi_r1.py show --data hico_20160224_det --worst 20 \\
+        --predictions runs/test/predictions.jsonl
 
 Plain `python` runs one process. Three policies: pi_theta in fp32, sharded over the ranks by FSDP2
 and computing in bf16 on a GPU; pi_old, a replica on every rank in the dtype of computation, which
@@ -17,45 +23,24 @@ Data order and sampling seeds are pure functions of (seed, step, place in the ba
 divided by counts over all ranks and micro-batches: world size and `--resume` do not change the run.
 """
 
-import argparse
 import dataclasses
-import math
 import sys
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-
-def option(default, text: str, least: float | None = None, below: float = math.inf):
-    """A field of a Config, which checks the bounds; `add_options` turns it into a flag."""
-    return field(default=default, metadata={"help": text, "least": least, "below": below})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of a stage, each within its bounds."""
-
-    def __post_init__(self):
-        for f in dataclasses.fields(self):
-            least, value = f.metadata.get("least"), getattr(self, f.name)
-            if least is None:
-                continue
-            flag, below = f"--{f.name.replace('_', '-')} {value}", f.metadata["below"]
-            if not value >= least:
-                raise ValueError(f"{flag}: must be at least {least}")
-            if not value < below:
-                raise ValueError(f"{flag}: must be below {below}")
+from engine.options import Config, option, parse_stage, required
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
     """What every stage is told."""
 
-    model: str = field(metadata={"help": "folder or hub name of a Qwen2.5-VL model (safetensors)"})
-    data: str = field(metadata={"help": "folder of hico_20160224_det: anno_bbox.mat, images/"})
-    out: str = field(metadata={"help": "folder for all that the run writes"})
+    model: str = required("folder or hub name of a Qwen2.5-VL model (safetensors)")
+    data: str = required("folder of hico_20160224_det: anno_bbox.mat, images/")
+    out: str = required("folder for all that the run writes")
     seed: int = option(0, "of data order and sampling", least=0)
-    thinking: bool = option(True, "prompt with the Thinking Process (Table 2)")
-    task_description: bool = option(True, "prompt with the valid classes (Table 2)")
+    thinking: bool = option(True, "prompt without the Thinking Process (Table 2)")
+    task_description: bool = option(True, "prompt without the valid classes (Table 2)")
     box_frame: typing.Literal["model", "original"] | None = option(
         None,
         "pixels that boxes in text count: of the resized image that the model sees, or of the "
@@ -70,14 +55,29 @@ class RunConfig(Config):
 class TrainConfig(RunConfig):
     """What both trainings are told; defaults are Sec. 4.2, or the README's table of readings."""
 
-    learning_rate: float = option(1e-6, "peak learning rate of AdamW", least=0)
+    GROUPS = {
+        "what to read and write": "model data traces untraced out resume dry_run",
+        "prompt and answer (Fig. 4)": "thinking task_description box_frame",
+        "length and order of the run": "batch_size epochs max_steps seed",
+        "sampling (Sec. 3.3)": "group_size temperature max_new_tokens",
+        "objective (Eqs. 2-5)": "updates_per_batch clip_eps kl_coef ratio",
+        "rewards (Eqs. 6-23)": "without label_reward duplicate_rule duplicates_earn",
+        "optimizer": "learning_rate warmup_steps adam_beta2 weight_decay max_grad_norm",
+        "checkpoints": "save_every keep export_every",
+        "evaluation while training": "eval_every eval_images eval_max_new_tokens",
+        "memory and speed": "tokens_per_microbatch gradient_checkpointing slots workers timeout",
+    }
+
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW", least=0, paper="Sec. 4.2")
     warmup_steps: int = option(0, "steps over which the learning rate rises", least=0)
     adam_beta2: float = option(0.999, "decay of AdamW's second moment", least=0, below=1)
     weight_decay: float = option(0.0, "of AdamW", least=0)
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm", least=1e-6)
-    epochs: int = option(1, "passes over the training images, where --max-steps is 0", least=1)
-    tokens_per_microbatch: int = option(16384, "of a forward; fewer need less memory", least=1)
-    gradient_checkpointing: bool = option(True, "slower, takes far less memory")
+    epochs: int = option(
+        1, "passes over the training images, where --max-steps is 0", least=1, paper="Sec. 4.2"
+    )
+    tokens_per_microbatch: int = option(16384, "of a forward pass; fewer need less memory", least=1)
+    gradient_checkpointing: bool = option(True, "faster, but takes far more memory")
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
     keep: int = option(2, "newest checkpoints that stay", least=1)
     export_every: int = option(
@@ -91,7 +91,17 @@ class TrainConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
-    """Thinking distillation and answer supervision (Sec. 3.2)."""
+    """Thinking distillation and answer supervision: SFT (Sec. 3.2).
+
+    The first of the paper's two trainings: for each training image the model learns to write a
+    teacher's reasoning, then every annotated interaction with its boxes (Eq. 1). teacher.py makes
+    the traces. --out gets the trained model (model/), checkpoints and a page to look at,
+    report.html. Started with python instead of torchrun, it is one process.
+
+        python teacher.py --data hico_20160224_det --out traces.jsonl --max-cost 60
+        torchrun --nproc_per_node 8 hoi_r1.py sft --data hico_20160224_det \\
+            --model Qwen/Qwen2.5-VL-3B-Instruct --traces traces.jsonl --out runs/sft
+    """
 
     traces: str = option("", "traces.jsonl of the teacher")
     untraced: typing.Literal["skip", "answer"] | None = option(
@@ -99,28 +109,49 @@ class SFTConfig(TrainConfig):
         "images without a trace: leave out, or train on the answer alone; to be chosen where more "
         "than 5 % have none (default: leave out)",
     )
-    batch_size: int = option(8, "images of one optimizer step, over all ranks", least=1)
+    batch_size: int = option(
+        8, "images of one optimizer step, over all ranks", least=1, paper="Sec. 4.2"
+    )
     max_steps: int = option(0, "optimizer steps; 0: as many as the epochs have", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GRPOConfig(TrainConfig):
-    """Reinforcement learning (Sec. 3.3)."""
+    """Reinforcement learning by GRPO with rewards for HOI (Sec. 3.3).
 
-    batch_size: int = option(16, "images of a batch on all ranks, each with G completions", least=1)
-    max_steps: int = option(40, "batches; 0: as many as the epochs have", least=0)
+    The second training. At each step the model writes G answers for each image of a batch, they are
+    rewarded for format, labels and boxes (Eqs. 6-23), and those that beat the mean of their group
+    become more likely (Eqs. 2-5). --out gets the trained model (model/), checkpoints and a page to
+    look at, report.html. Started with python instead of torchrun, it is one process.
+
+        torchrun --nproc_per_node 8 hoi_r1.py grpo --data hico_20160224_det \\
+            --model runs/sft/model --out runs/grpo
+    """
+
+    batch_size: int = option(
+        16, "images of a batch on all ranks, each with G completions", least=1, paper="Sec. 4.2"
+    )
+    max_steps: int = option(
+        40, "batches; 0: as many as the epochs have", least=0, paper="Sec. 4.2"
+    )
     save_every: int = option(10, "steps between checkpoints; 0: only the final model", least=0)
-    group_size: int = option(4, "completions of an image, G", least=2)
+    group_size: int = option(4, "completions of an image, G", least=2, paper="Sec. 4.2")
     updates_per_batch: int = option(1, "optimizer steps on the same completions", least=1)
     kl_coef: float = option(0.04, "weight of the KL divergence from pi_ref, beta; 0: none", least=0)
     clip_eps: float = option(0.2, "clip range of the ratio, epsilon", least=0)
-    ratio: typing.Literal["token", "sequence"] = option("token", "Eqs. 3-4 on tokens or outputs")
+    ratio: typing.Literal["token", "sequence"] = option(
+        "token", "the ratio of Eqs. 3-4: of each token, or of the whole output, as printed"
+    )
     temperature: float = option(1.0, "of sampling and of the policies' log-probs", least=0.01)
-    max_new_tokens: int = option(1024, "longest completion", least=1)
+    max_new_tokens: int = option(1024, "longest completion, in tokens", least=1)
     slots: int = option(64, "groups that are sampled at a time on a rank", least=1)
-    duplicate_rule: typing.Literal["printed", "pair"] = option("printed", "duplicates in Eq. 7")
+    duplicate_rule: typing.Literal["printed", "pair"] = option(
+        "printed",
+        "a duplicate in Eq. 7 has either box, as printed, or both boxes in common with an "
+        "earlier pair",
+    )
     duplicates_earn: typing.Literal["labels", "nothing"] = option(
-        "labels", "of a duplicate in Eqs. 14 and 16: its labels, as printed, or nothing"
+        "labels", "what a duplicate earns in Eqs. 14 and 16: its labels, as printed, or nothing"
     )
     label_reward: typing.Literal["printed", "matched"] = option(
         "printed", "labels against the image's whole set (Eqs. 14-18), or on the pairs of Eq. 21"
@@ -130,13 +161,31 @@ class GRPOConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class PredictConfig(RunConfig):
-    """Greedy prediction for a split of HICO-DET, or for any photographs."""
+    """Greedy prediction for a split of HICO-DET, or for any photographs.
 
+    With --data, --out gets predictions.jsonl, a line an image, which evaluate.py scores, and a
+    page to look at, report.html. With --image no data set is needed: the reasoning and a table of
+    interactions are printed, and --out gets a picture of each photograph.
+
+        torchrun --nproc_per_node 8 hoi_r1.py predict --data hico_20160224_det \\
+            --model runs/grpo/model --out runs/test
+        python hoi_r1.py predict --image photo.jpg \\
+            --model runs/grpo/model --out photos
+    """
+
+    GROUPS = {
+        "what to read and write": "model data image out dry_run",
+        "with --data only": "split limit resume",
+        "prompt and answer (Fig. 4)": "thinking task_description box_frame",
+        "decoding and scores": "max_new_tokens repetition_penalty scores",
+        "memory and speed": "slots workers",
+    }
+    seed: int = option(0, "", least=0)  # of no effect where nothing is drawn
     data: str = option("", "folder of hico_20160224_det: anno_bbox.mat, images/")
-    image: tuple[str, ...] = option((), "photographs to predict, instead of --data")
+    image: tuple[str, ...] = option((), "photographs to predict, instead of --data", metavar="FILE")
     split: typing.Literal["train", "test"] = option("test", "images to predict")
-    limit: int = option(0, "only the first so many images, also in evaluate.py; 0: all", least=0)
-    max_new_tokens: int = option(2048, "longest completion", least=1)
+    limit: int = option(0, "only the first so many images, in evaluate.py too; 0: all", least=0)
+    max_new_tokens: int = option(2048, "longest completion, in tokens", least=1)
     slots: int = option(0, "images decoded at once on a rank; 0: as many as fit, up to 64", least=0)
     scores: typing.Literal["rank", "ones", "likelihood"] = option(
         "rank",
@@ -151,12 +200,29 @@ class PredictConfig(RunConfig):
         super().__post_init__()
         if bool(self.data) == bool(self.image):
             raise ValueError("--data, --image: give one of them")
+        for name in self.GROUPS["with --data only"].split():
+            if self.image and getattr(self, name) != getattr(PredictConfig, name):
+                raise ValueError(f"--{name}: only with --data, not with --image")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
-    """A base model, SFT, GRPO, predictions and mAP on a drawn data set, with a tiny model."""
+    """All of it on a drawn data set, with a tiny model, on a laptop.
 
+    Draws people and objects in HICO-DET's format and takes a Qwen2.5-VL of a million weights
+    through a base training, SFT, GRPO, prediction and mAP, by the commands of a real run. It ends
+    with a table and pictures, after some 15 minutes on two CPU cores. The second line shows only
+    that everything runs: a hundredth of the steps teaches nothing.
+
+        python hoi_r1.py demo
+        python hoi_r1.py demo --steps-scale 0.01 --test-images 20 --out runs/small
+    """
+
+    GROUPS = {
+        "what to read and write": "out base",
+        "drawings": "train_images test_images complete",
+        "length of the run": "steps_scale base_steps sft_steps grpo_steps seed",
+    }
     out: str = option("runs/demo", "folder for all that the demo writes")
     seed: int = option(0, "of the drawings, the first weights, data order and sampling", least=0)
     train_images: int = option(10000, "drawn training images", least=1)
@@ -164,31 +230,49 @@ class DemoConfig(Config):
     base_steps: int = option(1000, "steps that make the base model", least=1)
     sft_steps: int = option(1500, "steps of SFT", least=1)
     grpo_steps: int = option(40, "steps of GRPO", least=1)
-    base: str = option("", "folder of a base model that is there, the model/ of demo.base")
+    base: str = option("", "folder of a base model made before, such as runs/demo/base/model")
     complete: bool = option(False, "annotate every pair of the training images")
-    steps_scale: float = option(1.0, "times as many steps and training images", least=0.001)
+    steps_scale: float = option(1.0, "so many times the steps and training images", least=0.001)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig(Config):
-    """One page of one or several runs side by side: an HTML file that needs no network."""
+    """One HTML page of one or more runs, side by side; needs no network.
 
-    runs: tuple[str, ...] = field(
-        metadata={"help": "folders of runs, trainings and predictions", "positional": True}
+    The page tells whether a run is healthy and shows Table 1 with the paper's figures, curves,
+    rewards, examples, the APs of evaluate.py --json, and the command that made each run.
+
+        python hoi_r1.py report runs/sft runs/grpo runs/test
+    """
+
+    GROUPS = {"what to read and write": "runs out"}
+    runs: tuple[str, ...] = required(
+        "folders of runs, trainings and predictions", metavar="RUN", positional=True
     )
     out: str = option("", "file to write, instead of report.html in the last folder")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShowConfig(Config):
-    """Pictures of images with their ground truth, and the prediction beside it."""
+    """Pictures of images: the ground truth, and the prediction beside it.
 
-    data: str = field(metadata={"help": "folder of hico_20160224_det: anno_bbox.mat, images/"})
+    Each interaction has a colour, and a line from the person to the object.
+
+        python hoi_r1.py show --data hico_20160224_det --images 20
+        python hoi_r1.py show --data hico_20160224_det --worst 20 \\
+            --predictions runs/test/predictions.jsonl
+    """
+
+    GROUPS = {
+        "what to read and write": "data predictions out",
+        "which images": "split images file worst",
+    }
+    data: str = required("folder of hico_20160224_det: anno_bbox.mat, images/")
     predictions: str = option("", "predictions.jsonl of the split, to be drawn beside the truth")
     out: str = option("pictures", "folder for the pictures")
-    images: int = option(0, "the first so many; 12, if no choice is made", least=0)
-    file: str = option("", "the image of this file name")
-    worst: int = option(0, "so many with the most missed interactions, these first", least=0)
+    images: int = option(0, "so many, from the first; by default 12", least=0)
+    file: str = option("", "the image of this file name", metavar="NAME")
+    worst: int = option(0, "so many, with the most missed interactions; by default none", least=0)
     split: typing.Literal["train", "test"] = option("test", "images to draw")
 
     def __post_init__(self):
@@ -205,50 +289,9 @@ STAGES = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """One flag for each field of a config dataclass, or a place if it is marked "positional"."""
-    types_of = typing.get_type_hints(config_class)
-    for f in dataclasses.fields(config_class):
-        kind, options = types_of[f.name], {"help": f.metadata["help"]}
-        if type(None) in typing.get_args(kind):  # None: not given
-            kind = typing.get_args(kind)[0]
-        required = f.default is dataclasses.MISSING
-        if typing.get_origin(kind) is tuple:
-            kind = typing.get_args(kind)[0]
-            options["nargs"] = "+" if required else "*"
-        if typing.get_origin(kind) is typing.Literal:
-            options["choices"] = typing.get_args(kind)
-        elif kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            options["type"] = kind
-        if f.metadata.get("positional"):
-            parser.add_argument(f.name, metavar="DIR", **options)
-            continue
-        options |= {"required": True} if required else {"default": f.default}
-        # argparse shows the default of a switch by itself
-        if not required and kind is not bool and f.default not in ("", (), None):
-            options["help"] += " (default: %(default)s)"
-        parser.add_argument(f"--{f.name.replace('_', '-')}", **options)
-
-
 def parse_config(argv: list[str] | None = None):
     """The config of the stage that the command line names. Exits on --help and on a typo."""
-    summary, usage = __doc__.split("\n\n")[:2]
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    stages = parser.add_subparsers(dest="stage", required=True)
-    for name, config_class in STAGES.items():
-        stage = stages.add_parser(name, help=config_class.__doc__, description=config_class.__doc__)
-        add_options(stage, config_class)
-    values = vars(parser.parse_args(argv))
-    config_class = STAGES[values.pop("stage")]
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    try:
-        return config_class(**values)
-    except ValueError as error:
-        parser.error(str(error))
+    return parse_stage(STAGES, "\n\n".join(__doc__.split("\n\n")[:2]), argv)
 
 
 def run_stage(config) -> None:

@@ -1,21 +1,26 @@
 """Reasoning traces from a teacher model, for thinking distillation (Sec. 3.2).
 
     export OPENAI_API_KEY=...
-    python teacher.py --data hico_20160224_det --out traces.jsonl --dry-run     # what it will cost
-    python teacher.py --data hico_20160224_det --out traces.jsonl --max-cost 30
-
+    # what it will cost; then do it, and spend no more than that
+    python teacher.py --data hico_20160224_det --out traces.jsonl --dry-run
+    python teacher.py --data hico_20160224_det --out traces.jsonl --max-cost 60
     # a local teacher behind vLLM or `transformers serve`: no key, no cost
-    python teacher.py --data ... --out ... --base-url http://127.0.0.1:8000/v1 --teacher NAME
-    # OpenAI's Batch API, half the price: writes traces.requests-001.jsonl and so on; hand them in
-    # (purpose "batch", endpoint /v1/chat/completions), later collect the result files
-    python teacher.py --data ... --out traces.jsonl --backend batch
-    python teacher.py --data ... --out traces.jsonl --backend batch --collect results/*.jsonl
+    python teacher.py --data hico_20160224_det --out traces.jsonl \\
+        --base-url http://127.0.0.1:8000/v1 --teacher NAME
+    # OpenAI's Batch API, half the price: writes traces.requests-001.jsonl etc.;
+    # hand them in (purpose "batch", endpoint /v1/chat/completions), and later
+    # collect the result files
+    python teacher.py --data hico_20160224_det --out traces.jsonl \\
+        --backend batch
+    python teacher.py --data hico_20160224_det --out traces.jsonl \\
+        --backend batch --collect results/*.jsonl
     # no teacher at all: sentences from the ground truth, as the demo uses them
-    python teacher.py --data ... --out traces.jsonl --backend template
+    python teacher.py --data hico_20160224_det --out traces.jsonl \\
+        --backend template
 
 Every training image with ground truth gets one line of traces.jsonl, in any order:
 
-    {"file_name": "HICO_train2015_00000001.jpg", "think": "There is one person ...",
+    {"file_name": "HICO_train2015_00000001.jpg", "think": "There is one ...",
      "teacher": "gpt-4o-mini", "attempts": 1,
      "usage": {"prompt_tokens": 2950, "completion_tokens": 96, "cost": 0.0005}}
 
@@ -31,8 +36,6 @@ is missing. Images without an accepted trace are listed at the end with the reas
 4. Connections are direct: proxy variables are not read, redirects are not followed.
 """
 
-import argparse
-import contextlib
 import json
 import math
 import os
@@ -40,10 +43,11 @@ import re
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -62,6 +66,7 @@ from engine.chat import (
     request_body,
     write_requests,
 )
+from engine.options import Config, option, parse_config, required
 from engine.traces import TAGS, TraceFile, gerund, read_lines, template_trace
 from hicodet import InputError, Sample
 
@@ -256,7 +261,54 @@ def collect(
 # ---- the command
 
 
-def make_teacher(args: argparse.Namespace) -> Teacher:
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig(Config):
+    """Options of the command."""
+
+    GROUPS = {
+        "what to read and write": "data out limit dry_run",
+        "the teacher (Sec. 3.2)": "teacher backend base_url collect",
+        "what is asked": "lists max_side max_tokens attempts",
+        "what may be spent": "max_cost input_price output_price",
+        "the connection": "concurrency timeout retries backoff",
+    }
+    data: Path = required("HICO-DET's folder, with anno_bbox.mat and images")
+    out: Path = required("traces.jsonl, begun or continued")
+    backend: Literal["openai", "batch", "template"] = option(
+        "openai", "a server, files for OpenAI's Batch API, or no teacher"
+    )
+    teacher: str = option("gpt-4o-mini", "name of the model", paper="Sec. 4.2")
+    base_url: str = option(OPENAI_URL, "an OpenAI-compatible server", metavar="URL")
+    lists: bool = option(False, "send the lists of valid classes of Fig. 4 too")
+    max_side: int = option(
+        512, "shrink images to this; up to 512 OpenAI bills low detail", least=1, metavar="PIXELS"
+    )
+    max_tokens: int = option(512, "longest reply", least=1)
+    attempts: int = option(3, "ask so often for a trace that can be accepted", least=1)
+    concurrency: int = option(16, "requests in flight", least=1)
+    timeout: float = option(60.0, "seconds to wait for the next byte", least=0.001)
+    retries: int = option(8, "further tries after 408, 429, 5xx, time-outs and cut connections", least=0)
+    backoff: float = option(1.0, "seconds before the first retry, then doubled", least=0.001)
+    max_cost: float = option(math.inf, "spend no more in all", least=0, metavar="USD")
+    input_price: float | None = option(
+        None, "per million tokens, of a model whose price is not known here", least=0, metavar="USD"
+    )
+    output_price: float | None = option(None, "the same of its output", least=0, metavar="USD")
+    limit: int | None = option(None, "only the first so many images of the training set", least=1)
+    collect: tuple[Path, ...] = option((), "result files of a batch", metavar="FILE")
+    dry_run: bool = option(False, "print a request and what it all will cost; stop")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.collect and self.backend != "batch":
+            raise ValueError("--collect takes the results of a batch: give --backend batch with it")
+        if self.dry_run and self.backend == "template":
+            raise ValueError("--dry-run shows a request; the template makes none")
+        if not (folder := self.out.absolute().parent).is_dir():
+            raise ValueError(f"--out {self.out}: there is no folder {folder}")
+
+
+def make_teacher(args: TeacherConfig) -> Teacher:
     """The teacher that the flags and the environment describe. Raises InputError."""
     host = r"(\[[0-9A-Fa-f:]+\]|[^\s/?#@:\[]+)(:[0-9]+)?"
     if not re.fullmatch(rf"https?://{host}(/[^\s?#@]*)?", args.base_url):
@@ -272,7 +324,7 @@ def make_teacher(args: argparse.Namespace) -> Teacher:
         args.max_tokens, args.max_side, args.timeout, args.retries, args.backoff)
 
 
-def make_budget(args: argparse.Namespace, spent: float) -> Budget:
+def make_budget(args: TeacherConfig, spent: float) -> Budget:
     """The teacher's prices and what may be spent. Raises InputError for --max-cost without any."""
     known = known_prices(args.teacher) or (None, None)
     given = (args.input_price, args.output_price)
@@ -297,7 +349,7 @@ def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget) -> None
           f"{tokens[1]:,} output tokens: ${budget.cost(*tokens):.2f}")
 
 
-def run(args: argparse.Namespace) -> bool:
+def run(args: TeacherConfig) -> bool:
     """Makes the traces that are missing. Returns whether every image has one now."""
     every = {sample.file_name: sample for sample in hicodet.load_split(args.data, "train")}
     samples = [sample for sample in every.values() if sample.hois][: args.limit]
@@ -321,7 +373,7 @@ def run(args: argparse.Namespace) -> bool:
 
 
 def make_traces(
-    args: argparse.Namespace, every: dict[str, Sample], todo: Sequence[Sample], file: TraceFile
+    args: TeacherConfig, every: dict[str, Sample], todo: Sequence[Sample], file: TraceFile
 ) -> tuple[dict[str, str], str]:
     """Runs the backend that the flags ask for; returns as ask_all does."""
     if args.backend == "template":
@@ -339,62 +391,9 @@ def make_traces(
     return ask_all(todo, teacher, file, budget, args.attempts, args.concurrency)
 
 
-def at_least(least: float, kind: type = int) -> Callable[[str], float]:
-    """The reader of a flag's number of this kind."""
-
-    def read(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            if least <= kind(text) < math.inf:
-                return kind(text)
-        name = "whole number" if kind is int else "number"
-        raise argparse.ArgumentTypeError(f"{text}: give a {name} from {least}")
-
-    return read
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line; its --help is the module's docstring and a line for each flag."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="HICO-DET's folder, with anno_bbox.mat and images")
-    add("--out", type=Path, required=True, help="traces.jsonl, begun or continued")
-    add("--backend", choices=("openai", "batch", "template"), default="openai")
-    add("--teacher", default="gpt-4o-mini", help="name of the model (default: the paper's)")
-    add("--base-url", default=OPENAI_URL, help="an OpenAI-compatible server (default: %(default)s)")
-    add("--lists", action="store_true", help="send the lists of valid classes of Fig. 4 too")
-    add("--max-side", type=at_least(1), default=512, metavar="PIXELS",
-        help="shrink images to this; up to 512 OpenAI bills low detail (default: %(default)s)")
-    add("--max-tokens", type=at_least(1), default=512, help="of a reply (default: %(default)s)")
-    add("--attempts", type=at_least(1), default=3,
-        help="ask so often for a trace that can be accepted (default: %(default)s)")
-    add("--concurrency", type=at_least(1), default=16, help="requests in flight (default: 16)")
-    add("--timeout", type=at_least(0.001, float), default=60.0,
-        help="seconds without a byte (default: %(default)s)")
-    add("--retries", type=at_least(0), default=8,
-        help="after 408, 429, 5xx, time-outs and cut connections (default: %(default)s)")
-    add("--backoff", type=at_least(0.001, float), default=1.0,
-        help="seconds before the first retry, then doubled (default: %(default)s)")
-    price, help_price = at_least(0, float), "per million tokens, of other models"
-    add("--max-cost", type=price, default=math.inf, metavar="USD", help="spend no more in all")
-    add("--input-price", type=price, metavar="USD", help=help_price)
-    add("--output-price", type=price, metavar="USD", help=help_price)
-    add("--limit", type=at_least(1), help="only the first so many images of the training set")
-    add("--collect", type=Path, nargs="+", metavar="FILE", help="result files of a batch")
-    add("--dry-run", action="store_true", help="print a request and what it all will cost; stop")
-    return parser
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line; exit status 1 if an image is left without a trace."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.collect and args.backend != "batch":
-        parser.error("--collect takes the results of a batch: give --backend batch with it")
-    if args.dry_run and args.backend == "template":
-        parser.error("--dry-run shows a request; the template makes none")
-    if not args.out.absolute().parent.is_dir():
-        parser.error(f"--out {args.out}: there is no folder {args.out.absolute().parent}")
+    args = parse_config(TeacherConfig, __doc__.partition("\n1. ")[0], argv)
     try:
         sys.exit(0 if run(args) else 1)
     except (OSError, InputError) as error:

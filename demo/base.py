@@ -1,21 +1,22 @@
 """The toy's base model: where things are, and nothing of who does what with them.
 
-    python -m demo.toy DIR --complete --seed 1000
-    torchrun --nproc_per_node 2 -m demo.base DIR --out FOLDER
+    python -m demo.toy runs/grounding --complete --seed 1000
+    torchrun --nproc_per_node 2 -m demo.base runs/grounding --out runs/base
 
 It learns from random weights to list every person and object of a drawing (demo/grounding.py). So
 it stands for what Qwen2.5-VL-3B knows before it meets HOI, and its HOI mAP is 0. The loop and the
-loss are those of SFT. FOLDER is the folder of a run; its model/ is the base model.
+loss are those of SFT. --out gets what a run writes; its model/ is the base model.
 """
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
 
 from demo.grounding import PROMPT
 from engine.examples import END_OF_TURN, Examples
+from engine.options import Config, option, parse_config, required
 from engine.policy import ClippedAdamW, Ranks, load_policy, start_ranks, weights_fingerprint
 from engine.run import open_run
 from engine.signals import Stop
@@ -45,14 +46,27 @@ def grounding_examples(folder: Path, model: str) -> Examples:
     )
 
 
-def make_base(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Train the base model. args: of the command line."""
-    model = str(args.model or args.dir / "model")
-    examples = grounding_examples(args.dir, model)
-    settings = {"model": model, "seed": args.seed, "steps": args.steps}
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(Config):
+    """Options of the command."""
+
+    GROUPS = {"what to read and write": "dir model out resume", "the training": "steps seed"}
+    dir: Path = required("folder that python -m demo.toy wrote", positional=True)
+    out: str = required("folder for all that the run writes")
+    model: Path | None = option(None, "the weights to start from (default: DIR/model)")
+    steps: int = option(1000, "optimizer steps", least=1)
+    seed: int = option(0, "of the data order")
+    resume: bool = option(False, "go on with the run in --out")
+
+
+def make_base(config: BaseConfig, ranks: Ranks) -> None:
+    """Train the base model."""
+    model = str(config.model or config.dir / "model")
+    examples = grounding_examples(config.dir, model)
+    settings = {"model": model, "seed": config.seed, "steps": config.steps}
     settings |= {"examples": examples.fingerprint(), "weights": weights_fingerprint(model)}
     settings |= {"stage": "sft", "command": sys.argv}
-    run = open_run(args.out, settings, resume=args.resume, ranks=ranks)
+    run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     policy = load_policy(model, ranks.device, gradient_checkpointing=False)
     optimizer = ClippedAdamW(policy, beta2=0.98, weight_decay=0.0, max_grad_norm=1.0)
     done = run.load(policy, optimizer.adamw)
@@ -63,9 +77,9 @@ def make_base(args: argparse.Namespace, ranks: Ranks) -> None:
             examples,
             ranks,
             stop,
-            steps=args.steps,
+            steps=config.steps,
             batch_size=16,
-            seed=args.seed,
+            seed=config.seed,
             workers=0,
             peak_learning_rate=1.5e-3,
             warmup_steps=50,
@@ -76,19 +90,9 @@ def make_base(args: argparse.Namespace, ranks: Ranks) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Train a base model; --help lists the options."""
-    parser = argparse.ArgumentParser(description="Teach random weights where things are.")
-    add = parser.add_argument
-    add("dir", type=Path, help="folder that python -m demo.toy wrote")
-    add("--out", required=True, help="folder for all that the run writes")
-    add("--model", type=Path, help="the weights to start from (default: DIR/model)")
-    add("--steps", type=int, default=1000, help="optimizer steps (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of the data order (default: %(default)s)")
-    add("--resume", action="store_true", help="go on with the run in --out")
-    args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: must be at least 1")
+    config = parse_config(BaseConfig, __doc__, argv, prog="python -m demo.base")
     try:
-        make_base(args, start_ranks())
+        make_base(config, start_ranks())
     except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
     dist.destroy_process_group()

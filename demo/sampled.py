@@ -1,11 +1,12 @@
 """Mean rewards of sampled answers for held-out drawings: temperature 1, as GRPO samples.
 
-    torchrun --nproc_per_node 2 -m demo.sampled MODEL [MODEL ...] --data FOLDER --out sampled.json
+    torchrun --nproc_per_node 2 -m demo.sampled runs/demo/sft/model \\
+        runs/demo/grpo/model --data runs/demo/data --out sampled.json
 
 One answer a drawing and model. Greedy answers hide what GRPO moves first, the probabilities.
 """
 
-import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch.distributed as dist
 import hicodet
 from engine.examples import Examples, read_ahead
 from engine.files import write_json
+from engine.options import Config, option, parse_config, required
 from engine.policy import Ranks, load_model, start_ranks
 from engine.sampler import Sampler
 from grpo import sample_seeds
@@ -47,28 +49,33 @@ def sampled_rewards(
     return rewards
 
 
+@dataclass(frozen=True, kw_only=True)
+class SampledConfig(Config):
+    """Options of the command."""
+
+    GROUPS = {"what to read and write": "models data out", "sampling": "max_new_tokens seed"}
+    models: tuple[str, ...] = required("folders of models", metavar="MODEL", positional=True)
+    data: str = required("folder of hico_20160224_det")
+    out: Path = required("JSON file for the mean reward of each model")
+    max_new_tokens: int = option(96, "longest answer", least=1)
+    seed: int = option(0, "of sampling")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write mean rewards of sampled answers; --help lists the options."""
-    parser = argparse.ArgumentParser(description="Mean rewards of answers at temperature 1.")
-    add = parser.add_argument
-    add("models", nargs="+", help="folders of models")
-    add("--data", required=True, help="folder of hico_20160224_det")
-    add("--max-new-tokens", type=int, default=96, help="longest answer")
-    add("--seed", type=int, default=0, help="of sampling")
-    add("--out", type=Path, required=True, help="JSON file for a mean reward a model")
-    args = parser.parse_args(argv)
+    config = parse_config(SampledConfig, __doc__, argv, prog="python -m demo.sampled")
     ranks, means = start_ranks(), []
-    samples = [sample for sample in hicodet.load_split(args.data, "test") if sample.hois]
+    samples = [sample for sample in hicodet.load_split(config.data, "test") if sample.hois]
     prompt_text = partial(hicodet.prompt_text, task_description=False)
-    options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
-    for folder in args.models:
+    options = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
+    for folder in config.models:
         examples = Examples(folder, samples, prompt_text=prompt_text)
         model = load_model(folder, ranks.device)
         rewards = ranks.gather(sampled_rewards(model, examples, ranks, **options))
         means.append(sum(rewards) / len(rewards))
         ranks.print(f"{folder}: mean reward at temperature 1 {means[-1]:.3f}")
     if ranks.rank == 0:
-        write_json(args.out, {"reward": means, "answers": len(samples)})
+        write_json(config.out, {"reward": means, "answers": len(samples)})
     dist.destroy_process_group()
 
 

@@ -1,8 +1,8 @@
 """A toy HICO-DET and a tiny, randomly initialised Qwen2.5-VL, both in the official formats.
 
-    python -m demo.toy DIR [--train 4000] [--test 500] [--pairs 2] [--left-out 0.55] [--seed 0]
+    python -m demo.toy runs/toy --train 4000 --test 500
 
-writes `DIR/data` (anno_bbox.mat, anno.mat, images/train2015, images/test2015, the layout of
+writes, with runs/toy as DIR, `DIR/data` (anno_bbox.mat, anno.mat, images/train2015, images/test2015, the layout of
 hico_20160224_det) and `DIR/model` (a `save_pretrained` folder), so that the toy runs through the
 same commands as HICO-DET and the 3B model. The scenes are those of `demo/scenes.py`.
 `DIR/grounding.jsonl` says what every training image shows, annotated or not, in the format of
@@ -14,10 +14,9 @@ pairs, and so do ours: in the training half every pair after an image's first is
 stated rate. The held-out half is complete, which HICO-DET's is not. The .mat files are 1-based.
 """
 
-import argparse
 import json
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -33,6 +32,7 @@ from transformers import (
 
 from demo.grounding import PROMPT, grounding_text
 from demo.scenes import GRID, KINDS, RARE, SIDE, Scene, draw_scene, make_scenes
+from engine.options import Config, option, parse_config, required
 from engine.traces import gerund, join_words, template_trace
 from hicodet import HOI, PAIRS, Box, format_completion, prompt_text
 
@@ -273,26 +273,34 @@ def write_model(folder: Path, seed: int) -> None:
     (folder / "preprocessor_config.json").write_text(json.dumps(IMAGE_PROCESSOR, indent=2))
 
 
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig(Config):
+    """Options of the command."""
+
+    GROUPS = {"what to write": "dir train test seed", "annotations": "pairs left_out complete"}
+    dir: Path = required("folder to write data/ and model/ into", positional=True)
+    train: int = option(4000, "training images")
+    test: int = option(500, "test images")
+    pairs: int = option(2, "most pairs of an image, at most 3", least=1, below=MAX_PAIRS + 1)
+    left_out: float = option(
+        0.55, "share of the training half's further pairs that is not annotated", least=0
+    )
+    complete: bool = option(False, "annotate every pair, --left-out 0")
+    seed: int = option(0, "of scenes, colours and weights")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.left_out > 1:
+            raise ValueError(f"--left-out {self.left_out}: must be at most 1")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Write data, model and grounding texts; --help lists the options."""
-    parser = argparse.ArgumentParser(description="Write a toy HICO-DET and a tiny Qwen2.5-VL.")
-    parser.add_argument("dir", type=Path, help="folder to write data/ and model/ into")
-    parser.add_argument("--train", type=int, default=4000, help="training images")
-    parser.add_argument("--test", type=int, default=500, help="test images")
-    parser.add_argument("--pairs", type=int, default=2, choices=range(1, MAX_PAIRS + 1),
-                        help="most pairs of an image")
-    parser.add_argument("--left-out", type=float, default=0.55, metavar="RATE",
-                        help="share of the training half's further pairs that is not annotated")
-    parser.add_argument("--complete", dest="left_out", action="store_const", const=0.0,
-                        help="annotate every pair, --left-out 0")
-    parser.add_argument("--seed", type=int, default=0, help="of scenes, colours and weights")
-    args = parser.parse_args(argv)
-    if not 0 <= args.left_out <= 1:
-        parser.error(f"--left-out {args.left_out}: must be from 0 to 1")
-    write_data(args.dir / "data", args.train, args.test, args.seed,
-               pairs=args.pairs, left_out=args.left_out)
-    write_grounding(args.dir / "grounding.jsonl", args.train, args.seed, args.pairs)
-    write_model(args.dir / "model", args.seed)
+    config = parse_config(ToyConfig, __doc__, argv, prog="python -m demo.toy")
+    write_data(config.dir / "data", config.train, config.test, config.seed, pairs=config.pairs,
+               left_out=0.0 if config.complete else config.left_out)
+    write_grounding(config.dir / "grounding.jsonl", config.train, config.seed, config.pairs)
+    write_model(config.dir / "model", config.seed)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
 """How fast it is: ours against a named baseline in the same run.
 
-    python -m tests.bench update                         # a toy's width, on this machine
-    python -m tests.bench step --model-size 3b --json F  # Qwen2.5-VL-3B's shape, needs a GPU
+    python -m tests.bench update                # a toy's width, on any machine
+    python -m tests.bench step --model-size 3b  # the 3B's shape, on a GPU
 
 Prints our time, the baseline's, their ratio, peak memory and, on a GPU whose peaks are known, the
 floor: the time that the work's bytes and operations take at the device's measured rates. Weights
 are random; nothing is downloaded. The figures that were measured are in tests/BENCH.md.
 """
 
-import argparse
 import json
 import resource
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -23,6 +23,7 @@ import hicodet
 import hoi_r1
 from engine.attention import head_logprobs, pack, token_logprobs, use_group_attention
 from engine.examples import Example
+from engine.options import Config, option, parse_config, required
 from engine.policy import (
     ClippedAdamW,
     checkpoint_activations,
@@ -377,30 +378,34 @@ MODEL_BENCHES = {"sampler": bench_sampler, "update": bench_update, "logprobs": b
                  "predict": bench_predict}
 
 
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig(Config):
+    """Options of the command."""
+
+    GROUPS = {"what to measure": "what model_size repeats baseline json"}
+    what: Literal[*MODEL_BENCHES, *bench_cpu.BENCHES] = required("a bench", positional=True)
+    model_size: Literal[*SIZES] = option("tiny", "tiny, or for a GPU the 3B's shape, 80 GB or more")
+    repeats: int = option(3, "runs of each", least=1)
+    baseline: bool = option(True, "ours only")
+    json: Path | None = option(None, "file for the figures", metavar="FILE")
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.model_size != "tiny" and not torch.cuda.is_available():
+            raise ValueError("--model-size 3b needs a GPU, and torch finds none here")
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=[*MODEL_BENCHES, *bench_cpu.BENCHES])
-    parser.add_argument("--model-size", choices=list(SIZES), default="tiny",
-                        help="tiny, or Qwen2.5-VL-3B's configuration, for a GPU; 3b-80gb: "
-                        "with the options of a step that fit 80 GB (default: tiny)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each (default: 3)")
-    parser.add_argument("--no-baseline", action="store_true", help="ours only")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    args = parser.parse_args(argv)
-    if args.repeats < 1:
-        parser.error(f"--repeats {args.repeats}: must be at least 1")
-    if args.model_size != "tiny" and not torch.cuda.is_available():
-        parser.error("--model-size 3b needs a GPU, and torch finds none here")
-    runs = Runs(args.repeats, not args.no_baseline)
-    if args.what in bench_cpu.BENCHES:
-        found = bench_without_model(args.what, runs)
+    config = parse_config(BenchConfig, __doc__, argv, prog="python -m tests.bench")
+    runs = Runs(config.repeats, config.baseline)
+    if config.what in bench_cpu.BENCHES:
+        found = bench_without_model(config.what, runs)
     else:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        found = MODEL_BENCHES[args.what](SIZES[args.model_size], device, runs)
+        found = MODEL_BENCHES[config.what](SIZES[config.model_size], device, runs)
     print(report(found))
-    if args.json:
-        args.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
+    if config.json:
+        config.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
 
 
 def report(found: Result) -> str:

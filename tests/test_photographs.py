@@ -111,3 +111,11 @@ def test_a_data_set_or_photographs(capsys):
         with pytest.raises(SystemExit):
             hoi_r1.parse_config(["predict", "--model", "m", "--out", "o", *flags.split()])
         assert "--data, --image: give one of them" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--split train", "--limit 3", "--resume"])
+def test_what_chooses_images_of_a_data_set_is_refused_beside_photographs(flag, capsys):
+    line = f"predict --model m --out o --image a.jpg {flag}"
+    with pytest.raises(SystemExit):
+        hoi_r1.parse_config(line.split())
+    assert f"error: {flag.split()[0]}: only with --data" in capsys.readouterr().err
