@@ -12,10 +12,10 @@ seed share its base model and, where they only differ in GRPO, the model after S
 cut short goes on with the cell it was at. Seeds may run beside each other, each in one process.
 """
 
-import argparse
 import dataclasses
 import json
 import shutil
+import typing
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -26,6 +26,7 @@ from demo.score_rules import rules_table
 from demo.show import figures
 from demo.tables import rates_picture, study_page
 from engine.files import write_json
+from engine.options import Config, option, parse_stage, required
 from hoi_r1 import DemoConfig
 
 FIGURES = Path(__file__).parent / "study"
@@ -141,29 +142,72 @@ class Study:
         return data
 
 
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Config):
+    """Train and measure every cell that has no JSON file in demo/study/ yet.
+
+    Sections are those of demo/STUDY.md; "demo" takes five seeds, 3 takes two, the others three.
+
+        python -m demo.study run --sections 1 2 --seeds 0
+    """
+
+    sections: tuple[typing.Literal[*SECTIONS], ...] = option(
+        tuple(SECTIONS), "parts of the page (default: all)"
+    )
+    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "seeds (default: 0 to 4)", metavar="N")
+    out: str = option("runs/study", "folder for models and drawings", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteConfig(Config):
+    """Write demo/STUDY.md and its picture from the figures that are there.
+
+    What was not run is said to be open.
+
+        python -m demo.study write
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlindConfig(Config):
+    """Edit perfect answers: what does it cost in mAP, and what in reward?
+
+    Some minutes; no model is needed, and no image is opened.
+
+        python -m demo.study blind --data hico_20160224_det
+    """
+
+    data: str = required("folder of hico_20160224_det: anno_bbox.mat", metavar="DIR")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig(Config):
+    """Score answers that are like a model's under each rule of predict --scores.
+
+    Some minutes; no model is needed, and no image is opened.
+
+        python -m demo.study scores --data hico_20160224_det
+    """
+
+    data: str = required("folder of hico_20160224_det: anno_bbox.mat", metavar="DIR")
+
+
+STAGES = {"run": RunConfig, "write": WriteConfig, "blind": BlindConfig, "scores": ScoresConfig}
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Run cells, write the page, or print the table of what rewards do not see."""
-    parser = argparse.ArgumentParser(description="The paper's tables on the toy.")
-    programs = parser.add_subparsers(dest="program", required=True)
-    run = programs.add_parser("run", help="train and measure")
-    run.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    run.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
-    run.add_argument("--out", type=Path, default=Path("runs/study"))
-    programs.add_parser("write", help="write demo/STUDY.md")
-    for name, what in (("blind", "the rewards do not see"), ("scores", "--scores is worth")):
-        program = programs.add_parser(name, help=f"what {what}, on the real annotations")
-        program.add_argument("--data", required=True, help="folder of hico_20160224_det")
-    args = parser.parse_args(argv)
-    if args.program == "run":
-        study = Study(args.out.resolve(), FIGURES)
-        for cell in cells_of(args.sections, args.seeds):
+    """Run cells, write the page, or print a table on the real annotations."""
+    config = parse_stage(STAGES, __doc__, argv, prog="python -m demo.study")
+    if isinstance(config, RunConfig):
+        study = Study(Path(config.out).resolve(), FIGURES)
+        for cell in cells_of(config.sections, config.seeds):
             study.run(cell)
-    elif args.program == "write":
+    elif isinstance(config, WriteConfig):
         rows = [json.loads(file.read_text()) for file in sorted(FIGURES.glob("*.json"))]
         PAGE.write_text(study_page(rows))
         PICTURE.write_text(rates_picture(rows))
     else:
-        print({"blind": blind_table, "scores": rules_table}[args.program](args.data))
+        print((blind_table if isinstance(config, BlindConfig) else rules_table)(config.data))
 
 
 if __name__ == "__main__":

@@ -71,14 +71,17 @@ def parse_config(
     return _make(config_class, parser, vars(parser.parse_args(argv)))
 
 
-def parse_stage(stages: dict[str, type], page: str, argv: list[str] | None = None):
+def parse_stage(
+    stages: dict[str, type], page: str, argv: list[str] | None = None, *, prog: str | None = None
+):
     """The config of the stage that the first word names. The page of a stage is its docstring."""
     pages = {name: inspect.getdoc(config_class) for name, config_class in stages.items()}
     listed = "\n".join(f"    {name:<8} {text.splitlines()[0]}" for name, text in pages.items())
     more = "The options of a stage, with an example: %(prog)s STAGE --help"
     parser = argparse.ArgumentParser(
-        usage="%(prog)s STAGE [options]", epilog=f"stages:\n{listed}\n\n{more}", **_layout(page)
-    )
+        prog=prog, usage="%(prog)s STAGE [options]", epilog=f"stages:\n{listed}\n\n{more}",
+        **_layout(page),
+    )  # fmt: skip
     _add_help(parser)
     words = parser.add_subparsers(
         dest="stage", metavar="STAGE", required=True, prog=parser.prog, help=argparse.SUPPRESS
