@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -50,8 +51,12 @@ def run_demo(
     asked = train_images, base_steps, sft_steps, grpo_steps
     images, *steps = (max(1, round(number * steps_scale)) for number in asked)
     number = process_count()
-    make_data(out, images, test_images, seed, left_out=0.0 if complete else LEFT_OUT)
-    model = Path(base).resolve() if base else make_base(out, images, steps[0], seed, number)
+    with ThreadPoolExecutor() as beside:  # either takes one core
+        others = beside.submit(draw_for_base, out, images, seed) if not base else None
+        make_data(out, images, test_images, seed, left_out=0.0 if complete else LEFT_OUT)
+    if others:
+        others.result()
+    model = Path(base).resolve() if base else make_base(out, steps[0], seed, number)
     models = [model]
     predict(out, "base", model, number)
     for name, length in (("sft", steps[1]), ("grpo", steps[2])):
@@ -71,12 +76,16 @@ def make_data(out: Path, train: int, test: int, seed: int, *, left_out: float) -
     command("teacher.py --backend template --data {out}/data --out {out}/traces.jsonl", out=out)
 
 
-def make_base(out: Path, images: int, steps: int, seed: int, processes: int) -> Path:
+def draw_for_base(out: Path, images: int, seed: int) -> None:
+    """The drawings that the base model learns from, others than those of SFT and GRPO."""
+    drawings, flags = out / "grounding", f"--train {images} --test 1 --seed {BASE_SEED + seed}"
+    command(f"-m demo.toy {{drawings}} --complete {flags}", drawings=drawings)
+
+
+def make_base(out: Path, steps: int, seed: int, processes: int) -> Path:
     """Train a base model from the toy's random weights. Returns its folder."""
-    drawings, others = out / "grounding", f"--train {images} --test 1 --seed {BASE_SEED + seed}"
-    command(f"-m demo.toy {{drawings}} --complete {others}", drawings=drawings)
     flags = f"--model {{out}}/model --out {{out}}/base --steps {steps} --seed {seed}"
-    command(f"-m demo.base {{drawings}} {flags}", processes, drawings=drawings, out=out)
+    command(f"-m demo.base {{out}}/grounding {flags}", processes, out=out)
     return out / "base" / "model"
 
 

@@ -119,7 +119,8 @@ class Study:
         if not (data / "base" / "model").is_dir():
             for folder in ("grounding", "base"):
                 shutil.rmtree(data / folder, ignore_errors=True)
-            demo.run.make_base(data, sizes.train_images, sizes.base_steps, cell.seed, 1)
+            demo.run.draw_for_base(data, sizes.train_images, cell.seed)
+            demo.run.make_base(data, sizes.base_steps, cell.seed, 1)
         return data / "base" / "model"
 
     def trained(self, run: Path, stage: str, start: Cell, flags: str) -> Path:

@@ -2,11 +2,11 @@
 
     python -m demo.toy runs/toy --train 4000 --test 500
 
-writes, with runs/toy as DIR, `DIR/data` (anno_bbox.mat, anno.mat, images/train2015, images/test2015, the layout of
-hico_20160224_det) and `DIR/model` (a `save_pretrained` folder), so that the toy runs through the
-same commands as HICO-DET and the 3B model. The scenes are those of `demo/scenes.py`.
-`DIR/grounding.jsonl` says what every training image shows, annotated or not, in the format of
-traces.jsonl: the task that a base model is made with.
+writes, with runs/toy as DIR, `DIR/data` (anno_bbox.mat, anno.mat, images/train2015,
+images/test2015, the layout of hico_20160224_det) and `DIR/model` (a `save_pretrained` folder), so
+that the toy runs through the same commands as HICO-DET and the 3B model. The scenes are those of
+`demo/scenes.py`. `DIR/grounding.jsonl` says what every training image shows, annotated or not, in
+the format of traces.jsonl: the task that a base model is made with.
 
 A pair with two verbs is annotated once per HOI class with slightly different boxes, as in HICO-DET,
 and one image in forty lists an interaction that is not visible. Annotators of HICO-DET missed
