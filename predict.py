@@ -147,17 +147,8 @@ def predict_rows(
     truth), its length in tokens and whether it ended by itself.
     """
     mine, under_way = indices[ranks.rank :: ranks.world], {}
-    sampler = Sampler(
-        model,
-        slots=min(slots, max(len(mine), 1)),
-        group_size=1,
-        prompt_room=examples.longest_prompt(),
-        max_new_tokens=max_new_tokens,
-        end_id=examples.end_id,
-        temperature=0,
-        repetition_penalty=repetition_penalty,
-        banned=examples.banned(model.config.text_config.vocab_size).to(model.device),
-    )
+    limits = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
+    sampler = greedy_sampler(model, examples, slots=min(slots, max(len(mine), 1)), **limits)
 
     def arriving():
         for number, example in enumerate(read_ahead(examples, mine, workers)):
@@ -171,6 +162,23 @@ def predict_rows(
             row = prediction(examples, under_way.pop(number), ids, logprobs, scores)
             yield {"index": mine[number], "length": len(ids), "finished": finished, **row}
             bar.update()
+
+
+def greedy_sampler(
+    model, examples: Examples, *, slots: int, max_new_tokens: int, repetition_penalty: float
+) -> Sampler:
+    """What writes the likeliest completion of each example, `slots` at a time."""
+    return Sampler(
+        model,
+        slots=slots,
+        group_size=1,
+        prompt_room=examples.longest_prompt(),
+        max_new_tokens=max_new_tokens,
+        end_id=examples.end_id,
+        temperature=0,
+        repetition_penalty=repetition_penalty,
+        banned=examples.banned(model.config.text_config.vocab_size).to(model.device),
+    )
 
 
 def prediction(

@@ -1,10 +1,10 @@
 """Reading and checking predictions.jsonl, the file that evaluate.py describes."""
 
-import json
 import reprlib
 import sys
 from pathlib import Path
 
+from engine.files import json_lines
 from hicodet import HOI_IDS, OBJECTS, VERBS, Sample
 
 
@@ -16,19 +16,17 @@ def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
     """
     line_of = dict.fromkeys(sample.file_name for sample in samples)
     predictions = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                prediction = _parse_line(line)
-                name = prediction["file_name"]
-                expected = "an image of this split (check --data and --split)"
-                _expect(name in line_of, "'file_name'", expected, name)
-                expected = f"on one line only, but is on line {line_of[name]} already"
-                _expect(line_of[name] is None, "'file_name'", expected, name)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}") from error
-            line_of[name] = number
-            predictions.append(prediction)
+    for number, (where, prediction) in enumerate(json_lines(path), start=1):
+        try:
+            name = _checked_name(prediction)
+            expected = "an image of this split (check --data and --split)"
+            _expect(name in line_of, "'file_name'", expected, name)
+            expected = f"on one line only, but is on line {line_of[name]} already"
+            _expect(line_of[name] is None, "'file_name'", expected, name)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        line_of[name] = number
+        predictions.append(prediction)
     missing = [name for name, number in line_of.items() if number is None]
     if missing:
         raise ValueError(
@@ -39,19 +37,15 @@ def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
     return predictions
 
 
-def _parse_line(line: bytes) -> dict:
-    """One line as a checked dict; ValueError says what is wrong with it and what is expected."""
-    try:
-        prediction = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"not JSON ({error}); if it was cut short, predict it again") from error
+def _checked_name(prediction: object) -> str:
+    """The image of a line; ValueError says what is wrong with the line and what is expected."""
     _expect(isinstance(prediction, dict), "the line", "an object", prediction)
     name, instances = prediction.get("file_name"), prediction.get("instances")
     _expect(isinstance(name, str), "'file_name'", "a string, the name of an image", name)
     _expect(isinstance(instances, list), "'instances'", "a list, which may be empty", instances)
     for i, instance in enumerate(instances):
         _check_instance(instance, f"instances[{i}]")
-    return prediction
+    return name
 
 
 def _check_instance(instance: object, where: str) -> None:
