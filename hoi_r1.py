@@ -39,6 +39,7 @@ class RunConfig(Config):
     data: str = required("folder of hico_20160224_det: anno_bbox.mat, images/")
     out: str = required("folder for all that the run writes")
     seed: int = option(0, "of data order and sampling", least=0)
+    # of a switch that is on, the text is of its --no-...
     thinking: bool = option(True, "prompt without the Thinking Process (Table 2)")
     task_description: bool = option(True, "prompt without the valid classes (Table 2)")
     box_frame: typing.Literal["model", "original"] | None = option(

@@ -337,8 +337,6 @@ def test_wrong_use_is_an_error_with_a_way_out(flags, key, said, data, tmp_path, 
 
 @pytest.mark.parametrize("flags, said", [
     (["--retries", "-1"], "--retries -1: must be at least 0"),
-    (["--output-price", "nan"], "--output-price nan: must be at least 0"),
-    (["--limit", "abc"], "--limit: invalid int value: 'abc'"),
     (["--collect", "r"], "--collect takes the results of a batch"),
     (["--out", "nowhere/t.jsonl"], "--out nowhere/t.jsonl: there is no folder"),
     (["--backend", "template"], "the template makes none"),
