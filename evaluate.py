@@ -47,7 +47,7 @@ import engine.pair_scores
 import engine.ties
 from engine.options import Config, option, parse_config, required
 from engine.predictions import read_predictions
-from hicodet import HOI_IDS, OBJECTS, PAIRS, Sample, load_split, training_counts
+from hicodet import HOI_CLASSES, HOI_IDS, OBJECTS, Sample, load_split, training_counts
 
 MIN_IOU = 0.5  # Sec. 4.1
 RARE_BELOW = 10  # training pairs; fewer make a class rare
@@ -55,7 +55,7 @@ RARE_BELOW = 10  # training pairs; fewer make a class rare
 RECALL_GRID = tuple(k * 0.1 for k in range(11))
 
 
-class Pairs(NamedTuple):
+class PairArrays(NamedTuple):
     """Human-object pairs of all images as flat arrays; the order of rows is the order of ties."""
 
     hoi_id: np.ndarray  # (N,) int, 0 to 599
@@ -83,15 +83,15 @@ class Split(NamedTuple):
     rare: np.ndarray  # (600,) bool
 
 
-def _stack(rows: list[tuple]) -> Pairs:
+def _stack(rows: list[tuple]) -> PairArrays:
     """Rows of (hoi_id, image, human, object, score) as arrays; there may be none."""
     columns = list(zip(*rows)) or [()] * 5
     hoi_id, image = (np.array(column, dtype=np.int64) for column in columns[:2])
     humans, objects = (np.array(column, dtype=float).reshape(-1, 4) for column in columns[2:4])
-    return Pairs(hoi_id, image, humans, objects, np.array(columns[4], dtype=float))
+    return PairArrays(hoi_id, image, humans, objects, np.array(columns[4], dtype=float))
 
 
-def detection_arrays(predictions: list[dict], samples: list[Sample]) -> Pairs:
+def detection_arrays(predictions: list[dict], samples: list[Sample]) -> PairArrays:
     """One row for each verb of each instance, in the order of the lines and instances."""
     index = {sample.file_name: i for i, sample in enumerate(samples)}
     rows = []
@@ -104,7 +104,7 @@ def detection_arrays(predictions: list[dict], samples: list[Sample]) -> Pairs:
     return _stack(rows)
 
 
-def truth_arrays(samples: list[Sample]) -> Pairs:
+def truth_arrays(samples: list[Sample]) -> PairArrays:
     """The annotated pairs, unmerged, in the order of the annotations."""
     return _stack(
         [(p.hoi_id, i, p.human, p.object, 1.0) for i, s in enumerate(samples) for p in s.pairs]
@@ -119,14 +119,14 @@ def known_classes(samples: list[Sample]) -> np.ndarray:
     """
     known = np.zeros((len(samples), len(OBJECTS)), dtype=bool)
     for i, sample in enumerate(samples):
-        stray = {PAIRS[pair.hoi_id][1] for pair in sample.pairs} - sample.known_objects
+        stray = {HOI_CLASSES[pair.hoi_id][1] for pair in sample.pairs} - sample.known_objects
         if stray:
             raise ValueError(
                 f"{sample.file_name}: anno_bbox.mat has pairs with {min(stray)!r}, which anno.mat "
                 "does not know in this image; the two files do not belong together"
             )
         known[i, [OBJECTS.index(name) for name in sample.known_objects]] = True
-    return known[:, [OBJECTS.index(object_class) for _, object_class in PAIRS]]
+    return known[:, [OBJECTS.index(object_class) for _, object_class in HOI_CLASSES]]
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -147,7 +147,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.divide(shared, union, out=np.zeros(len(a)), where=overlapping)
 
 
-def overlaps(detections: Pairs, truth: Pairs, *, same_class: bool) -> Overlaps:
+def overlaps(detections: PairArrays, truth: PairArrays, *, same_class: bool) -> Overlaps:
     """Each detection beside each true pair of its image, and of its class if `same_class`."""
     num_images = max(detections.image.max(initial=-1), truth.image.max(initial=-1)) + 1
     group, true_group = (p.hoi_id * same_class * num_images + p.image for p in (detections, truth))
@@ -163,7 +163,7 @@ def overlaps(detections: Pairs, truth: Pairs, *, same_class: bool) -> Overlaps:
     return Overlaps(detection, pair, human, object_)
 
 
-def match(detections: Pairs, truth: Pairs) -> np.ndarray:
+def match(detections: PairArrays, truth: PairArrays) -> np.ndarray:
     """The true pair that each detection overlaps most, free or not.
 
     Looks among the true pairs of the detection's class and image; the overlap is the smaller of the
@@ -212,8 +212,8 @@ def ap_per_class(hoi_id: np.ndarray, right: np.ndarray, npos: np.ndarray) -> np.
 
     Returns (600,) float.
     """
-    ends = np.searchsorted(hoi_id, np.arange(len(PAIRS)), side="right")
-    by_class = np.split(right, ends)[: len(PAIRS)]
+    ends = np.searchsorted(hoi_id, np.arange(len(HOI_CLASSES)), side="right")
+    by_class = np.split(right, ends)[: len(HOI_CLASSES)]
     return np.array([average_precision(*pair) for pair in zip(by_class, npos, strict=True)])
 
 
@@ -245,7 +245,7 @@ def official_order(hoi_id: np.ndarray, image: np.ndarray, score: np.ndarray) -> 
 
 
 def evaluate_arrays(
-    detections: Pairs, truth: Pairs, known: np.ndarray, train_counts: list[int],
+    detections: PairArrays, truth: PairArrays, known: np.ndarray, train_counts: list[int],
     *, classes: str = "all", breakdown: bool = False, ties: str = "official",
 ) -> dict:  # fmt: skip
     """`evaluate` on flat arrays; known: (I, 600) bool, as `known_classes` gives it."""
@@ -254,11 +254,11 @@ def evaluate_arrays(
     if ties not in ("official", "bracket"):
         raise ValueError(f'ties is "official" or "bracket", not {ties!r}')
     order = official_order(detections.hoi_id, detections.image, detections.score)
-    detections = Pairs(*(column[order] for column in detections))
+    detections = PairArrays(*(column[order] for column in detections))
     matched = match(detections, truth)
     right = true_positives(matched)
-    npos = np.bincount(truth.hoi_id, minlength=len(PAIRS))
-    found = np.bincount(detections.hoi_id[right], minlength=len(PAIRS))
+    npos = np.bincount(truth.hoi_id, minlength=len(HOI_CLASSES))
+    found = np.bincount(detections.hoi_id[right], minlength=len(HOI_CLASSES))
     averaged = npos > 0 if classes == "present" else npos >= 0
     split = Split(npos, known, averaged, np.asarray(train_counts) < RARE_BELOW)
     result = measure(detections.hoi_id, detections.image, right, split) | {
@@ -275,7 +275,9 @@ def evaluate_arrays(
     return result
 
 
-def _break_down(detections: Pairs, truth: Pairs, matched: np.ndarray, split: Split) -> dict:
+def _break_down(
+    detections: PairArrays, truth: PairArrays, matched: np.ndarray, split: Split
+) -> dict:
     """What `breakdown` adds to the result; detections in the official order."""
 
     def full_map(hoi_id, image, score, right) -> float | None:
@@ -290,7 +292,7 @@ def _break_down(detections: Pairs, truth: Pairs, matched: np.ndarray, split: Spl
     }
 
 
-def _bracket_ties(detections: Pairs, matched: np.ndarray, split: Split) -> dict:
+def _bracket_ties(detections: PairArrays, matched: np.ndarray, split: Split) -> dict:
     """What `ties="bracket"` adds to the result; detections in the official order."""
 
     def in_order(order: np.ndarray) -> dict:

@@ -112,13 +112,13 @@ vase: hold, make, paint, no interaction
 wine glass: fill, hold, sip, toast, lick, wash, no interaction
 zebra: feed, hold, pet, watch, no interaction
 """
-PAIRS = tuple(
+HOI_CLASSES = tuple(
     (verb, name)
     for name, verbs in (line.split(": ") for line in INTERACTIONS.splitlines())
     for verb in verbs.split(", ")
 )  # (verb, object class) at index hoi_id, which counts from 0
-HOI_IDS = {pair: hoi_id for hoi_id, pair in enumerate(PAIRS)}
-VERBS = tuple(sorted({verb for verb, _ in PAIRS}))  # HICO's order is the alphabet's
+HOI_IDS = {hoi_class: hoi_id for hoi_id, hoi_class in enumerate(HOI_CLASSES)}
+VERBS = tuple(sorted({verb for verb, _ in HOI_CLASSES}))  # HICO's order is the alphabet's
 
 # COCO's order, in which Fig. 4 lists the object classes.
 OBJECTS = tuple(
@@ -156,7 +156,7 @@ class Pair:
 
     human: Box
     object: Box
-    hoi_id: int  # index of PAIRS
+    hoi_id: int  # index of HOI_CLASSES
 
 
 @dataclass(frozen=True)
@@ -236,7 +236,7 @@ def _read_rows(root: Path, split: str) -> list[tuple]:
 
 def _read_counts(path: Path) -> list[int]:
     variables = _read_mat(path, ("bbox_train", "list_action"))
-    counts = [0] * len(PAIRS)
+    counts = [0] * len(HOI_CLASSES)
     try:
         _check_actions(variables["list_action"])
         for record in variables["bbox_train"].ravel():
@@ -268,14 +268,14 @@ def _read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def _check_actions(actions: np.ndarray) -> None:
-    """Ids mean what PAIRS says only if the file's own list of HOI classes is the same."""
+    """Ids mean what HOI_CLASSES says only if the file's own list of HOI classes is the same."""
     found = tuple(
         tuple(_item(action, name, str).replace("_", " ") for name in ("vname", "nname"))
         for action in actions.ravel()
     )
-    if found != PAIRS:
-        odd = next((pair for pair in found if pair not in PAIRS), "another order or number")
-        raise ValueError(f"not the {len(PAIRS)} HOI classes of HICO in their order: {odd}")
+    if found != HOI_CLASSES:
+        odd = next((one for one in found if one not in HOI_CLASSES), "another order or number")
+        raise ValueError(f"not the {len(HOI_CLASSES)} HOI classes of HICO in their order: {odd}")
 
 
 def _image_level_objects(path: Path, split: str) -> dict[str, frozenset[str]] | None:
@@ -284,14 +284,14 @@ def _image_level_objects(path: Path, split: str) -> dict[str, frozenset[str]] | 
         return None
     variables = _read_mat(path, (f"list_{split}", f"anno_{split}"))
     files, labels = variables[f"list_{split}"].ravel(), variables[f"anno_{split}"]
-    if labels.shape != (len(PAIRS), files.size):
+    if labels.shape != (len(HOI_CLASSES), files.size):
         raise InputError(
-            f"{path}: anno_{split} has shape {labels.shape}, not {len(PAIRS)} classes x "
+            f"{path}: anno_{split} has shape {labels.shape}, not {len(HOI_CLASSES)} classes x "
             f"{files.size} images of list_{split}. {LAYOUT_HINT}"
         )
     objects = [set() for _ in files]
     for hoi_id, column in np.argwhere(labels == 1):  # -1 is no, 0 ambiguous, NaN not asked
-        objects[column].add(PAIRS[hoi_id][1])
+        objects[column].add(HOI_CLASSES[hoi_id][1])
     return {str(np.squeeze(f)): frozenset(names) for f, names in zip(files, objects, strict=True)}
 
 
@@ -307,15 +307,15 @@ def _read_row(record: np.void, known: dict[str, frozenset] | None) -> tuple:
     for entry in record["hoi"].ravel():
         hoi_id, visible = _read_hoi(entry)
         pairs += visible
-        listed.add(PAIRS[hoi_id][1])
+        listed.add(HOI_CLASSES[hoi_id][1])
     return name, width, height, pairs, sorted(listed if known is None else known[name])
 
 
 def _read_class(entry: np.void) -> tuple[int, bool]:
     """The class (0-based) of one entry of `hoi`, and whether it is visible."""
     number = _item(entry, "id")
-    if not (number.is_integer() and 1 <= number <= len(PAIRS)):
-        raise ValueError(f"field id: {number:g} is not one of 1..{len(PAIRS)}")
+    if not (number.is_integer() and 1 <= number <= len(HOI_CLASSES)):
+        raise ValueError(f"field id: {number:g} is not one of 1..{len(HOI_CLASSES)}")
     return int(number) - 1, not _item(entry, "invis")
 
 
@@ -386,7 +386,7 @@ def merge_pairs(pairs: Iterable[Pair]) -> tuple[HOI, ...]:
     """
     merged: list[tuple[Pair, str, list[str]]] = []
     for pair in pairs:
-        verb, object_class = PAIRS[pair.hoi_id]
+        verb, object_class = HOI_CLASSES[pair.hoi_id]
         best, best_overlap = None, MERGE_IOU
         for first, name, verbs in merged:
             if name == object_class and verb not in verbs:

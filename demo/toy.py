@@ -34,7 +34,7 @@ from demo.grounding import PROMPT, grounding_text
 from demo.scenes import GRID, KINDS, RARE, SIDE, Scene, draw_scene, make_scenes
 from engine.options import Config, option, parse_config, required
 from engine.traces import gerund, join_words, template_trace
-from hicodet import HOI, PAIRS, Box, format_completion, prompt_text
+from hicodet import HOI, HOI_CLASSES, Box, format_completion, prompt_text
 
 MAX_PAIRS = 3
 INVISIBLE_SHARE = 40  # one image in so many lists an interaction without boxes
@@ -109,7 +109,7 @@ def annotate(scene: Scene, rng: np.random.Generator) -> np.ndarray:
             boxes = (hoi.human, hoi.object)
             if verb != hoi.verbs[0]:
                 boxes = tuple(jittered(box, scene.width, rng) for box in boxes)
-            boxes_of.setdefault(PAIRS.index((verb, hoi.object_class)) + 1, []).append(boxes)
+            boxes_of.setdefault(HOI_CLASSES.index((verb, hoi.object_class)) + 1, []).append(boxes)
     rows = []
     for number, boxes in sorted(boxes_of.items()):
         humans, objects = zip(*rng.permutation(boxes).tolist())
@@ -119,7 +119,7 @@ def annotate(scene: Scene, rng: np.random.Generator) -> np.ndarray:
                      "connection": np.stack([links, links], axis=1), "invis": np.uint8(0)})
     if rng.integers(INVISIBLE_SHARE) == 0:
         nothing = np.empty((0, 0))
-        rows.append({"id": np.uint16(PAIRS.index(("repair", "bicycle")) + 1),
+        rows.append({"id": np.uint16(HOI_CLASSES.index(("repair", "bicycle")) + 1),
                      "bboxhuman": nothing, "bboxobject": nothing, "connection": nothing,
                      "invis": np.uint8(1)})
     return struct(rows)
@@ -150,7 +150,7 @@ def write_split(root: Path, split: str, scenes: list[Scene], left_out: float,
 
 def image_labels(bbox: np.ndarray) -> np.ndarray:
     """(600, images) int8 of `anno.mat`: 1 where an image shows an HOI class, visible or not."""
-    labels = np.full((len(PAIRS), bbox.shape[1]), -1, np.int8)
+    labels = np.full((len(HOI_CLASSES), bbox.shape[1]), -1, np.int8)
     for image, hois in enumerate(bbox["hoi"][0]):
         labels[[hoi["id"] - 1 for hoi in hois[0]], image] = 1
     return labels
@@ -170,7 +170,7 @@ def write_data(root: Path, train: int, test: int, seed: int, *, pairs: int = 2,
     empty = np.empty((0, 0))
     actions = struct([{"nname": name.replace(" ", "_"), "vname": verb.replace(" ", "_"),
                        "vname_ing": verb.replace(" ", "_"), "syn": empty, "def": "",
-                       "synset": "", "ex": ""} for verb, name in PAIRS]).T
+                       "synset": "", "ex": ""} for verb, name in HOI_CLASSES]).T
     savemat(root / "anno_bbox.mat", {"bbox_train": bbox_train, "bbox_test": bbox_test,
                                      "list_action": actions}, do_compression=True)
     savemat(root / "anno.mat", {"list_train": cells(train_names), "list_test": cells(test_names),

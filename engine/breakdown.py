@@ -30,14 +30,14 @@ To mend a kind is to give each of its pairs a detection that is right, as Diag-H
 Each kind is mended alone; the gains do not add up.
 
 Axes: N detections, M true pairs, K overlaps (each detection beside each true pair of its image).
-Where a parameter is called detections, truth or overlaps, it is evaluate.Pairs or .Overlaps.
+Where a parameter is called detections, truth or overlaps, it is evaluate.PairArrays or .Overlaps.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-from hicodet import OBJECTS, PAIRS
+from hicodet import HOI_CLASSES, OBJECTS
 
 NEAR = 0.1  # overlap below which TIDE (arXiv 2008.08115) calls a detection background
 KINDS = (
@@ -50,7 +50,7 @@ KINDS = (
     "no such object box",
     "not paired",
 )
-OBJECT_OF = np.array([OBJECTS.index(object_class) for _, object_class in PAIRS])  # (600,)
+OBJECT_OF = np.array([OBJECTS.index(object_class) for _, object_class in HOI_CLASSES])  # (600,)
 
 
 def at_fault(detections, truth, overlaps, min_iou: float) -> dict[str, np.ndarray]:

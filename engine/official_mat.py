@@ -11,14 +11,14 @@ from pathlib import Path
 
 import numpy as np
 
-from hicodet import OBJECTS, PAIRS
+from hicodet import HOI_CLASSES, OBJECTS
 
 
 def write_official(folder: Path, detections, num_images: int) -> None:
     """Writes the 80 files, over older ones; the folder is made if its parent exists.
 
-    detections: evaluate.Pairs, the rows of an image and class in the order of ties. The 5.8 million
-    cells of the test set, most of them empty, take minutes.
+    detections: evaluate.PairArrays, the rows of an image and class in the order of ties. The 5.8
+    million cells of the test set, most of them empty, take minutes.
     """
     from scipy.io import savemat  # only here, as SciPy would slow down --help
 
@@ -30,7 +30,7 @@ def write_official(folder: Path, detections, num_images: int) -> None:
     empty = np.zeros((0, 9))
     folder.mkdir(exist_ok=True)
     for number, object_class in enumerate(OBJECTS, start=1):
-        hoi_ids = [i for i, (_, name) in enumerate(PAIRS) if name == object_class]
+        hoi_ids = [i for i, (_, name) in enumerate(HOI_CLASSES) if name == object_class]
         all_boxes = np.empty((len(hoi_ids), num_images), dtype=object)
         for action, hoi_id in enumerate(hoi_ids):
             for image in range(num_images):

@@ -22,7 +22,7 @@ detections count, however low their score.
 
 import numpy as np
 
-from hicodet import PAIRS
+from hicodet import HOI_CLASSES
 
 
 def one_to_one(detection: np.ndarray, pair: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -60,7 +60,7 @@ def ratios(hits: np.ndarray, detections: np.ndarray, truth: np.ndarray) -> dict:
 def pair_scores(detections, truth, overlaps, num_images: int, *, min_iou: float) -> dict:
     """{"micro", "macro", "image"} as above, in fractions; what --json writes.
 
-    detections, truth: evaluate.Pairs. overlaps: evaluate.Overlaps, of all classes.
+    detections, truth: evaluate.PairArrays. overlaps: evaluate.Overlaps, of all classes.
     """
     fits = np.minimum(overlaps.human, overlaps.object) >= min_iou
     fits &= detections.hoi_id[overlaps.detection] == truth.hoi_id[overlaps.pair]
@@ -75,7 +75,7 @@ def pair_scores(detections, truth, overlaps, num_images: int, *, min_iou: float)
     exact = (by_image[0] == by_image[1]) & (by_image[0] == by_image[2])
     return {
         "micro": ratios(*(count.sum(keepdims=True) for count in by_image)),
-        "macro": ratios(*counts("hoi_id", len(PAIRS))),
+        "macro": ratios(*counts("hoi_id", len(HOI_CLASSES))),
         "image": ratios(*by_image) | {"exact": float(exact.mean()) if num_images else None},
     }
 

@@ -59,7 +59,7 @@ def _check_instance(instance: object, where: str) -> None:
     _expect(isinstance(verbs, list), f"'verbs' of {where}", "a list of names", verbs)
     for verb in verbs:
         _expect(verb in VERBS, f"each of 'verbs' of {where}", "one of hicodet.VERBS", verb)
-        expected = f"one that hicodet.PAIRS has with {name!r}"
+        expected = f"one that hicodet.HOI_CLASSES has with {name!r}"
         _expect((verb, name) in HOI_IDS, f"each of 'verbs' of {where}", expected, verb)
     expected = f"{len(verbs)} finite numbers, one for each verb"
     _expect(_are_numbers(scores, len(verbs)), f"'scores' of {where}", expected, scores)

@@ -171,7 +171,7 @@ def _read_result(folder: Path) -> dict | None:
 def _is_result(value: dict | None) -> bool:
     settings = [(value or {}).get(name) for name in ("default", "known_object")]
     return all(
-        isinstance(setting, dict) and len(_list(setting.get("ap"))) == len(hicodet.PAIRS)
+        isinstance(setting, dict) and len(_list(setting.get("ap"))) == len(hicodet.HOI_CLASSES)
         for setting in settings
     )
 

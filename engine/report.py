@@ -19,7 +19,7 @@ from engine import figures, health
 from engine.figures import Column
 from engine.health import number
 from engine.records import Run, read_run
-from hicodet import PAIRS
+from hicodet import HOI_CLASSES
 
 TEMPLATES, FILES = Path(__file__).with_suffix(""), ("html", "css", "js")
 TONES = 6  # colours of runs in page.css
@@ -249,14 +249,14 @@ def _classes(columns: Sequence[Column]) -> str:
     )
     results = [column.run.result for column in evaluated]
     present = results[0].get("true_pairs")
-    order = sorted(range(len(PAIRS)), key=lambda hoi_id: _at(present, hoi_id) == 0)  # stable
+    order = sorted(range(len(HOI_CLASSES)), key=lambda hoi_id: _at(present, hoi_id) == 0)  # stable
     rows = "".join(_class_row(hoi_id, results) for hoi_id in order)
     table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     return _scroll("AP of each class", table, "scroll high")
 
 
 def _class_row(hoi_id: int, results: Sequence[dict]) -> str:
-    verb, object_class = PAIRS[hoi_id]
+    verb, object_class = HOI_CLASSES[hoi_id]
     pairs = number(_at(results[0].get("true_pairs"), hoi_id))
     cells = [f"{pairs:.0f}" if math.isfinite(pairs) else "–"]
     for result in results:

@@ -25,7 +25,7 @@ def random_box(rng: np.random.Generator) -> tuple:
 
 def random_hois(rng: np.random.Generator, count: int) -> tuple[hicodet.HOI, ...]:
     """HOIs of any boxes and classes."""
-    pairs = [hicodet.PAIRS[i] for i in rng.integers(len(hicodet.PAIRS), size=count)]
+    pairs = [hicodet.HOI_CLASSES[i] for i in rng.integers(len(hicodet.HOI_CLASSES), size=count)]
     boxes = [(random_box(rng), random_box(rng)) for _ in pairs]
     return tuple(hicodet.HOI(*b, name, (verb,)) for b, (verb, name) in zip(boxes, pairs))
 
@@ -56,7 +56,7 @@ def bench_evaluate() -> dict:
     for number in range(IMAGES["test"]):
         hois = random_hois(rng, 3)
         pairs = tuple(
-            hicodet.Pair(h.human, h.object, hicodet.PAIRS.index((h.verbs[0], h.object_class)))
+            hicodet.Pair(h.human, h.object, hicodet.HOI_CLASSES.index((h.verbs[0], h.object_class)))
             for h in hois)
         known = frozenset(h.object_class for h in hois)
         name = f"{number}.jpg"
@@ -66,7 +66,7 @@ def bench_evaluate() -> dict:
              "verbs": list(h.verbs), "scores": [float(rng.random())]}
             for h in hois + random_hois(rng, 4)]
         lines.append({"file_name": name, "instances": instances})
-    counts = [20] * len(hicodet.PAIRS)
+    counts = [20] * len(hicodet.HOI_CLASSES)
     found = {}
 
     def ours():
@@ -85,8 +85,8 @@ def looped_map(lines: list[dict], samples: list[hicodet.Sample], known_object: b
     """Mean AP over the 600 classes, one detection after the other."""
     from tests.pairs import reference_ap
 
-    detections, truth = ([[] for _ in hicodet.PAIRS] for _ in range(2))
-    place = {pair: number for number, pair in enumerate(hicodet.PAIRS)}
+    detections, truth = ([[] for _ in hicodet.HOI_CLASSES] for _ in range(2))
+    place = {pair: number for number, pair in enumerate(hicodet.HOI_CLASSES)}
     for image, (line, sample) in enumerate(zip(lines, samples)):
         for pair in sample.pairs:
             truth[pair.hoi_id].append((image, pair.human, pair.object))
@@ -113,7 +113,7 @@ def write_annotations(root: Path) -> None:
         variables[f"bbox_{split}"] = toy.struct(rows)
     actions = toy.struct([
         {"nname": name.replace(" ", "_"), "vname": verb.replace(" ", "_")}
-        for verb, name in hicodet.PAIRS]).T
+        for verb, name in hicodet.HOI_CLASSES]).T
     savemat(root / "anno_bbox.mat", variables | {"list_action": actions}, do_compression=True)
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import hicodet
 
 MANY = [100] * 600  # training counts with which no class is rare
-RIDE_BICYCLE = hicodet.PAIRS.index(("ride", "bicycle"))
-HOLD_BICYCLE = hicodet.PAIRS.index(("hold", "bicycle"))
-RIDE_HORSE = hicodet.PAIRS.index(("ride", "horse"))
+RIDE_BICYCLE = hicodet.HOI_CLASSES.index(("ride", "bicycle"))
+HOLD_BICYCLE = hicodet.HOI_CLASSES.index(("hold", "bicycle"))
+RIDE_HORSE = hicodet.HOI_CLASSES.index(("ride", "horse"))
 BOX = (0.0, 0.0, 9.0, 9.0)
 FAR = (100.0, 100.0, 109.0, 109.0)
 
@@ -24,7 +24,7 @@ def make_line(name, detections=()):
     """A line of predictions.jsonl from detections (human, object, hoi_id, score)."""
     instances = []
     for human, object_, hoi_id, score in detections:
-        verb, object_class = hicodet.PAIRS[hoi_id]
+        verb, object_class = hicodet.HOI_CLASSES[hoi_id]
         instances.append(
             {"human": list(human), "object": list(object_), "object_class": object_class,
              "verbs": [verb], "scores": [score]}
@@ -98,7 +98,7 @@ def random_problem(rng):
             for _ in range(rng.randint(0, 6) if image else 0)
         ]
         pairs += [rng.choice(pairs)] if pairs else []  # annotated twice
-        known = {hicodet.PAIRS[hoi_id][1] for *_, hoi_id in pairs}
+        known = {hicodet.HOI_CLASSES[hoi_id][1] for *_, hoi_id in pairs}
         detections = [
             (disturbed(human, rng), disturbed(object_, rng), hoi_id, rng.choice((0.5, 0.5, 1.0)))
             for human, object_, hoi_id in rng.choices(pairs, k=12)
@@ -115,7 +115,7 @@ def random_problem(rng):
 
 def reference_problem(samples, lines, hoi_id, known_object, seen):
     """Collects one class's rows in tie order and hands them to reference_ap."""
-    verb, object_class = hicodet.PAIRS[hoi_id]
+    verb, object_class = hicodet.HOI_CLASSES[hoi_id]
     detections, truth = [], []
     for image, (sample, line) in enumerate(zip(samples, lines)):
         truth += [(image, p.human, p.object) for p in sample.pairs if p.hoi_id == hoi_id]

@@ -4,7 +4,7 @@ import json
 
 from PIL import Image
 
-from hicodet import HOI, PAIRS, format_completion
+from hicodet import HOI, HOI_CLASSES, format_completion
 
 TRUTH = HOI((10.0, 10.0, 50.0, 90.0), (60.0, 40.0, 110.0, 90.0), "bicycle", ("ride", "sit on"))
 EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'> & \"quoted\""
@@ -74,7 +74,7 @@ def write_prediction(root, rewards=(3.0, 1.0, 2.0), *, data=None):
 
 def result(**changes):
     """A result of evaluate.py in which class i has an AP of i / 1000."""
-    ap = [i / 1000 for i in range(len(PAIRS))]
+    ap = [i / 1000 for i in range(len(HOI_CLASSES))]
     means = {"full": 0.1234, "rare": None, "non_rare": 0.2, "ap": ap}
     pairs = [7] * 599 + [0]
     values = {"default": means, "known_object": means, "max_recall": [0.5] * 599 + [None]}

@@ -32,7 +32,7 @@ def result_of(samples, lines):
 
 def broken_down(truth, detections):
     """The breakdown of one image; truth: (human, object, hoi_id), detections: with a score."""
-    known = {hicodet.PAIRS[hoi_id][1] for *_, hoi_id in truth}
+    known = {hicodet.HOI_CLASSES[hoi_id][1] for *_, hoi_id in truth}
     sample = make_sample("a", truth, known)
     return result_of([sample], [make_line("a", detections)])["breakdown"]
 
@@ -102,10 +102,10 @@ def reference_reason(pair, detections, found):
         return None
     if not detections:
         return "image unparsed"
-    verb, name = hicodet.PAIRS[pair.hoi_id]
+    verb, name = hicodet.HOI_CLASSES[pair.hoi_id]
     seen, persons, objects = set(), [], []
     for human, object_, hoi_id, _ in detections:
-        other_verb, other_name = hicodet.PAIRS[hoi_id]
+        other_verb, other_name = hicodet.HOI_CLASSES[hoi_id]
         person, thing = reference_iou(human, pair.human), reference_iou(object_, pair.object)
         persons.append(person)
         objects.append(thing)
@@ -161,7 +161,7 @@ def small_problems(count):
             line["instances"] = line["instances"][: rng.choice((0, 1, 3, 99))]
             for instance in rng.sample(line["instances"], len(line["instances"]) // 2):
                 hoi_id = rng.choice((RIDE_BICYCLE, HOLD_BICYCLE, HOLD_BICYCLE, RIDE_HORSE))
-                verb, instance["object_class"] = hicodet.PAIRS[hoi_id]
+                verb, instance["object_class"] = hicodet.HOI_CLASSES[hoi_id]
                 instance["verbs"] = [verb]
         yield seed, samples, lines
 

@@ -39,7 +39,7 @@ def official(real_samples):
     """Samples, training counts, detections and the MATLAB code's result for them."""
     with np.load(HICO_DET / "dets_c.npz") as file:
         boxes = file["boxes_h"] - 1, file["boxes_o"] - 1  # 1-based there
-        detections = evaluate.Pairs(file["hoi"], file["image_index"], *boxes, file["score"])
+        detections = evaluate.PairArrays(file["hoi"], file["image_index"], *boxes, file["score"])
     expected = json.loads((HICO_DET / "expected_c.json").read_text())
     return real_samples, hicodet.training_counts(HICO_DET), detections, expected
 

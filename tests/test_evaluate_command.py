@@ -83,7 +83,7 @@ BAD_LINES = [
     (line_with(verbs=None), "'verbs' of instances[1] must be a list of names; found None"),
     (line_with(verbs=["riding"]), "must be one of hicodet.VERBS; found 'riding'"),
     (line_with(verbs=[["ride"]]), "must be one of hicodet.VERBS; found ['ride']"),
-    (line_with(verbs=["eat"]), "must be one that hicodet.PAIRS has with 'bicycle'; found 'eat'"),
+    (line_with(verbs=["eat"]), "one that hicodet.HOI_CLASSES has with 'bicycle'; found 'eat'"),
     (
         line_with(scores=[1, 1]),
         "'scores' of instances[1] must be 1 finite numbers, one for each verb; found [1, 1]",

@@ -13,7 +13,7 @@ from hicodet import HOI, Pair
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HICO_DET = SHARED / "hico_det"
 HOLD_BICYCLE, RIDE_BICYCLE, SIT_ON_BICYCLE, RIDE_HORSE = map(
-    hicodet.PAIRS.index,
+    hicodet.HOI_CLASSES.index,
     [("hold", "bicycle"), ("ride", "bicycle"), ("sit on", "bicycle"), ("ride", "horse")],
 )
 PERSON, BICYCLE = (10.0, 10.0, 50.0, 90.0), (20.0, 50.0, 80.0, 100.0)
@@ -26,12 +26,12 @@ def test_vocabulary():
     )  # fmt: skip
     assert len(hicodet.VERBS) == len(set(hicodet.VERBS)) == 117
     assert hicodet.VERBS[57] == "no interaction"  # 58th of the official list of verbs
-    assert len(hicodet.PAIRS) == len(set(hicodet.PAIRS)) == 600
-    assert {name for _, name in hicodet.PAIRS} == set(hicodet.OBJECTS)
-    assert sum(verb == "no interaction" for verb, _ in hicodet.PAIRS) == 80
-    assert hicodet.PAIRS[0] == ("board", "airplane")
-    assert hicodet.PAIRS[245] == ("sit on", "bench")
-    assert hicodet.PAIRS[599] == ("no interaction", "zebra")
+    assert len(hicodet.HOI_CLASSES) == len(set(hicodet.HOI_CLASSES)) == 600
+    assert {name for _, name in hicodet.HOI_CLASSES} == set(hicodet.OBJECTS)
+    assert sum(verb == "no interaction" for verb, _ in hicodet.HOI_CLASSES) == 80
+    assert hicodet.HOI_CLASSES[0] == ("board", "airplane")
+    assert hicodet.HOI_CLASSES[245] == ("sit on", "bench")
+    assert hicodet.HOI_CLASSES[599] == ("no interaction", "zebra")
 
 
 # What MATLAB writes, from dicts: a struct array is an object array with named fields.
@@ -68,7 +68,7 @@ def image(name, *hois, size=(640, 480)):
     return {"filename": name, "size": size, "hoi": struct(*hois) if hois else empty}
 
 
-def write(root, *images, actions=hicodet.PAIRS, **changes):
+def write(root, *images, actions=hicodet.HOI_CLASSES, **changes):
     """anno_bbox.mat with the images as both halves."""
     rows = [{"nname": n.replace(" ", "_"), "vname": v.replace(" ", "_")} for v, n in actions]
     variables = {"bbox_test": struct(*images), "bbox_train": struct(*images)}
@@ -171,8 +171,9 @@ def test_wrong_files_are_named(tmp_path):
         hicodet.load_split(write(tmp_path, good, good), "test")
     with pytest.raises(ValueError, match="no variable bbox_test"):
         hicodet.load_split(write(tmp_path, good, bbox_test=None), "test")
-    swapped = (hicodet.PAIRS[1], hicodet.PAIRS[0], *hicodet.PAIRS[2:])
-    for actions in (swapped, hicodet.PAIRS[:599], [("fly", "kite"), *hicodet.PAIRS[1:]]):
+    swapped = (hicodet.HOI_CLASSES[1], hicodet.HOI_CLASSES[0], *hicodet.HOI_CLASSES[2:])
+    other = [("fly", "kite"), *hicodet.HOI_CLASSES[1:]]
+    for actions in (swapped, hicodet.HOI_CLASSES[:599], other):
         with pytest.raises(ValueError, match="list_action: not the 600 HOI classes"):
             hicodet.load_split(write(tmp_path, good, actions=actions), "test")
     whole = (write(tmp_path, good) / "anno_bbox.mat").read_bytes()

@@ -50,7 +50,7 @@ def test_fig4_prompt_layout():
     )
     listed = [(verb, row[0]) for line in lines[7:87] if (row := line.split(": "))
               for verb in row[1].split(", ")]  # fmt: skip
-    assert tuple(listed) == hicodet.PAIRS
+    assert tuple(listed) == hicodet.HOI_CLASSES
     assert lines[87:90] == ["", "Thinking Process:", "1. How many people are in the image?"]
     assert lines[93:] == [
         "", "EXAMPLE OUTPUT FORMAT:", "<think>", "reasoning process here", "</think>", "<answer>",

@@ -58,7 +58,7 @@ def test_every_class_has_its_cell(tmp_path):
     files = written(tmp_path, [make_sample("a")], [make_line("a", detections)])
     for name, cells in zip(hicodet.OBJECTS, files.values(), strict=True):
         scores = [cell[0, 8] for cell in cells[:, 0]]
-        expected = [i / 1000 for i, pair in enumerate(hicodet.PAIRS) if pair[1] == name]
+        expected = [i / 1000 for i, pair in enumerate(hicodet.HOI_CLASSES) if pair[1] == name]
         assert scores == expected
 
 

@@ -121,7 +121,7 @@ def reference_counts(samples, lines):
     counts = {}
     for image, (sample, line) in enumerate(zip(samples, lines, strict=True)):
         for hoi_id in RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE, 599:
-            verb, name = hicodet.PAIRS[hoi_id]
+            verb, name = hicodet.HOI_CLASSES[hoi_id]
             pairs = [pair for pair in sample.pairs if pair.hoi_id == hoi_id]
             detections = [
                 i for i in line["instances"] if (i["verbs"], i["object_class"]) == ([verb], name)

@@ -157,8 +157,8 @@ THREE = {
 
 MATCHED = {"label_reward": "matched"}
 LEFT, RIGHT = apart(1), apart(2) | {"object class": "dog", "verb class": "walk"}
-PAIRS = [HOI(tuple(pair["human"]), tuple(pair["object"]), pair["object class"],
-             tuple(pair["verb class"].split(", "))) for pair in (LEFT, RIGHT)]
+HOIS = [HOI(tuple(pair["human"]), tuple(pair["object"]), pair["object class"],
+            tuple(pair["verb class"].split(", "))) for pair in (LEFT, RIGHT)]
 SWAPPED = [LEFT | {"object class": "dog"}, RIGHT | {"object class": "bicycle"}]
 HANDED_ON = [LEFT | {"verb class": "walk"}, RIGHT | {"verb class": "ride, sit on"}]
 BLIND = {  # edits of LEFT and RIGHT -> the total as printed, and with labels on matched pairs
@@ -177,8 +177,8 @@ BLIND = {  # edits of LEFT and RIGHT -> the total as printed, and with labels on
 @pytest.mark.parametrize("instances, printed, matched", BLIND.values(), ids=BLIND.keys())
 def test_what_the_label_reward_as_printed_does_not_see(instances, printed, matched):
     text = written(*instances)
-    assert earned(text, PAIRS)["total"] == pytest.approx(printed)
-    assert earned(text, PAIRS, **MATCHED)["total"] == pytest.approx(matched)
+    assert earned(text, HOIS)["total"] == pytest.approx(printed)
+    assert earned(text, HOIS, **MATCHED)["total"] == pytest.approx(matched)
 
 
 @pytest.mark.parametrize("text, options, total", THREE.values(), ids=THREE.keys())

@@ -70,7 +70,7 @@ def test_people_at_iou_one_half_are_two():
 
 
 def test_every_pair_makes_a_trace_that_would_be_accepted():
-    for verb, name in hicodet.PAIRS:
+    for verb, name in hicodet.HOI_CLASSES:
         trace = engine.traces.template_trace([HOI(MAN, CAR, name, (verb,))])
         assert not any(tag in trace for tag in engine.traces.TAGS)
         assert 18 <= len(trace.split()) <= 40

@@ -222,7 +222,7 @@ def test_rare_kinds_are_rare_in_train_and_ordinary_in_test():
 
 @pytest.mark.parametrize("kind", scenes.KINDS + scenes.RARE)
 def test_kinds_are_hico_pairs_in_hico_order_with_layouts_in_both_halves(kind):
-    ids = [hicodet.PAIRS.index((verb, kind.object_class)) for verb in kind.verbs]
+    ids = [hicodet.HOI_CLASSES.index((verb, kind.object_class)) for verb in kind.verbs]
     assert ids == sorted(ids)
     halves = Counter(scenes.is_test_layout(hoi) for hoi in scenes.layouts(kind))
     assert min(halves[True], halves[False]) >= 15
@@ -235,7 +235,7 @@ def test_an_invisible_interaction_is_no_truth_but_marks_the_known_object(folder)
     samples = hicodet.load_split(folder / "data", "train")
     for i in hidden:
         assert "bicycle" in samples[i].known_objects
-        assert all(hicodet.PAIRS[pair.hoi_id][0] != "repair" for pair in samples[i].pairs)
+        assert all(hicodet.HOI_CLASSES[pair.hoi_id][0] != "repair" for pair in samples[i].pairs)
 
 
 def test_the_files_have_the_fields_of_the_official_ones(folder):
