@@ -1,0 +1,66 @@
+"""What a GPU compiles, on a CPU without its code generator, with a slow double of flash attention.
+
+    python -m pytest -m slow tests/test_compiled.py
+"""
+
+import copy
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch.nn import Module
+
+import engine.attention
+import engine.policy
+from tests.test_flash import slow_varlen
+from tests.tiny import make_prompt
+
+pytestmark = pytest.mark.slow
+
+
+@torch.library.custom_op("tests::varlen_of_layers", mutates_args=())
+def opaque_varlen(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends: torch.Tensor,
+    longest_q: int, longest: int, scale: float, causal: bool,
+) -> torch.Tensor:
+    options = {"scale": scale, "window_size": (-1, 0 if causal else -1)}
+    grouped = q.shape[1] != k.shape[1]
+    return slow_varlen(q, k, v, ends_q, ends, longest_q, longest, enable_gqa=grouped, **options)
+
+
+@opaque_varlen.register_fake
+def _(q, *_):
+    return torch.empty_like(q)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch):
+    """Flash attention, and a compiler that looks into no call of it. Yields the graphs' counter."""
+    graphs, compile_module = CompileCounter(), Module.compile
+
+    def varlen(*args, scale, window_size=(-1, -1), enable_gqa=False):
+        return opaque_varlen(*args, scale, window_size == (-1, 0))
+
+    monkeypatch.setattr(engine.attention, "has_flash", lambda x: True)
+    monkeypatch.setattr(engine.attention, "varlen_attn", varlen)
+    monkeypatch.setattr(Module, "compile", lambda self: compile_module(self, backend=graphs))
+    torch._dynamo.reset()
+    yield graphs
+    torch._dynamo.reset()
+
+
+def test_vision_blocks_compile_without_a_break_for_any_grid(model, as_on_a_gpu):
+    """Five grids: blocks of windows and of whole images, each for the first grid and for any."""
+    compiled = copy.deepcopy(model)
+    engine.policy.compile_layers(compiled, torch.device("cuda"))
+    generator, found = torch.Generator().manual_seed(0), []
+    with torch.no_grad():
+        for size in ((5, 3), (2, 7), (4, 4), (9, 6), (13, 3)):
+            image = make_prompt(model, *size, 1, 1, generator)
+            mine, other = (
+                m.model.visual(image.pixel_values, image.image_grid_thw).pooler_output
+                for m in (compiled, model)
+            )
+            torch.testing.assert_close(mine, other)
+            found.append(as_on_a_gpu.frame_count)
+    assert found[0] == 2 and found[1:] == [found[1]] * 4 and found[1] <= 4
