@@ -14,13 +14,14 @@ Departures from the paper, or readings of it:
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import hicodet
-from engine.attention import PackedBatch, pack, token_logprobs
+from engine.attention import PackedBatch, pack, to_device, token_logprobs
 from engine.examples import Example, Examples
 from engine.policy import ClippedAdamW, Ranks, accumulate, micro_batches, refresh
 from engine.sampler import Rollout, Sampler
@@ -260,15 +261,15 @@ class GRPO:
         """The groups at these places of the batch, in one packed row."""
         prompts = [batch[i].prompt for i in places]
         packed = pack(self.policy, prompts, [groups[i].completion_ids for i in places])
-        device, reference = self.ranks.device, None
+        to, reference = partial(to_device, device=self.ranks.device), None
         if self.reference:
             reference = token_logprobs(self.reference, packed, **self.distribution)
         return MicroBatch(
             packed,
-            advantages[places].flatten().to(device),
-            torch.tensor(weights, device=device).repeat_interleave(self.group_size),
+            to(advantages[places].flatten()),
+            to(torch.tensor(weights)).repeat_interleave(self.group_size),
             reference,
-            torch.cat([row for i in places for row in groups[i].logprobs]).to(device),
+            to(torch.cat([row for i in places for row in groups[i].logprobs])),
         )
 
     def optimize(self, micros: list[MicroBatch], num_outputs: float, lr: float) -> dict:

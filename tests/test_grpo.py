@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.attention
 import grpo
@@ -221,3 +222,25 @@ def test_sequences_of_a_row_by_hand():
     assert ends_q.tolist() == [0, 3, 5, 6, 12, 13]
     assert ends_k.tolist() == [0, 3, 8, 12, 18, 19]
     assert (longest_q, longest_k) == (6, 6)
+
+
+class LargestHostCopy(TorchDispatchMode):
+    """Notes the largest tensor that is joined of others on the host."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        if function is torch.ops.aten.cat.default and result.device.type == "cpu":
+            self.values = max(self.values, result.numel())
+        return result
+
+
+def test_pixels_are_joined_on_the_device(model, prompts, completions):
+    """On a host without a GPU, with a device that has no memory."""
+    elsewhere = copy.deepcopy(model).to("meta")
+    with LargestHostCopy() as largest:
+        batch = pack(elsewhere, prompts, completions)
+    assert {batch.pixel_values.device.type, batch.layout.device.type} == {"meta"}
+    assert batch.pixel_values.shape[0] == sum(len(p.pixel_values) for p in prompts)
+    assert 0 < largest.values < min(p.pixel_values.numel() for p in prompts)
