@@ -18,7 +18,7 @@ GPU in bf16 with PyTorch's flash attention over rows of unequal lengths; tests/B
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from inspect import signature
 
 import torch
@@ -276,12 +276,13 @@ def head_logprobs(
     In chunks, and where there are several backward computes each again: of logits in fp32 no more
     than (HEAD_CHUNK, V) exist at a time.
     """
+    chunk_logprobs = _fused_chunk_logprobs() if ids.is_cuda else _chunk_logprobs
     if len(ids) <= HEAD_CHUNK:
-        return _chunk_logprobs(head, hidden, ids, temperature, banned)
+        return chunk_logprobs(head, hidden, ids, temperature, banned)
     chunks = zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK))
     options = (temperature, banned)
     return torch.cat(
-        [checkpoint(_chunk_logprobs, head, *c, *options, use_reentrant=False) for c in chunks]
+        [checkpoint(chunk_logprobs, head, *c, *options, use_reentrant=False) for c in chunks]
     )
 
 
@@ -290,6 +291,12 @@ def _chunk_logprobs(head, hidden, ids, temperature, banned):
     if banned is not None:
         logits = logits.masked_fill(banned, -torch.inf)
     return torch.log_softmax(logits / temperature, dim=-1).gather(1, ids[:, None])[:, 0]
+
+
+@cache
+def _fused_chunk_logprobs():
+    """`_chunk_logprobs` in fewer passes over the logits, in one graph for chunks of any size."""
+    return torch.compile(_chunk_logprobs, dynamic=True)
 
 
 def hidden_states(model, batch, cache):

@@ -49,6 +49,26 @@ def as_on_a_gpu(monkeypatch):
     torch._dynamo.reset()
 
 
+def test_the_head_is_one_graph_for_all_chunks(model, as_on_a_gpu, monkeypatch):
+    """Completions in one chunk, and in several under checkpointing; and equal gradients."""
+    plain = engine.attention._chunk_logprobs
+    fused = torch.compile(plain, dynamic=True, backend=as_on_a_gpu)
+    vocabulary, width = model.lm_head.weight.shape
+    banned = torch.arange(vocabulary) % 5 == 1
+    monkeypatch.setattr(engine.attention, "HEAD_CHUNK", 12)
+    for count in (11, 7, 40, 12):  # 40 are chunks of 12, 12, 12 and 4
+        ids, values, found = torch.arange(count) * 5, torch.randn(count, width), []
+        for chunk_logprobs in (fused, plain):
+            monkeypatch.setattr(engine.attention, "_chunk_logprobs", chunk_logprobs)
+            hidden, weight = values.clone().requires_grad_(), model.lm_head.weight
+            logprobs = engine.attention.head_logprobs(model.lm_head, hidden, ids, 0.7, banned)
+            gradients = torch.autograd.grad(logprobs.square().sum(), (hidden, weight))
+            found.append((logprobs, *gradients))
+        for mine, other in zip(*found, strict=True):
+            torch.testing.assert_close(mine, other)
+    assert as_on_a_gpu.frame_count == 1
+
+
 def test_vision_blocks_compile_without_a_break_for_any_grid(model, as_on_a_gpu):
     """Five grids: blocks of windows and of whole images, each for the first grid and for any."""
     compiled = copy.deepcopy(model)
