@@ -310,7 +310,8 @@ class GRPO:
                 **self.objective,
             )
 
-        logged = accumulate(zip(micros, old_logprobs, strict=True), terms, self.ranks)
+        pairs = list(zip(micros, old_logprobs, strict=True))
+        logged = accumulate(self.policy, pairs, terms, self.ranks)
         return found, logged | {"grad_norm": self.optimizer.step(lr, logged["loss"])}
 
 

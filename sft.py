@@ -58,7 +58,7 @@ class SFT:
             return {"loss": sft_loss(logprobs, torch.tensor(kept, device=ranks.device), num_tokens)}
 
         micros = micro_batches(lengths, weights, self.tokens_per_microbatch, ranks)
-        loss = accumulate(micros, terms, ranks)["loss"]
+        loss = accumulate(self.policy, micros, terms, ranks)["loss"]
         norm = self.optimizer.step(lr, loss)
         seconds = time.perf_counter() - started
         tokens = ranks.sum(sum(w * n for w, n in zip(weights, lengths)))

@@ -73,9 +73,10 @@ def assert_equal_metrics(one, two):
 
 
 def test_two_ranks_equal_one_in_sft(folder):
+    """Of the two, parameters are gathered once a step, and of the one for each forward."""
     start = folder / "sft" / "model"
-    for ranks in (1, 2):
-        stage(*sft_flags(folder, start, f"sft{ranks}"), *UNEVEN, ranks=ranks)
+    for ranks, once in ((1, ()), (2, ["--no-gradient-checkpointing"])):
+        stage(*sft_flags(folder, start, f"sft{ranks}"), *UNEVEN, *once, ranks=ranks)
     assert_equal_metrics(folder / "sft1", folder / "sft2")
     assert difference(folder / "sft1", folder / "sft2") < 1e-5
     assert difference(folder / "sft1", folder / "sft") > 1e-4

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import distribute_tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -13,6 +14,7 @@ import grpo
 import hoi_r1
 from engine.attention import pack, token_logprobs
 from engine.examples import batch_order
+from engine.policy import accumulate
 from hicodet import InputError
 from tests.runs import config_of, optimizer_of, policy_of, training_examples
 
@@ -59,6 +61,27 @@ def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
     policy_of(config_of("sft", folder, "x"), ranks)
     assert len(told) == 4  # the vision tower, two layers, the rest
     assert {(p.param_dtype, p.reduce_dtype) for p in told} == {(torch.bfloat16, torch.float32)}
+
+
+def test_without_checkpointing_parameters_are_gathered_once_a_step(folder, ranks, monkeypatch):
+    """Three micro-batches; four parts: the vision tower, two layers, the rest. Same gradients."""
+    calls, note = [], FSDPParamGroup._to_unsharded
+    monkeypatch.setattr(FSDPParamGroup, "_to_unsharded", lambda g: calls.append(g) or note(g))
+    found, gathered = [], []
+    for checkpointing in (True, False):
+        config = config_of("sft", folder, "x", gradient_checkpointing=checkpointing)
+        policy, examples = policy_of(config, ranks), training_examples(config)
+        calls.clear()
+
+        def terms(i):
+            packed = pack(policy, [examples[i].prompt], [[examples[i].target_ids]])
+            return {"loss": policy.token_logprobs(packed).sum()}
+
+        accumulate(policy, [0, 1, 2], terms, ranks)
+        gathered.append(len(calls))
+        found.append([p.grad.full_tensor() for p in policy.parameters()])
+    assert gathered == [3 * (4 + 3), 4]  # the root, used last, is not gathered anew for backward
+    assert all(torch.equal(mine, other) for mine, other in zip(*found, strict=True))
 
 
 @pytest.mark.slow
