@@ -143,10 +143,11 @@ class _Pieces:
         row = torch.arange(rows, device=lengths.device)[:, None]
         number = torch.arange(self.count + 1, device=lengths.device)
         starts = torch.minimum(number * PIECE, lengths[:, None])
-        self.ends = F.pad((row * room + starts).flatten(), (0, 1), value=rows * room).int()
+        ends = F.pad((row * room + starts).flatten(), (0, 1), value=rows * room).int()
         starts_q = (row * self.count + number) * queries
-        self.ends_q = F.pad(starts_q.flatten(), (0, 1), value=rows * self.count * queries).int()
-        self.empty = (starts[:, 1:] == starts[:, :-1])[..., None]
+        ends_q = F.pad(starts_q.flatten(), (0, 1), value=rows * self.count * queries).int()
+        empty = (starts[:, 1:] == starts[:, :-1])[..., None]
+        self.ends, self.ends_q, self.empty = (_hold(x) for x in (ends, ends_q, empty))
 
     def attend(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float):
         """q: (rows, queries, D). keys, values: (rows, room, D).
@@ -218,6 +219,7 @@ def prepare_for_decoding(model: nn.Module) -> None:
 
 @torch.library.custom_op("hoi_r1::hold", mutates_args=())
 def _hold(x: Tensor) -> Tensor:
+    """A copy that the compiler cannot look into: of what it can, it computes x in every layer."""
     return x.clone()
 
 
@@ -227,7 +229,7 @@ def _(x: Tensor) -> Tensor:
 
 
 def _hold_angles(module, arguments, angles):
-    """Without `_hold`, which the compiler cannot look into, it computes sines in every layer."""
+    """Without `_hold` sines are computed in every layer."""
     return tuple(_hold(x) for x in angles)
 
 
@@ -243,32 +245,39 @@ def penalise(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
 def draw_tokens(
     logits: Tensor, *, temperature: float, uniforms: Tensor | None, banned: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Sample one token a row from softmax(logits / temperature), exactly; temperature 0 is greedy.
+    """Sample one token a row from softmax(logits / temperature); temperature 0 is greedy.
 
     logits: (B, V). uniforms: (B,) in [0, 1), the only randomness (None when greedy). banned: (V,)
     bool. Returns ids (B,) and their fp32 log-probs (B,) at this temperature (greedy: at 1).
+    Nothing is left out of the distribution; the sum over a block of DRAW_BLOCK tokens is rounded to
+    fp32, so that a block's share may be off by a millionth of itself.
     """
-    logits = logits.float() if banned is None else logits.float().masked_fill(banned, -torch.inf)
-    logprobs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
-    ids = logits.argmax(-1) if temperature == 0 else _invert_cdf(logprobs, uniforms)
-    return ids, logprobs.gather(1, ids[:, None])[:, 0]
+    logits = logits.float() / (temperature or 1.0)
+    logits = logits if banned is None else logits.masked_fill(banned, -torch.inf)
+    missing = -logits.shape[1] % DRAW_BLOCK
+    blocks = F.pad(logits, (0, missing), value=-torch.inf).unflatten(1, (-1, DRAW_BLOCK))
+    masses = blocks.logsumexp(-1).double()  # (B, blocks)
+    ids = logits.argmax(-1) if temperature == 0 else _invert_cdf(blocks, masses, uniforms)
+    drawn = logits.gather(1, ids[:, None])[:, 0]
+    return ids, (drawn - masses.logsumexp(-1)).float()
 
 
-def _invert_cdf(logprobs: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token of each row at which the distribution function passes u. (B, V), (B,) -> (B,)
+def _invert_cdf(blocks: Tensor, masses: Tensor, uniforms: Tensor) -> Tensor:
+    """The first token of each row at which the distribution function passes u.
+
+    blocks: (B, blocks, DRAW_BLOCK) logits. masses: (B, blocks), the log-sum-exp of each, fp64.
+    uniforms: (B,). Returns (B,).
 
     First the block of tokens, then the token in it: one running sum over V is slow on a GPU, which
-    adds up blocks side by side. In fp64, where 152,000 small terms add up without bias. A banned
-    token adds nothing, so it is never the first to pass.
+    adds up blocks side by side. A banned token adds nothing, so it is never the first to pass.
     """
-    missing = -logprobs.shape[1] % DRAW_BLOCK
-    blocks = F.pad(logprobs, (0, missing), value=-torch.inf).unflatten(1, (-1, DRAW_BLOCK))
-    cdf = blocks.double().exp().sum(-1).cumsum(-1)
+    cdf = (masses - masses.amax(-1, keepdim=True)).exp().cumsum(-1)
     target = uniforms.double()[:, None] * cdf[:, -1:]
     block = (cdf <= target).sum(-1, keepdim=True)
-    target = target - F.pad(cdf, (1, 0)).gather(1, block)
-    inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]]
-    inside = inside.double().exp().cumsum(-1)
-    # by rounding the target may lie on the block's end, behind which there is no token
-    target = torch.minimum(target, inside[:, -1:] * (1 - 2**-52))
+    before = F.pad(cdf, (1, 0)).gather(1, block)
+    share = (target - before) / (cdf.gather(1, block) - before)  # of the block, before the token
+    inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].double()
+    inside = (inside - masses.gather(1, block)).exp().cumsum(-1)
+    # by rounding the share may be 1, at the block's end, behind which there is no token
+    target = inside[:, -1:] * share.clamp(max=1 - 2**-52)
     return block[:, 0] * DRAW_BLOCK + (inside <= target).sum(-1)

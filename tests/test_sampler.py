@@ -105,21 +105,23 @@ def test_draw_tokens_never_draws_what_is_banned_at_the_ends():
 
 @pytest.mark.parametrize("vocabulary", [5, 512, 513, 3000])
 def test_draw_tokens_inverts_the_distribution_function(vocabulary):
-    """Against one running sum over the whole vocabulary; the first and last blocks are banned."""
-    logits = 4 * torch.randn(300, vocabulary)
+    """Against one running sum in fp64, with uniforms side by side; ends and others are banned.
+
+    Every u lies between the function's values before and at the token that is drawn.
+    """
+    logits = 4 * torch.randn(3, vocabulary).repeat_interleave(200, 0) + 20
     banned = torch.rand(vocabulary) < 0.3
     banned[: vocabulary // 3] = banned[-vocabulary // 4 :] = True
     banned[vocabulary // 2] = False
-    uniforms = torch.rand(300)
-    uniforms[:20], uniforms[20:40] = 0, 1 - 2**-24
+    uniforms = torch.cat([torch.arange(199) / 199, torch.tensor([1 - 2**-24])]).repeat(3)
     options = {"temperature": 0.7, "banned": banned}
     ids, logprobs = engine.decode.draw_tokens(logits, uniforms=uniforms, **options)
-    expected = torch.log_softmax(logits.masked_fill(banned, -torch.inf) / 0.7, -1)
-    cdf = expected.double().exp().cumsum(-1)
-    first = torch.searchsorted(cdf, uniforms.double()[:, None] * cdf[:, -1:], right=True)[:, 0]
-    assert (ids != first).sum() <= 1  # the sums are in another order
+    expected = torch.log_softmax(logits.double().masked_fill(banned, -torch.inf) / 0.7, -1)
+    at = expected.exp().cumsum(-1).gather(1, ids[:, None])[:, 0]
+    drawn = expected.gather(1, ids[:, None])[:, 0]
+    assert (uniforms < at + 1e-6).all() and (uniforms > at - drawn.exp() - 1e-6).all()
     assert not banned[ids].any()
-    torch.testing.assert_close(logprobs, expected.gather(1, ids[:, None])[:, 0])
+    torch.testing.assert_close(logprobs.double(), drawn, atol=5e-6, rtol=0)
 
 
 def test_a_prompt_arrives_as_soon_as_a_slot_is_free(model, prompts):
