@@ -216,11 +216,12 @@ class Sampler:
     def capture(self) -> torch.cuda.CUDAGraph:
         """Compile a step and record its kernels.
 
-        Warm-up runs with every row marked done; the cache slot it writes is overwritten by the next
-        step.
+        A later Sampler of the same shapes, as of the next evaluation, takes what was compiled; too
+        many shapes are an error, never a step that runs uncompiled. Warm-up runs with every row
+        marked done; the cache slot it writes is overwritten by the next step.
         """
         prepare_for_decoding(self.model)
-        step, done = torch.compile(self.step, dynamic=False), self.done.clone()
+        step, done = torch.compile(self.step, dynamic=False, fullgraph=True), self.done.clone()
         self.done.fill_(True)
         for _ in range(2):  # the first compiles, and the second may find a reason to do it again
             step(self.max_new_tokens)
