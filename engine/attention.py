@@ -18,7 +18,7 @@ GPU in bf16 with PyTorch's flash attention over rows of unequal lengths; tests/B
 
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, partial
 from inspect import signature
 
 import torch
@@ -50,15 +50,21 @@ def has_flash(x: Tensor) -> bool:
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
-@dataclass(frozen=True)
 class GroupLayout:
-    """Who sees whom in a packed row: lengths of the prompts and of the completions behind each."""
+    """Who sees whom in a packed row: lengths of the prompts and of the completions behind each.
 
-    prompt_lengths: tuple[int, ...]
-    completion_lengths: tuple[tuple[int, ...], ...]
-    device: torch.device = torch.device("cpu")
+    sequences: see `_sequences`; as tensors, in which compiled layers find no length that is fixed.
+    """
 
-    @torch.compiler.disable  # lengths change with every row, and each would be compiled anew
+    def __init__(
+        self,
+        prompt_lengths: tuple[int, ...],
+        completion_lengths: tuple[tuple[int, ...], ...],
+        device: torch.device = torch.device("cpu"),
+    ):
+        self.prompt_lengths, self.completion_lengths = prompt_lengths, completion_lengths
+        self.sequences = self._sequences(device)
+
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Group attention over the row. q: (1, H, L, D); k, v: (1, K, L, D). Returns (1, H, L, D).
 
@@ -76,8 +82,7 @@ class GroupLayout:
         lengths = zip(self.prompt_lengths, self.completion_lengths)
         return torch.cat([_attend_group(*g, *n, scaling) for g, n in zip(groups, lengths)], dim=2)
 
-    @cached_property
-    def sequences(self) -> tuple[Tensor, Tensor, Tensor, int, int]:
+    def _sequences(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Prompts and completions as sequences of their own, each with the keys that it sees.
 
         Returns the keys' places in the row, one sequence behind the other; where the queries and
@@ -95,8 +100,8 @@ class GroupLayout:
                 start += length
             queries += [prompt, *own]
         lengths = torch.tensor([[0, *queries], [0, *map(len, keys)]])
-        ends = to_device(lengths.cumsum(1).int(), self.device)
-        return to_device(torch.cat(keys), self.device), *ends, *lengths.amax(1).tolist()
+        ends = to_device(lengths.cumsum(1).int(), device)
+        return to_device(torch.cat(keys), device), *ends, *lengths.amax(1).tolist()
 
 
 def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):

@@ -165,7 +165,7 @@ def compile_layers(model, device: torch.device) -> None:
     if device.type == "cuda":
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
         for layer in [*model.model.visual.blocks, *model.model.language_model.layers]:
-            layer.compile()
+            layer.compile(fullgraph=True)  # checkpointing forbids a break in what is compiled
 
 
 def load_policy(path: str, device: torch.device, *, gradient_checkpointing: bool = True):
@@ -185,8 +185,7 @@ def shard_policy(policy, device: torch.device, *, gradient_checkpointing: bool):
     """
     if gradient_checkpointing:
         checkpoint_activations(policy)
-    else:  # our attention breaks the graph, which checkpointing forbids in compiled layers
-        compile_layers(policy, device)
+    compile_layers(policy, device)
     mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     # inputs stay as they are: cast, the vision tower's rotary angles would be coarser than pi_old's
     precision = MixedPrecisionPolicy(

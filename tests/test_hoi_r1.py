@@ -84,33 +84,6 @@ def test_without_checkpointing_parameters_are_gathered_once_a_step(folder, ranks
     assert all(torch.equal(mine, other) for mine, other in zip(*found, strict=True))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_compiled_layers_have_the_same_gradient(folder, ranks, monkeypatch, checkpointing):
-    """As on a GPU, without its code generator; under checkpointing layers are not compiled."""
-    config = config_of("sft", folder, "x", gradient_checkpointing=checkpointing)
-    examples = training_examples(config)
-    plain, compiled = policy_of(config, ranks), []
-
-    def compile_layers(model, device):
-        for layer in model.model.language_model.layers:
-            layer.compile(backend="aot_eager")
-            compiled.append(layer)
-
-    monkeypatch.setattr(engine.policy, "compile_layers", compile_layers)
-    policy = policy_of(config, ranks)
-    assert bool(compiled) is not checkpointing
-    for count in (1, 3):  # rows of another length
-        batch = [examples[i] for i in range(count)]
-        targets = [[e.target_ids, e.target_ids[:5]] for e in batch]
-        packed = pack(policy, [e.prompt for e in batch], targets)
-        for model in (plain, policy):
-            model.token_logprobs(packed).sum().backward()
-    for mine, other in zip(policy.parameters(), plain.parameters(), strict=True):
-        mine, other = mine.grad.full_tensor(), other.grad.full_tensor()
-        torch.testing.assert_close(mine, other, atol=1e-4, rtol=1e-4)
-
-
 def test_batch_order_is_pure_and_takes_each_sample_once_an_epoch():
     order = batch_order(10, 4, 7, seed=5)
     assert [len(batch) for batch in order] == [4, 4, 2, 4, 4, 2, 4]
