@@ -8,8 +8,10 @@ import copy
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from engine.attention import pack, token_logprobs
+from engine.policy import shard_policy
 from tests.tiny import make_prompt, sample
 
 pytestmark = pytest.mark.cuda
@@ -66,3 +68,33 @@ def test_what_is_sampled_in_bf16_has_the_log_probs_of_the_update(model, prompts)
     with torch.no_grad():
         trained = token_logprobs(on_gpu, packed)[packed.completion_mask].cpu()
     torch.testing.assert_close(trained, torch.cat(rollout.logprobs), atol=BFLOAT16, rtol=0)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_compiled_policy_has_the_gradient_of_the_cpu(
+    model, prompts, completions, ranks, checkpointing
+):
+    """Sharded, both towers and the head compiled; after two rows nothing is compiled anew."""
+    policy = shard_policy(copy.deepcopy(model), ranks.device, gradient_checkpointing=checkpointing)
+    plain, graphs = copy.deepcopy(model), []
+    for places in ((0,), (0, 1, 2), (1, 2), (2,), (0, 2)):
+        part = [prompts[i] for i in places], [completions[i] for i in places]
+        mine = policy.token_logprobs(pack(policy, *part))
+        other = token_logprobs(plain, pack(plain, *part))
+        torch.testing.assert_close(mine.cpu(), other, atol=BFLOAT16, rtol=0)
+        mine.sum().backward(), other.sum().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1:] == [graphs[1]] * 4
+    largest = max(p.grad.abs().max() for p in plain.parameters())
+    for mine, other in zip(policy.parameters(), plain.parameters(), strict=True):
+        assert (mine.grad.full_tensor().cpu() - other.grad).abs().max() < BFLOAT16 * largest
+
+
+def test_a_second_sampler_of_the_same_shapes_compiles_nothing(model, prompts):
+    """As each evaluation in training makes one."""
+    on_gpu = copy.deepcopy(model).to("cuda", torch.bfloat16)
+    options, graphs = {"group_size": 2, "max_new_tokens": 20, "end_id": -1, "slots": 2}, []
+    for _ in range(2):
+        sample(on_gpu, prompts, seeds=list(range(6)), **options)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1]
