@@ -13,6 +13,7 @@ Departures from the paper, or readings of it:
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -44,6 +45,24 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     rewards = rewards - rewards[:, :1]  # equal rewards become exact zeros: a mean may round
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + eps)
+
+
+def advantage_shares(parts: dict[str, np.ndarray], eps: float = 1e-4) -> dict[str, float]:
+    """How much each part of the reward has to say in the advantages (Eq. 5). For the log.
+
+    parts: (P, G) each, whose sum is the reward. As the reward is a sum, so is an advantage: A is
+    the sum over the parts of a_part, the part less its group's mean, over the group's std of the
+    reward plus eps. A part's share is the sum of a_part A over all outputs, divided by that of A²:
+    in one group, the covariance of part and reward over the variance of the reward. Shares sum to
+    1, one below 0 is of a part that the others outvote; all are 0 where no rewards differ.
+    """
+    spread = sum(parts.values()).std(1, ddof=1, keepdims=True) + eps
+    terms = {name: (part - part.mean(1, keepdims=True)) / spread for name, part in parts.items()}
+    advantages = sum(terms.values())
+    whole = (advantages**2).sum()
+    if whole < 1e-9:  # equal but for rounding, which has no parts
+        return dict.fromkeys(parts, 0.0)
+    return {name: float((term * advantages).sum() / whole) for name, term in terms.items()}
 
 
 def policy_ratio(
@@ -224,8 +243,8 @@ class GRPO:
         refresh(self.replica, self.policy)
         times.append(time.perf_counter())
         seconds = dict(zip(("sample", "reward", "update"), np.diff(times).tolist()))
-        counted = zip(groups, scored) if weights[0] else ()
-        rows = [group_row(group, rewards) for group, rewards in counted]
+        counted = zip(batch, groups, scored) if weights[0] else ()
+        rows = [group_row(*one) for one in counted]
         first = {"file_name": batch[0].sample.file_name, "completions": scored[0]}
         return logged | rollout_metrics(self.ranks.gather(rows), seconds), first
 
@@ -236,10 +255,17 @@ class GRPO:
         return self.sampler.collect([example.prompt for example in batch], seeds)
 
     def score(self, example: Example, group: Rollout) -> list[dict]:
-        """The text and the rewards (Eqs. 6-23) of each completion of an image."""
+        """The text, its counts and the rewards (Eqs. 6-23) of each completion of an image."""
         texts = [self.examples.decode(ids) for ids in group.completion_ids]
-        hois, parse = example.text_hois, hicodet.parse_completion
-        return [{"text": t, **total_reward(parse(t), hois, **self.rewards)} for t in texts]
+        parsed = [hicodet.parse_completion(text) for text in texts]
+        return [
+            {
+                "text": text,
+                "written": counts(completion.instances),
+                **total_reward(completion, example.text_hois, **self.rewards),
+            }
+            for text, completion in zip(texts, parsed)
+        ]
 
     def micro_batches(
         self,
@@ -315,30 +341,54 @@ class GRPO:
         return found, logged | {"grad_norm": self.optimizer.step(lr, logged["loss"])}
 
 
-def group_row(group: Rollout, scored: list[dict]) -> dict:
+def counts(instances: Sequence) -> dict[str, int]:
+    """How many instances, and verbs of them, there are. instances: predictions, or true HOIs."""
+    return {"instances": len(instances), "verbs": sum(len(one.verbs) for one in instances)}
+
+
+def group_row(example: Example, group: Rollout, scored: list[dict]) -> dict:
     """What `rollout_metrics` needs of the G completions of an image."""
+    named = ("text", "written")
     return {
         "ids": [tuple(ids.tolist()) for ids in group.completion_ids],
         "finished": group.finished.tolist(),
-        "rewards": [{k: v for k, v in one.items() if k != "text"} for one in scored],
+        "entropies": [float(row.sum()) for row in group.entropies],
+        "rewards": [{k: v for k, v in one.items() if k not in named} for one in scored],
+        "written": [one["written"] for one in scored],
+        "true": counts(example.text_hois),
     }
 
 
 def rollout_metrics(groups: list[dict], seconds: dict[str, float]) -> dict[str, float]:
     """Means over the completions of all ranks. groups: of `group_row`."""
     logged = {f"seconds_{name}": value for name, value in seconds.items()}
-    for name in groups[0]["rewards"][0]:
-        values = np.array([[one[name] for one in group["rewards"]] for group in groups])
+    rewards = {
+        name: np.array([[one[name] for one in group["rewards"]] for group in groups])
+        for name in groups[0]["rewards"][0]
+    }
+    for name, values in rewards.items():
         within = values.std(1, ddof=1)  # between images it would hide that groups are all alike
         logged[f"reward_{name}"], logged[f"reward_{name}_std"] = values.mean(), within.mean()
         if name == "total":
             logged["zero_variance_groups"] = np.mean(within < 1e-3)
+    rewards.pop("total")
+    logged |= {f"advantage_{name}": v for name, v in advantage_shares(rewards).items()}
     # a sampler that is all but greedy shows here first
     distinct = [len(set(group["ids"])) for group in groups]
     logged["distinct_completions"] = np.mean(distinct) / len(groups[0]["ids"])
     lengths = [len(ids) for group in groups for ids in group["ids"]]
     logged["completion_length"] = np.mean(lengths)
+    logged["entropy"] = sum(sum(group["entropies"]) for group in groups) / sum(lengths)
+    logged |= _written([one for group in groups for one in group["written"]], "")
+    logged |= _written([group["true"] for group in groups], "_true")
     logged["truncated"] = np.mean([not done for group in groups for done in group["finished"]])
     for name in ("sample", "update"):
         logged[f"{name}_tokens_per_second"] = sum(lengths) / seconds[name]
     return {name: float(value) for name, value in logged.items()}
+
+
+def _written(rows: list[dict[str, int]], suffix: str) -> dict[str, float]:
+    """Instances an answer and verbs an instance, 0 without any. rows: of `counts`."""
+    instances, verbs = (sum(row[name] for row in rows) for name in ("instances", "verbs"))
+    means = instances / len(rows), verbs / max(instances, 1)
+    return {f"instances{suffix}": means[0], f"verbs_per_instance{suffix}": means[1]}

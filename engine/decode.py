@@ -244,13 +244,14 @@ def penalise(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
 
 def draw_tokens(
     logits: Tensor, *, temperature: float, uniforms: Tensor | None, banned: Tensor | None
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token a row from softmax(logits / temperature); temperature 0 is greedy.
 
     logits: (B, V). uniforms: (B,) in [0, 1), the only randomness (None when greedy). banned: (V,)
-    bool. Returns ids (B,) and their fp32 log-probs (B,) at this temperature (greedy: at 1).
-    Nothing is left out of the distribution; the sum over a block of DRAW_BLOCK tokens is rounded to
-    fp32, so that a block's share may be off by a millionth of itself.
+    bool. Returns ids (B,), their fp32 log-probs (B,) and the entropy of the distribution (B,), in
+    nats, both at this temperature (greedy: at 1). Nothing is left out of the distribution; the sum
+    over a block of DRAW_BLOCK tokens is rounded to fp32, so that a block's share may be off by a
+    millionth of itself.
     """
     logits = logits.float() / (temperature or 1.0)
     logits = logits if banned is None else logits.masked_fill(banned, -torch.inf)
@@ -258,8 +259,11 @@ def draw_tokens(
     blocks = F.pad(logits, (0, missing), value=-torch.inf).unflatten(1, (-1, DRAW_BLOCK))
     masses = blocks.logsumexp(-1).double()  # (B, blocks)
     ids = logits.argmax(-1) if temperature == 0 else _invert_cdf(blocks, masses, uniforms)
-    drawn = logits.gather(1, ids[:, None])[:, 0]
-    return ids, (drawn - masses.logsumexp(-1)).float()
+    total = masses.logsumexp(-1)
+    logprobs = (logits.gather(1, ids[:, None])[:, 0] - total).float()
+    # clamped, as a banned token's 0 times -inf would be NaN
+    surprise = (total.float()[:, None] - logits).clamp(max=1e9)
+    return ids, logprobs, ((-surprise).exp() * surprise).sum(-1)
 
 
 def _invert_cdf(blocks: Tensor, masses: Tensor, uniforms: Tensor) -> Tensor:

@@ -31,6 +31,7 @@ class Rollout:
     completion_ids: list[Tensor]  # G of (length,), the closing end-of-turn token included
     logprobs: list[Tensor]  # G of (length,) fp32, of what was sampled, at its temperature
     finished: Tensor  # (G,) bool: ended by itself, not cut at max_new_tokens
+    entropies: list[Tensor]  # G of (length,) fp32, nats of what each token was drawn from
 
 
 class Sampler:
@@ -69,6 +70,7 @@ class Sampler:
         self.prompt_lengths, self.first_positions = state(), state()
         self.ids = state(group_size, max_new_tokens)
         self.logprobs = state(group_size, max_new_tokens, dtype=torch.float32)
+        self.entropies = torch.zeros_like(self.logprobs)
         self.uniforms = state(group_size, max_new_tokens, dtype=torch.float32)
         self.counts = state(group_size)  # tokens drawn; all but the last are in the cache
         self.done = state(group_size, dtype=torch.bool).fill_(True)
@@ -171,7 +173,7 @@ class Sampler:
         if self.written is not None:
             written = self.written[slots].flatten(0, 1)
             logits = penalise(logits, written, self.repetition_penalty)
-        ids, logprobs = draw_tokens(
+        ids, logprobs, entropies = draw_tokens(
             logits,
             temperature=self.temperature,
             uniforms=self.uniforms[at].flatten() if self.temperature else None,
@@ -180,6 +182,7 @@ class Sampler:
         ids, logprobs = ids.view_as(counts), logprobs.view_as(counts)
         self.ids[at] = torch.where(done, self.ids[at], ids)
         self.logprobs[at] = torch.where(done, self.logprobs[at], logprobs)
+        self.entropies[at] = torch.where(done, self.entropies[at], entropies.view_as(counts))
         if self.written is not None:
             self.written[slots[:, None], members, ids] = True
         counts = counts + ~done
@@ -204,7 +207,7 @@ class Sampler:
         cached = [*cache.prompt_keys, *cache.prompt_values, *cache.own_keys, *cache.own_values]
         tensors = [buffer.unflatten(0, (len(self.owners), -1)) for buffer in cached]
         tensors += [self.prompt_lengths, self.first_positions, self.ids, self.logprobs]
-        tensors += [self.uniforms, self.counts, self.done]
+        tensors += [self.entropies, self.uniforms, self.counts, self.done]
         tensors += [] if self.written is None else [self.written]
         for to, slot in enumerate(busy):
             for tensor in tensors if to != slot else ():
@@ -242,10 +245,12 @@ class Sampler:
     def rollout(self, slot: int) -> Rollout:
         """The G completions of a slot."""
         lengths = self.counts[slot].tolist()
-        ids, logprobs = self.ids[slot].cpu(), self.logprobs[slot].cpu()
-        ids = [row[:length].clone() for row, length in zip(ids, lengths)]
-        logprobs = [row[:length].clone() for row, length in zip(logprobs, lengths)]
-        return Rollout(ids, logprobs, torch.stack([row[-1] == self.end_id for row in ids]))
+        ids, logprobs, entropies = (
+            [row[:length].clone() for row, length in zip(rows[slot].cpu(), lengths)]
+            for rows in (self.ids, self.logprobs, self.entropies)
+        )
+        finished = torch.stack([row[-1] == self.end_id for row in ids])
+        return Rollout(ids, logprobs, finished, entropies)
 
     def collect(
         self, prompts: list[Prompt], seeds: list[list[int]] | None = None

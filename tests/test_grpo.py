@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +38,27 @@ def test_eq5_equal_rewards_give_zeros_and_groups_stay_apart():
         assert not grpo.group_advantages(equal).any()
     with pytest.raises(ValueError, match="group size 1"):
         grpo.group_advantages(torch.tensor([[1.0]]))
+
+
+def test_advantage_shares_by_hand():
+    parts = {"format": [0.0, 0.0], "object": [0.0, 2.0], "iou": [1.0, 0.0]}
+    one = {name: np.array([values]) for name, values in parts.items()}
+    # rewards 1 and 2, -+0.5 around their mean; object -+1, iou +-0.5: covariances 2 (1 * 0.5) and
+    # -2 (0.5 * 0.5), over a variance of 2 (0.5 * 0.5)
+    expected = {"format": 0.0, "object": 2.0, "iou": -1.0}
+    assert grpo.advantage_shares(one, eps=0.0) == pytest.approx(expected)
+    # a second group with ten times the spread, all of it of iou: both count alike, as in Eq. 5
+    more = {"format": [0.0, 0.0], "object": [3.0, 3.0], "iou": [0.0, 10.0]}
+    two = {name: np.array([parts[name], more[name]]) for name in parts}
+    expected = {"format": 0.0, "object": 1.0, "iou": 0.0}
+    assert grpo.advantage_shares(two, eps=0.0) == pytest.approx(expected)
+
+
+def test_advantage_shares_of_equal_rewards_are_zero():
+    parts = {"object": np.array([[0.1, 0.3]]), "iou": np.array([[0.3, 0.1]])}
+    assert grpo.advantage_shares(parts) == {"object": 0.0, "iou": 0.0}
+    parts = {"object": np.array([[0.1 + 0.2, 0.3]]), "iou": np.array([[0.2, 0.2]])}
+    assert grpo.advantage_shares(parts) == {"object": 0.0, "iou": 0.0}  # equal but for rounding
 
 
 def test_eq3_policy_ratio():

@@ -62,6 +62,7 @@ def random_groups(*lengths, vocabulary=200):
             [torch.randint(vocabulary, (n,)) for n in group],
             [-torch.rand(n) for n in group],
             torch.ones(len(group), dtype=torch.bool),
+            [torch.rand(n) for n in group],
         )
         for group in lengths
     ]
@@ -147,7 +148,8 @@ def test_advantages_and_rewards_belong_to_their_completions(make_trainer, monkey
     parts = ("format", "object", "verb", "iou", "total")
 
     def score(example, group):
-        return [dict.fromkeys(parts, float(len(ids))) for ids in group.completion_ids]
+        written = {"written": {"instances": 1, "verbs": 1}}
+        return [dict.fromkeys(parts, float(len(i))) | written for i in group.completion_ids]
 
     monkeypatch.setattr(trainer, "score", score)
     given = {}
@@ -169,7 +171,8 @@ def test_advantages_and_rewards_belong_to_their_completions(make_trainer, monkey
 def answers_as_rollout(trainer, *answers):
     """A group whose completions are these ground truths, written out."""
     ids = [trainer.examples.token_ids(supervised_text(hois, "a person")) for hois in answers]
-    return Rollout(ids, [-torch.rand(len(row)) for row in ids], torch.ones(len(ids)).bool())
+    logprobs = [-torch.rand(len(row)) for row in ids]
+    return Rollout(ids, logprobs, torch.ones(len(ids)).bool(), logprobs)
 
 
 def test_completions_are_scored_in_the_frame_of_the_text(make_trainer):
@@ -179,6 +182,8 @@ def test_completions_are_scored_in_the_frame_of_the_text(make_trainer):
     scored = trainer.score(batch[0], answers_as_rollout(trainer, right, other))
     assert scored[0]["total"] == pytest.approx(3.8) and scored[1]["total"] < 3.8
     assert scored[0]["text"].startswith("<think> a person </think>")
+    verbs = sum(len(hoi.verbs) for hoi in other)
+    assert scored[1]["written"] == {"instances": len(other), "verbs": verbs}
 
 
 def test_rewards_of_table_3_and_the_duplicate_rule_reach_the_score(make_trainer):
@@ -226,7 +231,8 @@ def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores
             """All prompts under way at a time, the last one done first."""
             for number in reversed(range(len(list(prompts)))):
                 ids = answers[number]
-                yield number, Rollout([ids], [torch.full((len(ids),), -0.01)], torch.ones(1))
+                logprobs = [torch.full((len(ids),), -0.01)]
+                yield number, Rollout([ids], logprobs, torch.ones(1), logprobs)
 
     monkeypatch.setattr(predict, "Sampler", Sampler)
     model = load_model(config.model, ranks.device)

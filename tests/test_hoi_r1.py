@@ -101,21 +101,27 @@ def test_sample_seeds_are_a_pure_function_of_seed_step_and_place():
 
 
 def test_rollout_metrics_by_hand():
-    def group(totals, ids, finished):
-        names = {"format": 0.5, "object": 0, "verb": 0, "iou": 0.5, "total": 1}
+    def group(totals, ids, finished, entropies, written, true):
+        names = {"format": 0.25, "object": 0, "verb": 0, "iou": 0.75, "total": 1}
         rewards = [{name: part * total for name, part in names.items()} for total in totals]
-        return {"rewards": rewards, "ids": ids, "finished": finished}
+        *written, true = ({"instances": n, "verbs": m} for n, m in (*written, true))
+        row = {"rewards": rewards, "ids": ids, "finished": finished, "entropies": entropies}
+        return row | {"written": written, "true": true}
 
     groups = [  # equal rewards of one text; other rewards of other texts, one cut
-        group([1.0, 1.0], [(5, 6), (5, 6)], [True, True]),
-        group([0.0, 2.0], [(7,), (8, 9, 9)], [True, False]),
+        group([1.0, 1.0], [(5, 6)] * 2, [True, True], [1.0, 2.0], [(1, 2), (1, 2)], (1, 3)),
+        group([0.0, 2.0], [(7,), (8, 9, 9)], [True, False], [0.5, 4.5], [(0, 0), (6, 8)], (4, 4)),
     ]
     logged = grpo.rollout_metrics(groups, {"sample": 2.0, "update": 4.0})
-    assert logged["reward_total"] == 1.0 and logged["reward_iou"] == 0.5
+    assert logged["reward_total"] == 1.0 and logged["reward_iou"] == 0.75
     assert logged["reward_total_std"] == pytest.approx(2**0.5 / 2)  # of 0 and sqrt((1 + 1) / 1)
     assert logged["zero_variance_groups"] == 0.5
     assert logged["distinct_completions"] == 0.75  # 1 of 2, 2 of 2
     assert (logged["completion_length"], logged["truncated"]) == (2.0, 0.25)
+    assert logged["advantage_iou"] == pytest.approx(0.75) and logged["advantage_verb"] == 0
+    assert logged["entropy"] == 1.0  # 8 nats, 8 tokens: not the mean of the four means
+    assert (logged["instances"], logged["verbs_per_instance"]) == (2.0, 1.5)  # 8 / 4, 12 / 8
+    assert (logged["instances_true"], logged["verbs_per_instance_true"]) == (2.5, 1.4)
     assert logged["sample_tokens_per_second"] == 4.0 and logged["seconds_update"] == 4.0
 
 

@@ -8,7 +8,7 @@ import torch
 import engine.attention
 import engine.decode
 import engine.sampler
-from tests.tiny import collect, generate, make_prompt, plain_logprobs, sample
+from tests.tiny import collect, generate, make_prompt, plain_distributions, sample
 
 
 @pytest.mark.parametrize("slots", [1, 2, 64])
@@ -26,7 +26,7 @@ def test_greedy_ids_equal_generate(model, reference, prompts, slots):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0, 0.6])
-def test_sampled_logprobs_equal_a_fresh_forward(model, reference, prompts, temperature):
+def test_sampled_logprobs_and_entropies_equal_a_fresh_forward(model, reference, prompts, temperature):
     banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
     banned[300:] = True
     rollout = sample(
@@ -40,9 +40,14 @@ def test_sampled_logprobs_equal_a_fresh_forward(model, reference, prompts, tempe
         seeds=list(range(9)) if temperature else None,
         slots=2,
     )
-    for row, (ids, logprobs) in enumerate(zip(rollout.completion_ids, rollout.logprobs)):
-        expected = plain_logprobs(reference, prompts[row // 3], ids, temperature or 1.0, banned)
-        torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
+    rows = zip(rollout.completion_ids, rollout.logprobs, rollout.entropies)
+    for row, (ids, logprobs, entropies) in enumerate(rows):
+        arguments = (prompts[row // 3], ids, temperature or 1.0, banned)
+        expected = torch.distributions.Categorical(
+            logits=plain_distributions(reference, *arguments)
+        )
+        torch.testing.assert_close(logprobs, expected.log_prob(ids), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(entropies, expected.entropy(), atol=1e-4, rtol=1e-4)
         assert ids.max() < 300
     distinct = {tuple(ids.tolist()) for ids in rollout.completion_ids[:3]}
     assert len(distinct) == (1 if temperature == 0 else 3)
@@ -73,8 +78,9 @@ def test_rows_that_are_done_leave_and_others_stay_themselves(model, prompts):
     assert len(set(lengths)) > 4
     for i, prompt in enumerate(many):
         alone = sample(model, [prompt], seeds=[2 * i, 2 * i + 1], **options)
-        for mine, other in zip(alone.completion_ids, together.completion_ids[2 * i :]):
-            assert mine.tolist() == other.tolist()
+        for g in range(2):
+            assert alone.completion_ids[g].tolist() == together.completion_ids[2 * i + g].tolist()
+            torch.testing.assert_close(alone.entropies[g], together.entropies[2 * i + g])
 
 
 def test_first_token_follows_the_exact_softmax():
@@ -83,7 +89,7 @@ def test_first_token_follows_the_exact_softmax():
     banned = torch.tensor([False, False, False, False, False, True])
     draws = 20_000
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(3))
-    ids, logprobs = engine.decode.draw_tokens(
+    ids, logprobs, _ = engine.decode.draw_tokens(
         logits.expand(draws, -1), temperature=2.0, uniforms=uniforms, banned=banned
     )
     expected = torch.softmax(logits[:5] / 2.0, 0)
@@ -97,7 +103,7 @@ def test_first_token_follows_the_exact_softmax():
 def test_draw_tokens_never_draws_what_is_banned_at_the_ends():
     banned = torch.tensor([True, False, True])
     uniforms = torch.tensor([0.0, 1 - 2**-24])
-    ids, _ = engine.decode.draw_tokens(
+    ids, *_ = engine.decode.draw_tokens(
         torch.zeros(2, 3), temperature=1.0, uniforms=uniforms, banned=banned
     )
     assert ids.tolist() == [1, 1]
@@ -115,7 +121,7 @@ def test_draw_tokens_inverts_the_distribution_function(vocabulary):
     banned[vocabulary // 2] = False
     uniforms = torch.cat([torch.arange(199) / 199, torch.tensor([1 - 2**-24])]).repeat(3)
     options = {"temperature": 0.7, "banned": banned}
-    ids, logprobs = engine.decode.draw_tokens(logits, uniforms=uniforms, **options)
+    ids, logprobs, _ = engine.decode.draw_tokens(logits, uniforms=uniforms, **options)
     expected = torch.log_softmax(logits.double().masked_fill(banned, -torch.inf) / 0.7, -1)
     at = expected.exp().cumsum(-1).gather(1, ids[:, None])[:, 0]
     drawn = expected.gather(1, ids[:, None])[:, 0]

@@ -41,7 +41,7 @@ def any_reward(monkeypatch):
 
     def score(trainer, example, group):
         values = [float((ids % 7).float().mean()) for ids in group.completion_ids]
-        none = {"object": 0.0, "verb": 0.0, "iou": 0.0}
+        none = {"object": 0.0, "verb": 0.0, "iou": 0.0, "written": {"instances": 2, "verbs": 3}}
         texts = [trainer.examples.decode(ids) for ids in group.completion_ids]
         return [{"text": t, "format": v, **none, "total": v} for t, v in zip(texts, values)]
 
@@ -194,6 +194,8 @@ def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
         *("completion_length", "truncated", "logprob_gap", "seconds_sample", "seconds_update"),
         *("sample_tokens_per_second", "update_tokens_per_second", "seconds_waiting"),
         *("skipped", "distinct_completions", "share_waiting"),
+        *("entropy", "instances", "verbs_per_instance", "instances_true"),
+        *("verbs_per_instance_true", "advantage_format", "advantage_iou"),
     }
     assert all(names <= row.keys() for row in rows)
     assert all(row["share_waiting"] == row["seconds_waiting"] / row["seconds"] for row in rows)

@@ -22,8 +22,14 @@ def make_prompt(model, rows, columns, before, after, generator):
     return engine.attention.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
 
 
-def plain_logprobs(reference, prompt, completion, temperature=1.0, banned=None):
-    """log-probs of one completion by one ordinary forward over prompt + completion."""
+def plain_logprobs(reference, prompt, completion, *options, **named):
+    """log-probs of one completion. options: temperature and banned of `plain_distributions`."""
+    logprobs = plain_distributions(reference, prompt, completion, *options, **named)
+    return logprobs[torch.arange(len(completion)), completion]
+
+
+def plain_distributions(reference, prompt, completion, temperature=1.0, banned=None):
+    """(C, V) log-probs of all ids by one ordinary forward over prompt + completion."""
     ids = torch.cat([prompt.prompt_ids, completion])[None]
     logits = reference(
         input_ids=ids,
@@ -34,8 +40,7 @@ def plain_logprobs(reference, prompt, completion, temperature=1.0, banned=None):
     ).logits[0, len(prompt.prompt_ids) - 1 : -1]
     if banned is not None:
         logits = logits.masked_fill(banned, -torch.inf)
-    logprobs = torch.log_softmax(logits.float() / temperature, -1)
-    return logprobs[torch.arange(len(completion)), completion]
+    return torch.log_softmax(logits.float() / temperature, -1)
 
 
 def generate(reference, prompt, max_new_tokens, end_id, **options):
@@ -65,6 +70,7 @@ def collect(sampler, prompts, seeds=None):
         [ids for group in found for ids in group.completion_ids],
         [logprobs for group in found for logprobs in group.logprobs],
         torch.cat([group.finished for group in found]),
+        [entropies for group in found for entropies in group.entropies],
     )
 
 
