@@ -39,6 +39,10 @@ TRAINING = (  # field, title, unit, factor, limit
     ("distinct_completions", "Distinct completions", "%", 100, None),
     ("logprob_gap", "Log-prob gap", "nats", 1, health.MAX_LOGPROB_GAP),
 )
+WRITTEN = {  # fields that are logged of the ground truth, too
+    "instances": "Instances of an answer",
+    "verbs_per_instance": "Verbs of an instance",
+}
 
 
 @dataclass(frozen=True)
@@ -123,8 +127,13 @@ def logged(run: Run, field: str, factor: float = 1) -> tuple[list[int], list[flo
     return [row["step"] for row in rows], values
 
 
-def _figure(lines: Sequence[Line], title: str, unit: str, **options) -> str:
-    """A chart under its title and unit, with the latest value where there is one line."""
+def _figure(
+    lines: Sequence[Line], title: str, unit: str, *, legend: str = "", **options
+) -> str:
+    """A chart under its title and unit, with the latest value where there is one line.
+
+    legend: HTML above the chart. options: of `line_chart`.
+    """
     if not lines:
         return ""
     last = [next((v for v in reversed(line.y) if math.isfinite(v)), math.nan) for line in lines]
@@ -132,7 +141,8 @@ def _figure(lines: Sequence[Line], title: str, unit: str, **options) -> str:
     chart = line_chart(lines, f"{title}: {label}", **options)
     values = f'<span class="figure">{_short(last[0])}</span>' if len(lines) == 1 else ""
     unit = f" <small>{unit}</small>" if unit else ""
-    return f"<figure><figcaption><span>{title}{unit}</span>{values}</figcaption>{chart}</figure>"
+    caption = f"<figcaption><span>{title}{unit}</span>{values}</figcaption>"
+    return f"<figure>{caption}{legend}{chart}</figure>"
 
 
 def _short(value: float) -> str:
@@ -140,7 +150,7 @@ def _short(value: float) -> str:
 
 
 def reward_parts(columns: Sequence[Column]) -> str:
-    """The rewards of sampled completions by part, with the spread within a group."""
+    """The rewards of sampled completions by part, with the spread within a group; their shares."""
     charts = []
     for part, title in {"total": "Total", **REWARD_TITLES}.items():
         lines = []
@@ -152,7 +162,22 @@ def reward_parts(columns: Sequence[Column]) -> str:
                 lines.append(Line(column.name, x, y, column.tone, band))
         largest = LARGEST.get(part, sum(LARGEST.values()))
         charts.append(_figure(lines, title, f"at most {largest:g}", y_range=(0.0, largest)))
+    told = [column for column in columns if logged(column.run, "advantage_format")[0]]
+    charts += [_shares(column, named=len(told) > 1) for column in told]
     return _charts(charts, columns, ["reward_total"])
+
+
+def _shares(column: Column, named: bool) -> str:
+    """The share of each part of the reward in the advantages of a run, a line a part."""
+    parts = [(part, f"var(--p{i})") for i, part in enumerate(REWARDS)]
+    lines = [
+        Line(REWARD_TITLES[part], *logged(column.run, f"advantage_{part}"), tone)
+        for part, tone in parts
+    ]
+    legend = keys([(REWARD_TITLES[part], tone) for part, tone in parts])
+    name = f", {escape(column.name)}" if named else ""
+    title = f"Share in the advantages{name}"
+    return _figure([line for line in lines if line.x], title, "sum 1", legend=legend)
 
 
 def training(columns: Sequence[Column]) -> str:
@@ -162,7 +187,20 @@ def training(columns: Sequence[Column]) -> str:
         found = [(column, *logged(column.run, field, factor)) for column in columns]
         lines = [Line(column.name, x, y, column.tone) for column, x, y in found if x]
         charts.append(_figure(lines, title, unit, limit=limit))
+    charts += [_beside_truth(columns, field, title) for field, title in WRITTEN.items()]
     return _charts(charts, columns, [field for field, *_ in TRAINING])
+
+
+def _beside_truth(columns: Sequence[Column], field: str, title: str) -> str:
+    """What completions have of something, and dashed what the ground truth has of it."""
+    lines = []
+    for column in columns:
+        x, y = logged(column.run, field)
+        true_x, true = logged(column.run, f"{field}_true")
+        lines += [Line(column.name, x, y, column.tone)] if x else []
+        name = f"{column.name}, ground truth"
+        lines += [Line(name, true_x, true, column.tone, dashed=True)] if true_x else []
+    return _figure(lines, title, "")
 
 
 def phase_seconds(run: Run) -> dict[str, float]:

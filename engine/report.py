@@ -55,8 +55,9 @@ SECTIONS = (  # id, heading, what it shows
     ("table1", "Table 1", "mAP on HICO-DET's test set, in percent: the paper's figures and ours."),
     ("progress", "mAP and reward against steps", "As in Fig. 2: SFT, then RL."),
     ("rewards", "Rewards by part", "Means over sampled completions; the band is one standard "
-     "deviation within a group, which Eq. 5 divides by."),
-    ("training", "Training", "Dotted: the limit of the health check."),
+     "deviation within a group, which Eq. 5 divides by. Shares are of each part in the advantages; "
+     "below 0 the other parts outvote it."),
+    ("training", "Training", "Dotted: the limit of the health check. Dashed: the ground truth."),
     ("seconds", "Seconds of a step", "Means over all steps but the first."),
     ("group", "A group", "Fig. 6: completions of one image, the best first. Boxes are drawn for "
      "pairs that count as predictions."),

@@ -39,6 +39,9 @@ def metrics_row(step):
     row |= {"completion_length": 90.0, "zero_variance_groups": 0.25}
     for part in ("total", "format", "object", "verb", "iou"):
         row |= {f"reward_{part}": 0.5 + 0.01 * step, f"reward_{part}_std": 0.1}
+    row |= {"advantage_format": -0.1, "advantage_object": 0.0, "advantage_verb": 0.4}
+    row |= {"advantage_iou": 0.7, "instances": 1.2, "instances_true": 2.3}
+    row |= {"verbs_per_instance": 1.1, "verbs_per_instance_true": 1.5}
     row |= {"seconds_sample": 3.0, "seconds_reward": 0.5, "seconds_update": 4.0}
     row |= {"seconds_waiting": 0.5, "seconds": 9.0, "share_waiting": 0.05}
     return row | ({"eval_map": float(step), "eval_reward": 1.0} if step % 5 == 0 else {})

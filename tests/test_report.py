@@ -26,6 +26,10 @@ def page_of(*folders):
     return report.page([read_run(folder) for folder in folders])
 
 
+def column(run):
+    return figures.Column(run.folder.name, "red", run)
+
+
 def shown(page):
     return re.findall(r'<section id="(\w+)">', page)
 
@@ -227,6 +231,28 @@ def test_curve_of_rl_goes_on_where_sft_ended(tmp_path):
     assert "<title>sft, 25: 1</title>" in page and "<title>grpo, 55: 5</title>" in page
     assert ">RL</text>" in page and "before: sft" in page
     assert "before: sft" not in page_of(sft, grpo)
+
+
+def test_shares_are_a_line_a_part_for_each_run_that_logged_them(tmp_path):
+    run = read_run(write_training(tmp_path))
+    other = dataclasses.replace(run, folder=tmp_path / "<other>")
+    (figure,) = re.findall("<figure>.*?</figure>", figures.reward_parts([column(run)]))[5:]
+    names = re.findall("<g><title>(.*?)</title>", figure)
+    assert names == ["Format", "Object label", "Verb label", "IoU"]
+    assert "<title>IoU, 20: 0.7</title>" in figure and "<title>Format, 1: −0.1</title>" in figure
+    both = figures.reward_parts([column(run), column(other)])
+    assert both.count("Share in the advantages, &lt;other&gt;") == 1
+    rows = [{name: v for name, v in row.items() if "advantage" not in name} for row in run.metrics]
+    without = dataclasses.replace(run, metrics=tuple(rows))
+    assert "Share in" not in figures.reward_parts([column(without)])
+
+
+def test_ground_truth_is_dashed_beside_what_is_written(tmp_path):
+    page = figures.training([column(read_run(write_training(tmp_path)))])
+    (figure,) = (f for f in re.findall("<figure>.*?</figure>", page) if "Instances of" in f)
+    written, true = re.findall("<g>.*?</g>", figure)
+    assert "<title>grpo, 1: 1.2</title>" in written and "dasharray" not in written
+    assert "<title>grpo, ground truth, 1: 2.3</title>" in true and "stroke-dasharray" in true
 
 
 def test_examples_are_the_best_and_the_worst_by_reward(tmp_path):

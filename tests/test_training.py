@@ -22,6 +22,7 @@ import grpo
 import hicodet
 import predict
 import sft
+from engine import health
 from engine.attention import GROUP_ATTENTION, WINDOW_ATTENTION
 from engine.policy import load_model
 from tests.runs import (
@@ -205,6 +206,7 @@ def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
     assert all(row["distinct_completions"] > 0.9 for row in rows)
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-6) and rows[2]["kl"] > 1e-6
     assert [row["learning_rate"] for row in rows] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
+    assert {"KL", "Entropy"} <= {verdict.name for verdict in health.verdicts(rows)}
     assert "eval_map" in rows[2] and "eval_map" not in rows[1]
 
 
