@@ -15,7 +15,7 @@ import math
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -410,6 +410,13 @@ def to_image_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int,
     """Inverse of to_model_frame, clipped to the pixels [0, width - 1] x [0, height - 1]."""
     sides = zip(to_model_frame(box, model_size, image_size), image_size * 2, strict=True)
     return tuple(min(max(side, 0.0), size - 1.0) for side, size in sides)
+
+
+def in_text_frame(hoi: HOI, sample: Sample, text_size: tuple[int, int]) -> HOI:
+    """An HOI of the sample with its boxes in pixels of an image of text_size, (width, height)."""
+    sizes = (sample.width, sample.height), text_size
+    human, obj = (to_model_frame(box, *sizes) for box in (hoi.human, hoi.object))
+    return replace(hoi, human=human, object=obj)
 
 
 ROLE = "You are an HOI detection model. "

@@ -119,7 +119,7 @@ class Examples(Dataset):
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
         size = model_size if self.box_frame == "model" else (sample.width, sample.height)
-        hois = tuple(in_text_frame(hoi, sample, size) for hoi in sample.hois)
+        hois = tuple(hicodet.in_text_frame(hoi, sample, size) for hoi in sample.hois)
         target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
         return Example(sample, prompt, model_size, size, hois, target)
 
@@ -175,13 +175,6 @@ def box_frame_of(model: str, asked: str | None) -> str:
     if asked and asked != trained:
         raise InputError(f"--box-frame {asked}: {model} was trained with {trained}; leave it out")
     return trained
-
-
-def in_text_frame(hoi: hicodet.HOI, sample: hicodet.Sample, text_size) -> hicodet.HOI:
-    """An HOI of the sample with its boxes in pixels of an image of text_size, (width, height)."""
-    sizes = (sample.width, sample.height), text_size
-    human, obj = (hicodet.to_model_frame(box, *sizes) for box in (hoi.human, hoi.object))
-    return dataclasses.replace(hoi, human=human, object=obj)
 
 
 def read_image(sample: hicodet.Sample, upright: bool = False) -> Image.Image:

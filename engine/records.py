@@ -114,11 +114,16 @@ def read_run(folder: str | Path) -> Run:
     )
 
 
+def read_config(folder: Path) -> dict:
+    """The options of a run; {} where there are none that can be read."""
+    return _read_json(folder / "config.json") or {}
+
+
 def _read_numbers(folder: Path) -> Run:
     """Only the options and the metrics of a run."""
     rows = {row["step"]: row for row in read_lines(folder / "metrics.jsonl") if _is_step(row)}
     metrics = tuple(rows[step] for step in sorted(rows))
-    return Run(folder, _read_json(folder / "config.json") or {}, metrics)
+    return Run(folder, read_config(folder), metrics)
 
 
 def _read_before(folder: Path, config: dict, depth: int = 3) -> Run | None:

@@ -3,15 +3,15 @@
     python hoi_r1.py show --data hico_20160224_det --predictions runs/test/predictions.jsonl
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from PIL import Image
 
 from engine import panels
 from engine.files import json_lines, open_image
-from engine.records import line_hois
-from hicodet import HOI, InputError, Sample, load_split
+from engine.records import line_hois, model_size, read_config
+from hicodet import HOI, InputError, Sample, in_text_frame, load_split, parse_completion
 
 DEFAULT_IMAGES = 12
 Predictions = dict[str, tuple[HOI, ...]]
@@ -26,21 +26,27 @@ def show(
     images: int = 0,
     file: str = "",
     worst: int = 0,
+    by: str = "missed",
+    total_reward: Callable | None = None,
 ) -> Iterator[str]:
     """Draw images of a split into `out`, and yield a line for each picture.
 
     predictions: predictions.jsonl, or "" for the ground truth alone. Of `images`, `file` and
-    `worst` one chooses the images, as `chosen` says. A picture is DIR/NAME.png.
+    `worst` one chooses the images, as `chosen` says. by: "missed" or "reward", what is worst.
+    total_reward: that of rewards.py, needed for the second. A picture is DIR/NAME.png.
     Raises InputError naming the option or file that cannot be used, OSError for a missing file.
     """
     samples = {sample.file_name: sample for sample in load_split(data, split)}
     found = read_hois(predictions, samples) if predictions else None
-    for sample in chosen(list(samples.values()), found, images=images, file=file, worst=worst):
+    rewards = read_rewards(predictions, samples, total_reward) if by == "reward" else None
+    choice = {"images": images, "file": file, "worst": worst}
+    for sample in chosen(list(samples.values()), found, rewards, **choice):
         predicted = None if found is None else found[sample.file_name]
         path = Path(out) / f"{Path(sample.file_name).stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         draw(sample, predicted).save(path)
-        yield f"{path}: {counts(sample, predicted)}"
+        earned = f", reward {rewards[sample.file_name]:.2f}" if rewards else ""
+        yield f"{path}: {counts(sample, predicted)}{earned}"
 
 
 def read_hois(path: str, samples: dict[str, Sample]) -> Predictions:
@@ -57,13 +63,39 @@ def read_hois(path: str, samples: dict[str, Sample]) -> Predictions:
     return found
 
 
+def read_rewards(path: str, samples: dict[str, Sample], total_reward: Callable) -> dict[str, float]:
+    """The total reward (Eq. 23) of each line's text, by file name.
+
+    The text's boxes are in the frame that the config.json beside the file tells, else in that of
+    Qwen2.5-VL's resize. Images without ground truth have no reward. Raises InputError, naming file
+    and line, for one without a text.
+    """
+    config, found = read_config(Path(path).parent), {}
+    for where, line in json_lines(path):
+        sample, text = samples[line["file_name"]], line.get("text")
+        if not isinstance(text, str):
+            raise InputError(f"{where}: no text of the model, which --by reward needs")
+        size = model_size((sample.width, sample.height), config)
+        hois = [in_text_frame(hoi, sample, size) for hoi in sample.hois]
+        if hois:
+            found[sample.file_name] = total_reward(parse_completion(text), hois)["total"]
+    return found
+
+
 def chosen(
-    samples: list[Sample], found: Predictions | None, *, images: int, file: str, worst: int
+    samples: list[Sample],
+    found: Predictions | None,
+    rewards: dict[str, float] | None = None,
+    *,
+    images: int,
+    file: str,
+    worst: int,
 ) -> list[Sample]:
     """The images to draw, among those that are predicted if there are predictions.
 
-    images: the first so many. file: the one of this name. worst: so many with the most missed
-    HOIs, of equal ones the first. Without any of the three, the first DEFAULT_IMAGES.
+    images: the first so many. file: the one of this name. worst: so many with the lowest rewards,
+    or without rewards the most missed HOIs, of equal ones the first. Without any of the three, the
+    first DEFAULT_IMAGES.
     Raises InputError without the image.
     """
     samples = [s for s in samples if found is None or s.file_name in found]
@@ -72,7 +104,10 @@ def chosen(
         if not samples:
             predicted = "" if found is None else ", or none that is predicted"
             raise InputError(f"--file {file}: no image of this split{predicted}")
-    if worst:
+    if worst and rewards is not None:
+        scored = [sample for sample in samples if sample.file_name in rewards]
+        samples = sorted(scored, key=lambda s: rewards[s.file_name])
+    elif worst:
         samples = sorted(samples, key=lambda s: -panels.missed_pairs(s.hois, found[s.file_name]))
     return samples[: worst or images or DEFAULT_IMAGES]
 

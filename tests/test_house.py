@@ -17,7 +17,7 @@ USES = {  # what each room may import of this project
     "grpo": {"hicodet", "rewards"} | ENGINE,
     "predict": {"hicodet", "rewards"} | ENGINE,
     "train": (METHOD - {"teacher"}) | ENGINE | {"predict"},
-    "hoi_r1": {"hicodet", "train", "predict", "demo.run"}
+    "hoi_r1": {"hicodet", "rewards", "train", "predict", "demo.run"}
     | {"engine.options", "engine.report", "engine.show"},
     "engine": {"hicodet"} | ENGINE,
     "engine.options": set(),

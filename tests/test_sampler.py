@@ -26,7 +26,7 @@ def test_greedy_ids_equal_generate(model, reference, prompts, slots):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0, 0.6])
-def test_sampled_logprobs_and_entropies_equal_a_fresh_forward(model, reference, prompts, temperature):
+def test_what_was_sampled_from_equals_a_fresh_forward(model, reference, prompts, temperature):
     banned = torch.zeros(model.config.text_config.vocab_size, dtype=torch.bool)
     banned[300:] = True
     rollout = sample(

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ from PIL import Image
 
 import hoi_r1
 from engine import show
-from hicodet import HOI, InputError, Sample
+from hicodet import HOI, InputError, Sample, format_completion
+from rewards import total_reward
 from tests.run_folders import write_prediction, write_training
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +55,32 @@ def test_worst_first(data):
     assert list(shown(**data, worst=2)) == ["b.png", "a.png"]
 
 
+def write_answers(data, box_frame):
+    """Predictions of a run: of a.jpg all, of b.jpg one pair, of c.jpg another verb, d.jpg none."""
+    other = replace(HOLD, verbs=("wash",))
+    answers = {"a.jpg": [RIDE], "b.jpg": [RIDE], "c.jpg": [other], "d.jpg": []}
+    scale = 1.12 if box_frame == "model" else 1.0  # 100 pixels a side are resized to 112
+    rows = []
+    for name, hois in answers.items():
+        boxes = [[[scale * x for x in box] for box in (hoi.human, hoi.object)] for hoi in hois]
+        moved = [replace(hoi, human=h, object=o) for hoi, (h, o) in zip(hois, boxes)]
+        rows.append(line(name, *hois) | {"text": format_completion(moved, "a person")})
+    path = Path(data["predictions"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.with_name("config.json").write_text(json.dumps({"box_frame": box_frame}))
+
+
+@pytest.mark.parametrize("box_frame", ["model", "original"])
+def test_worst_by_reward_in_the_frame_of_the_run(data, box_frame):
+    """The missed pair of b.jpg costs half of what instances earn; c.jpg misses one verb of one."""
+    write_answers(data, box_frame)
+    rows = shown(**data, worst=4, by="reward", total_reward=total_reward)
+    # b: tags 0.2, then 0.6 / 2, 1 / 2, 1 / 2, 1 / 2; c: 0.8, 1, 0, 1, the boxes rounded
+    assert list(rows) == ["b.png", "c.png", "a.png"]  # d.jpg has no ground truth
+    earned = [float(row.split(", reward ")[1]) for row in rows.values()]
+    assert earned == pytest.approx([2.0, 2.8, 3.8], abs=0.02)  # in the other frame 3.6 at most
+
+
 def test_first_images_and_one_by_name(data):
     assert list(shown(**data, images=2)) == ["a.png", "b.png"]
     assert list(shown(**data, file="images/test2015/c.jpg")) == ["c.png"]
@@ -76,6 +104,7 @@ def test_pictures_are_side_by_side_only_with_predictions(data):
         ({}, '{"file_name": "x.jpg", "instances": []}\n', "line 4: no image of this split"),
         ({}, "{]\n", "line 4: not JSON"),
         ({}, "7\n", "line 4: no image"),
+        ({"worst": 1, "by": "reward"}, "", "line 1: no text of the model, which --by reward needs"),
     ],
 )
 def test_what_cannot_be_shown_is_one_line(data, options, row, words):
@@ -87,7 +116,8 @@ def test_what_cannot_be_shown_is_one_line(data, options, row, words):
 
 
 def test_choices_that_contradict_are_refused(capsys):
-    for flags in ("--images 2 --file a.jpg", "--worst 3", "--worst 3 --images 2 --predictions p"):
+    both, alone = "--worst 3 --images 2 --predictions p", "--by reward --predictions p"
+    for flags in ("--images 2 --file a.jpg", "--worst 3", both, alone):
         with pytest.raises(SystemExit):
             hoi_r1.parse_config(["show", "--data", "d", *flags.split()])
         assert "error: --" in capsys.readouterr().err
