@@ -236,6 +236,7 @@ def fit(
         if rollout:
             run.log("rollouts", step + 1, rollout)
         run.log("metrics", step + 1, values)
+        view.log(step + 1, values)
         view.refresh()
         bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
         bar.update()

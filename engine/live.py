@@ -1,4 +1,5 @@
-"""What a run leaves to be looked at: its page while it goes on, its verdicts, its model's card.
+"""What a run leaves to be looked at: its page while it goes on, its verdicts, its model's card,
+and events for TensorBoard where that is installed.
 
 None of it may end a run: what fails here is one line of warning.
 """
@@ -16,6 +17,7 @@ from engine.report import write_page
 
 EVERY = 10.0  # seconds between two pages, at least
 LARGEST_SHARE = 0.05  # of a run's time that its pages may take
+FAMILIES = {"reward", "advantage", "seconds", "eval"}  # fields that TensorBoard shows together
 
 
 class LiveView:
@@ -24,6 +26,7 @@ class LiveView:
     def __init__(self, folder: Path, *, active: bool):
         """active: only one rank of a run writes; on the others nothing is done."""
         self.folder, self.active, self.due = folder, active, 0.0
+        self.events, self.has_events = None, True  # opened by the first step
 
     def refresh(self) -> None:
         """Write report.html, unless it is too early. After a failure only `write` tries again."""
@@ -36,6 +39,21 @@ class LiveView:
         path = self._try(lambda: write_page([self.folder]), "report.html")
         seconds = time.monotonic() - started
         self.due = started + max(EVERY, seconds / LARGEST_SHARE) if path else math.inf
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A step's numbers as TensorBoard events, where its package is installed.
+
+        After a failure none are written any more.
+        """
+        if self.has_events:
+            self.has_events = self._try(lambda: self._log(step, values), "TensorBoard events")
+
+    def _log(self, step: int, values: dict[str, float]) -> bool:
+        """Write a step's numbers. Returns whether there is anything to write them with."""
+        self.events = self.events or open_events(self.folder, step)
+        if self.events:
+            add_step(self.events, step, values)
+        return self.events is not None
 
     def card(self) -> str:
         """The model card; "" on the other ranks, and if it cannot be made."""
@@ -58,3 +76,26 @@ class LiveView:
 
 def _verdicts(folder: Path) -> str:
     return health.as_text(health.verdicts(read_lines(folder / "metrics.jsonl")))
+
+
+def open_events(folder: Path, step: int):
+    """A writer of TensorBoard events into the folder; None if the package is not installed.
+
+    step: the first to be written. TensorBoard leaves out what an earlier file has from there on:
+    steps that a resumed run does again.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=step)
+
+
+def add_step(writer, step: int, values: dict[str, float]) -> None:
+    """Write the finite values of a step, at once, as metrics.jsonl is."""
+    for name, value in values.items():
+        family, _, rest = name.partition("_")
+        if math.isfinite(value):
+            tag = f"{family}/{rest}" if family in FAMILIES else f"train/{name}"
+            writer.add_scalar(tag, value, step)
+    writer.flush()

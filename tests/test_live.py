@@ -1,6 +1,9 @@
 """What a run leaves to be looked at, and that none of it ends the run."""
 
+import importlib.util
 import json
+import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -50,6 +53,8 @@ def test_slow_page_takes_a_twentieth_of_the_time(clock, tmp_path):
 def test_other_ranks_write_nothing(clock, tmp_path):
     view = LiveView(tmp_path, active=False)
     assert pages_of(clock, view, 30) == 0 and view.card() == view.verdicts() == ""
+    view.log(1, {"loss": 1.0})
+    assert not list(tmp_path.iterdir())
 
 
 def test_failed_page_warns_once_and_is_tried_again_at_the_end(clock, tmp_path, monkeypatch, capsys):
@@ -71,6 +76,46 @@ def test_failed_card_is_no_card(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(live, "model_card", lambda record: record.absent)
     assert LiveView(tmp_path, active=True).card() == ""
     assert "warning: the model card could not be made" in capsys.readouterr().err
+
+
+def events_of(folder):
+    """(step, value) of each tag, as TensorBoard shows them."""
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(folder))
+    found.Reload()
+    tags = found.Tags()["scalars"]
+    return {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in tags}
+
+
+def test_resumed_run_goes_on_in_tensorboard_from_its_checkpoint(tmp_path):
+    """Steps 1 to 3, a crash, and from a checkpoint of step 1 on again."""
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+    first, again = (LiveView(tmp_path, active=True) for _ in range(2))
+    for step in (1, 2, 3):
+        first.log(step, {"loss": float(step), "reward_total_std": 0.5, "kl": math.nan})
+    assert events_of(tmp_path)["train/loss"] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    for step in (2, 3):
+        again.log(step, {"loss": 10.0 * step})
+    expected = {"train/loss": [(1, 1.0), (2, 20.0), (3, 30.0)], "reward/total_std": [(1, 0.5)]}
+    assert events_of(tmp_path) == expected
+
+
+def test_without_tensorboard_nothing_is_written_or_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
+    view = LiveView(tmp_path, active=True)
+    view.log(1, {"loss": 1.0})
+    view.log(2, {"loss": 1.0})
+    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
+
+
+def test_events_that_fail_warn_once(tmp_path, monkeypatch, capsys):
+    view = LiveView(tmp_path, active=True)
+    monkeypatch.setattr(live, "open_events", lambda folder, step: 1 / 0)
+    view.log(1, {"loss": 1.0})
+    view.log(2, {"loss": 1.0})
+    assert capsys.readouterr().err.count("warning: TensorBoard events could not be made") == 1
 
 
 def test_interrupt_ends_a_run(tmp_path, monkeypatch):
@@ -99,6 +144,8 @@ def test_training_leaves_page_card_and_command(folder, tmp_path, monkeypatch, ca
     assert "hoi_r1.py sft --max-steps 2" in (out / "model" / "README.md").read_text()
     kept = json.loads((out / "config.json").read_text())
     assert (kept["stage"], kept["command"]) == ("sft", ["hoi_r1.py", "sft", "--max-steps", "2"])
+    written = list(out.glob("events.out.tfevents.*"))
+    assert bool(written) == (importlib.util.find_spec("tensorboard") is not None)
     assert "Is this run healthy? " in capfd.readouterr().out.splitlines()[-3]
     monkeypatch.setattr("sys.argv", ["hoi_r1.py", "sft", "--resume"])
     (out / "report.html").unlink()
