@@ -32,13 +32,10 @@ def real_samples():
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """The toy data, a tiny model and traces, as the demo has them but smaller."""
-    from demo import toy  # torch, which must not be imported before the settings above
-    from tests import runs
+    from tests import runs  # torch, which must not be imported before the settings above
 
     folder = tmp_path_factory.mktemp("toy")
-    toy.main([str(folder), "--train", "24", "--test", "6"])
-    toy.tiny_model(3).save_pretrained(folder / "model")
-    runs.write_traces(folder, 20)
+    runs.write_toy(folder)
     return folder
 
 

@@ -13,6 +13,14 @@ import engine.traces
 import hicodet
 import hoi_r1
 import sft
+from demo import toy
+
+
+def write_toy(folder):
+    """What most tests work on: 24 and 6 drawings, a tiny model of random weights, 20 traces."""
+    toy.main([str(folder), "--train", "24", "--test", "6"])
+    toy.tiny_model(3).save_pretrained(folder / "model")
+    write_traces(folder, 20)
 
 
 def write_traces(folder, count=None):
