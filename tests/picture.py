@@ -32,7 +32,8 @@ def take(page: Path, sections: list[str]) -> Image.Image:
             browser.value(f"{found}.forEach(s => s.remove())")
             browser.screenshot(path)
         with Image.open(io.BytesIO(path.read_bytes())) as image:
-            return image.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+            rare = Image.Quantize.MAXCOVERAGE  # or two runs may get one colour
+            return image.convert("RGB").quantize(COLOURS, rare, dither=Image.Dither.NONE)
 
 
 def main(argv: list[str] | None = None) -> None:
