@@ -11,6 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hicodet
 from engine.examples import Example, Examples, describe, read_ahead
-from engine.files import json_lines, replace_file, write_json
+from engine.files import json_lines, naming, replace_file, write_json
 from engine.live import LiveView
 from engine.memory import slots_that_fit
 from engine.photographs import as_text, draw, photographs, picture_paths
@@ -65,7 +66,7 @@ def predict(config) -> None:
         replace_file(run.folder / "predictions.jsonl", "".join(lines))
     LiveView(run.folder, active=ranks.rank == 0).write()
     ranks.print(json.dumps(summary, indent=2))
-    run.close()
+    run.finish()
 
 
 def predict_photographs(config) -> None:
@@ -121,7 +122,7 @@ def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
 def write_rows(path: Path, rows: Iterator[dict]) -> list[dict]:
     """Write rows to a new file as they come, and return them."""
     written = []
-    with open(path, "x") as part:
+    with naming(path), closing(rows), open(path, "x") as part:
         for row in rows:
             part.write(json.dumps(row) + "\n")
             part.flush()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 import evaluate
 import hicodet
 from engine.examples import FRAME_FILE, Examples, batches, describe, picture
-from engine.files import replace_file
+from engine.files import naming, replace_file
 from engine.live import LiveView
 from engine.policy import (
     ClippedAdamW,
@@ -178,7 +178,9 @@ def set_up(
     settings |= {"stage": stage, "command": sys.argv}
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     if ranks.rank == 0:
-        picture(examples[0]).save(run.folder / "first_sample.png")
+        path = run.folder / "first_sample.png"
+        with naming(path):
+            picture(examples[0]).save(path)
     checkpointing = config.gradient_checkpointing
     policy = load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
     replica = load_model(config.model, ranks.device) if needs_replica else None
@@ -256,7 +258,7 @@ def fit(
     export(run, parts.policy, examples, "model", view.card())
     ranks.print(f"report: {run.folder / 'report.html'}\nmodel: {run.folder / 'model'}")
     ranks.print(view.verdicts())
-    run.close()
+    run.finish()
 
 
 def export(run: Run, policy, examples: Examples, name: str, card: str) -> None:

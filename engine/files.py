@@ -3,7 +3,9 @@
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -22,11 +24,52 @@ def lock(file: IO) -> None:
         ) from None
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let errors of writing name the file: "No space left on device" comes without."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+@contextmanager
+def aside(path: Path) -> Iterator[Path]:
+    """A path to write a file or folder to, which is renamed to `path` when it is whole.
+
+    Raises OSError naming it if it cannot be written; then nothing of it stays.
+    """
+    new = path.with_name(path.name + ".tmp")
+    try:
+        with naming(new):
+            yield new
+        move(new, path)
+    except OSError:
+        remove(new)
+        raise
+
+
+def move(new: Path, path: Path) -> None:
+    """Put a file or folder in the place of another one, if there is one."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(new, path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file aside and rename it, so that it is always whole."""
-    aside = path.with_name(path.name + ".tmp")
-    aside.write_text(text)
-    os.replace(aside, path)
+    with aside(path) as new:
+        new.write_text(text)
 
 
 def write_json(path: Path, value: dict) -> None:

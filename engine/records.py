@@ -24,7 +24,7 @@ REWARDS = ("format", "object", "verb", "iou")  # the parts of "total"
 LEAST_PIXELS = ("shortest_edge", "min_pixels", 56**2)  # names of an area, and Qwen2.5-VL's own
 MOST_PIXELS = ("longest_edge", "max_pixels", 28**2 * 16384)
 # of a config
-NO_OPTIONS = {"stage", "command", "examples", "weights", "changes", "resume", "dry_run"}
+NO_OPTIONS = {"stage", "command", "examples", "weights", "changes", "resume", "dry_run", "finished"}
 
 
 @dataclass(frozen=True)

@@ -3,20 +3,35 @@
 import json
 import math
 import os
-import pickle
 import re
 import secrets
-import shutil
+import sys
+from functools import partial
 from pathlib import Path
 from typing import TextIO
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from safetensors import SafetensorError
 
 from engine.agreement import agree, on_first
-from engine.files import json_lines, lock, replace_file, write_json
+from engine.checkpoints import (
+    CHECKPOINT,
+    checkpoints,
+    faults,
+    read_checkpoint,
+    steps_of,
+    write_checkpoint,
+)
+from engine.files import (
+    aside,
+    json_lines,
+    lock,
+    move,
+    naming,
+    remove,
+    replace_file,
+    write_json,
+)
 from engine.policy import Ranks
 from hicodet import InputError
 
@@ -32,44 +47,41 @@ FREE_ON_RESUME = {
 }
 # how the run was started, kept to be looked at; no options
 KEPT = {"stage", "command"}
-# what reading a damaged checkpoint raises
-UNREADABLE = (CheckpointException, OSError, EOFError, ValueError, pickle.UnpicklingError)
-# what a training has in its folder; beside each, while it is written, the same with .tmp
+# what a run has in its folder; beside each, while it is written, the same with .tmp
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-WRITTEN = {"run.lock", "config.json", "first_sample.png", "untraced.txt", "model", *LOGS}
-CHECKPOINT = re.compile(r"checkpoint-\d{6,}")
-EXPORTED = re.compile(r"model-\d{6,}")
+RESULTS = ("model", "predictions.jsonl")
+WRITTEN = {"run.lock", "config.json", "first_sample.png", "untraced.txt", "summary.json"}
+WRITTEN |= {*LOGS, *RESULTS}
+NUMBERED = re.compile(rf"{CHECKPOINT.pattern}|model-\d{{6,}}|part-\d{{4}}\.jsonl")
+PAGE_ASIDE = re.compile(r"report\.html\.\d+\.tmp")
 # what a run has in its folder before its first result
 BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png", "untraced.txt", "report.html"}
 
 
 class Run:
-    """The folder of one run, locked until `close` or the end of the process."""
+    """The folder of one run, locked until `finish` or the end of the process."""
 
     def __init__(self, folder: Path, lock_file: TextIO | None, ranks: Ranks):
         self.folder, self.lock_file, self.ranks = folder, lock_file, ranks
 
-    def close(self) -> None:
-        """Let go of the folder."""
+    def finish(self) -> None:
+        """Note in config.json that the run is finished, and let go of the folder."""
         if self.lock_file:
+            path = self.folder / "config.json"
+            write_json(path, json.loads(path.read_text()) | {"finished": True})
             self.lock_file.close()
 
     def load(self, policy, optimizer) -> int:
-        """Restore the last checkpoint that can be read. Returns the number of steps done.
+        """Restore the last checkpoint that is as it was written. Returns the number of steps done.
 
-        Without any checkpoint it is 0. Raises InputError if none of them can be read.
+        Without any checkpoint it is 0. Raises InputError if all of them are damaged.
         """
-        if self.ranks.rank == 0:
-            self._remove_unfinished()
         done, unread = 0, []
         for path in reversed(checkpoints(self.folder)):
-            model, moments = get_state_dict(policy, optimizer)
-            try:
-                dcp.load({"model": model, "optimizer": moments}, checkpoint_id=path)
-            except UNREADABLE as error:
-                unread.append(f"{path} cannot be read ({str(error).strip().splitlines()[-1]})")
+            if found := faults(path, self.ranks):
+                unread.append(f"{path} cannot be read ({', '.join(found)})")
                 continue
-            set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
+            read_checkpoint(path, policy, optimizer)
             done = steps_of(path)
             break
         if unread and not done:
@@ -80,12 +92,6 @@ class Run:
             self._cut_logs(done)
         return done
 
-    def _remove_unfinished(self) -> None:
-        """Remove what a crash cut short."""
-        for path in self.folder.glob("*.tmp"):
-            if _is_own(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
     def _cut_logs(self, done: int) -> None:
         """Leave out of every log the steps that will be run again."""
         for path in filter(Path.exists, (self.folder / name for name in LOGS)):
@@ -94,24 +100,31 @@ class Run:
             replace_file(path, "".join(kept))
 
     def save(self, policy, optimizer, done: int, keep: int) -> None:
-        """Write a checkpoint aside, rename it when it is whole, leave the `keep` newest."""
+        """Write a checkpoint aside, rename it when it is whole, leave the `keep` newest.
+
+        Raises OSError or InputError naming what cannot be written; then nothing of it stays.
+        """
         folder = self.folder / f"checkpoint-{done:06d}"
-        aside = folder.with_suffix(".tmp")
-        model, moments = get_state_dict(policy, optimizer)
-        dcp.save({"model": model, "optimizer": moments}, checkpoint_id=aside)
+        new = folder.with_suffix(".tmp")
+        try:
+            write_checkpoint(new, policy, optimizer, self.ranks)
+        except (OSError, InputError):
+            if self.ranks.rank == 0:
+                remove(new)
+            raise
         if self.ranks.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # one that could not be read
-            aside.rename(folder)
+            move(new, folder)  # there may be one that could not be read
             written = [path for path in checkpoints(self.folder) if steps_of(path) <= done]
             for path in written[:-keep]:
-                shutil.rmtree(path)
+                remove(path)
         dist.barrier()
 
     def log(self, name: str, step: int, values: dict) -> None:
         """One line of metrics.jsonl or rollouts.jsonl; a number that is not finite is null."""
         if self.ranks.rank == 0:
             row = {"step": step} | {name: _finite_or_none(value) for name, value in values.items()}
-            with open(self.folder / f"{name}.jsonl", "a") as file:
+            path = self.folder / f"{name}.jsonl"
+            with naming(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def export(self, policy, name: str, parts: list, notes: dict[str, str]) -> None:
@@ -125,37 +138,28 @@ class Run:
             full = parameter.full_tensor()  # from all ranks, so all of them pass here
             if self.ranks.rank == 0:
                 state[key] = full.detach().cpu()
-        if self.ranks.rank == 0:
-            folder, aside = self.folder / name, self.folder / f"{name}.tmp"
-            policy.save_pretrained(aside, state_dict=state)
+        on_first(self.ranks, "", lambda: self._write_model(policy, state, name, parts, notes))
+
+    def _write_model(self, policy, state: dict, name: str, parts: list, notes: dict) -> None:
+        with aside(self.folder / name) as new:
+            try:
+                policy.save_pretrained(new, state_dict=state)
+            except SafetensorError as error:
+                raise OSError(f"{new}: {error}") from None
             for part in parts:
-                part.save_pretrained(aside)
+                part.save_pretrained(new)
             for file, text in notes.items():
-                (aside / file).write_text(text, encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
-        dist.barrier()
+                (new / file).write_text(text, encoding="utf-8")
 
 
 def _finite_or_none(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints in the folder of a run, oldest first."""
-    return sorted((p for p in folder.iterdir() if CHECKPOINT.fullmatch(p.name)), key=steps_of)
-
-
 def _is_own(path: Path) -> bool:
-    """Whether a training gives this name to a file, be it whole or being written."""
+    """Whether a run gives this name to a file or folder, be it whole or being written."""
     name = path.name.removesuffix(".tmp")
-    patterns = (CHECKPOINT, EXPORTED)
-    return name in WRITTEN or any(pattern.fullmatch(name) for pattern in patterns)
-
-
-def steps_of(checkpoint: Path) -> int:
-    """The number of steps after which a checkpoint was written."""
-    return int(checkpoint.name.split("-")[1])
+    return name in WRITTEN or bool(NUMBERED.fullmatch(name) or PAGE_ASIDE.fullmatch(path.name))
 
 
 def open_run(out: str, settings: dict, *, resume: bool, ranks: Ranks) -> Run:
@@ -164,24 +168,27 @@ def open_run(out: str, settings: dict, *, resume: bool, ranks: Ranks) -> Run:
     settings: the options, "examples" and "weights", hashes of what the run works on, "stage" and
     "command", which made it; all that JSON can hold. Raises InputError if another process writes to
     the folder, if it holds anything that is not of a run, or a run, unless it is this one and to be
-    resumed, and on every rank if the ranks disagree.
+    resumed, and on every rank if the ranks disagree. To resume a finished run ends the program.
     """
     folder = Path(out)
-    lock_file = on_first(ranks, f"--out {folder}: ", lambda: _lock_folder(folder))
+    lock_file = on_first(ranks, f"--out {folder}: ", lambda: _lock_folder(folder, resume))
     try:
         agree(folder, settings, ranks)
-        on_first(ranks, f"--out {folder}: ", lambda: _write_settings(folder, settings, resume))
-    except InputError:
+        write = partial(_write_settings, folder, settings, resume)
+        if ranks.gather([on_first(ranks, f"--out {folder}: ", write)])[0]:
+            ranks.print(f"{folder}: the run is finished, there is nothing to go on with")
+            sys.exit(0)
+    except (InputError, SystemExit):
         if lock_file:
             lock_file.close()
         raise
     return Run(folder, lock_file, ranks)
 
 
-def _lock_folder(folder: Path) -> TextIO:
+def _lock_folder(folder: Path, resume: bool) -> TextIO:
     """Make the folder, lock it for this process and write a random word into the lock file.
 
-    Raises InputError if the folder is in use.
+    To resume, what a crash cut short is removed first. Raises InputError if the folder is in use.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "run.lock"
@@ -192,14 +199,20 @@ def _lock_folder(folder: Path) -> TextIO:
             raise InputError(f"{found.name} is a link, behind which nothing is written: remove it")
     file = open(path, "a")
     lock(file)
-    file.truncate(0)
-    file.write(secrets.token_hex(8))
-    file.flush()
+    for unfinished in filter(_is_own, list(folder.glob("*.tmp")) if resume else []):
+        remove(unfinished)
+    with naming(path):
+        file.truncate(0)
+        file.write(secrets.token_hex(8))
+        file.flush()
     return file
 
 
-def _write_settings(folder: Path, settings: dict, resume: bool) -> None:
-    """Write config.json. Raises InputError if the folder holds a run, or to resume another one."""
+def _write_settings(folder: Path, settings: dict, resume: bool) -> bool:
+    """Write config.json, unless the run is finished, and return whether it is.
+
+    Raises InputError if the folder holds a run, or to resume another one.
+    """
     path, mine = folder / "config.json", json.loads(json.dumps(settings))  # as they are read back
     if Path(mine["model"]).is_dir():
         mine["model"] = os.path.realpath(mine["model"])
@@ -216,9 +229,14 @@ def _write_settings(folder: Path, settings: dict, resume: bool) -> None:
                     f"the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; --resume may "
                     f"change only {', '.join(sorted(FREE_ON_RESUME))}"
                 )
+        # an older result stays until a longer run replaces it: "finished" went as that began
+        done = stored.get("finished") and stored.get("max_steps") == mine.get("max_steps")
+        if done and any((folder / name).exists() for name in RESULTS):
+            return True
         if changes := _changes(folder, stored, mine):
             mine["changes"] = changes
     write_json(path, mine)
+    return False
 
 
 def _changes(folder: Path, stored: dict, mine: dict) -> list[dict]:

@@ -52,6 +52,8 @@ def run(config):
     """Run a stage in this process."""
     try:
         hoi_r1.run_stage(config)
+    except SystemExit as end:  # a finished run is resumed
+        assert end.code == 0
     finally:
         hoi_r1.leave_ranks(failed=False)
 

@@ -121,6 +121,7 @@ def test_a_damaged_run_says_what_to_remove(folder, tmp_path):
     config = config_of("sft", folder, tmp_path / "run", max_steps=2, save_every=2)
     run(config)
     again = replace(config, resume=True)
+    shutil.rmtree(tmp_path / "run" / "model")
     checkpoint = tmp_path / "run" / "checkpoint-000002"
     part = next(checkpoint.glob("*.distcp"))
     whole = part.read_bytes()

@@ -112,10 +112,10 @@ def crash_in(into: Path, name: str):
 def test_a_crash_amid_a_checkpoint_leaves_the_one_before(folder, tmp_path, monkeypatch):
     out, options, save = tmp_path / "cut", {"max_steps": 2, "save_every": 1}, dcp.save
 
-    def save_one(state, checkpoint_id):
+    def save_one(state, checkpoint_id, storage_writer):
         if list(out.glob("checkpoint-*")):
             crash_in(Path(checkpoint_id), "__0_0.distcp")
-        save(state, checkpoint_id=checkpoint_id)
+        save(state, checkpoint_id=checkpoint_id, storage_writer=storage_writer)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(dcp, "save", save_one)
