@@ -334,10 +334,27 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run_stage(config)
     except (InputError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if not said_already(str(error)):
+            # on a line of its own: a progress bar may stand before it, of any rank
+            start = "\n" if "tqdm" in sys.modules else ""
+            print(f"{start}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
         leave_ranks(failed=sys.exc_info()[0] is not None)
+
+
+def said_already(message: str) -> bool:
+    """Whether another rank has said this: what all of them find is printed once."""
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return False
+    try:
+        return dist.distributed_c10d._get_default_store().add(message, 1) > 1
+    except RuntimeError:  # the store went with a host
+        return False
 
 
 def leave_ranks(failed: bool) -> None:

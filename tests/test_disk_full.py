@@ -1,0 +1,127 @@
+"""A full disk: one line that names the file, nothing half-written, and a run that goes on."""
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import predict
+from engine.files import write_json
+from engine.run import Run
+from tests.runs import config_of, refusal, run, weights
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@contextmanager
+def no_file_above(size: int):
+    """As on a full disk, writing fails at this size: "File too large"."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [100, 10_000, 140_000])
+def test_a_checkpoint_that_does_not_fit(size, tmp_path, ranks):
+    policy = torch.nn.Linear(100, 100)  # 148,900 bytes with AdamW's moments
+    optimizer = torch.optim.AdamW(policy.parameters())
+    with no_file_above(size), pytest.raises(OSError) as failed:
+        Run(tmp_path, None, ranks).save(policy, optimizer, 3, keep=1)
+    file = tmp_path / "checkpoint-000003.tmp" / "__0_0.distcp"
+    assert str(failed.value) == f"[Errno 27] File too large: '{file}'"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_does_not_fit(folder, tmp_path):
+    """The run ends in one line, and goes on when there is room."""
+    config = config_of("sft", folder, tmp_path, max_steps=2, save_every=0)
+    with no_file_above(500_000):
+        found = refusal(config)
+    assert found.startswith(f"{tmp_path}/model.tmp: ") and "File too large" in found
+    assert not list(tmp_path.glob("*.tmp")) and not (tmp_path / "model").exists()
+    run(replace(config, resume=True))
+    assert weights(tmp_path)
+
+
+def test_a_log_names_its_file(tmp_path, ranks):
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError) as failed:
+        Run(tmp_path, None, ranks).log("metrics", 1, {"loss": 1.0})
+    message = f"[Errno 28] No space left on device: '{tmp_path / 'metrics.jsonl'}'"
+    assert str(failed.value) == message
+
+
+def test_predictions_name_their_file(tmp_path):
+    """And the progress bar, which the generator of the rows draws, is closed before."""
+    closed = []
+
+    def rows():
+        try:
+            yield from [{"line": "x" * 300}] * 9
+        finally:
+            closed.append(True)
+
+    part = tmp_path / "part-0000.jsonl"
+    with no_file_above(1000), pytest.raises(OSError, match="File too large: .*part-0000.jsonl"):
+        predict.write_rows(part, rows())
+    assert closed
+
+
+def test_a_settings_file_is_whole_or_as_before(tmp_path):
+    path = tmp_path / "config.json"
+    write_json(path, {"seed": 0})
+    with no_file_above(1000), pytest.raises(OSError, match="File too large: .*config.json.tmp"):
+        write_json(path, {"seed": "x" * 2000})
+    assert json.loads(path.read_text()) == {"seed": 0}
+    assert [found.name for found in tmp_path.iterdir()] == ["config.json"]
+
+
+# a disk of $1 KB; a run that fills it; a checkpoint that was cut short, and no room for anything
+# else; more room, and --resume: the line of the run is behind $1
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=$1k tmpfs "$0" || exit 9
+shift
+"$@" --out "$0/run"; echo "exit $?"; ls "$0/run"
+cat /dev/zero > "$0/run/checkpoint-000009.tmp"; rm "$0/run/first_sample.png"
+"$@" --out "$0/run" --resume; echo "exit $?"; ls "$0/run"
+mount -o remount,size=64m "$0"
+"$@" --out "$0/run" --resume; echo "exit $?"; ls "$0/run"; cp -r "$0/run/model" "$0.model"
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(folder, tmp_path):
+    """One checkpoint fits and two do not. With room for both: the weights of a run that had it."""
+    inside = ["unshare", "--user", "--map-root-user", "--mount"]
+    if not shutil.which("unshare") or subprocess.run([*inside, "true"]).returncode:
+        pytest.skip("needs Linux's unshare, for a small disk of its own")
+    run(config_of("sft", folder, tmp_path / "whole", max_steps=3, save_every=1))
+    last = tmp_path / "whole" / "checkpoint-000003"
+    room = 1.5 * sum(file.stat().st_size for file in last.iterdir()) / 1024
+    (tmp_path / "disk").mkdir()
+    line = f"{sys.executable} hoi_r1.py sft --model {folder}/model --data {folder}/data --traces "
+    line += f"{folder}/traces.jsonl --untraced skip --no-task-description --workers 0 --keep 1 "
+    line += "--batch-size 4 --learning-rate 1e-3 --max-steps 3 --save-every 1"
+    script = ["sh", "-c", ON_A_SMALL_DISK, str(tmp_path / "disk"), str(int(room))]
+    done = subprocess.run(
+        [*inside, *script, *line.split()], cwd=ROOT, capture_output=True, text=True)  # fmt: skip
+    first, second, third = done.stdout.split("exit ")[1:]
+    new = tmp_path / "disk" / "run" / "checkpoint-000002.tmp"
+    message = f"error: [Errno 28] No space left on device: '{new}/__0_0.distcp'"
+    assert done.stderr.splitlines().count(message) == 2, done.stderr
+    for found in (first, second):
+        assert found.startswith("1\n") and "checkpoint-000001" in found and ".tmp" not in found
+    assert third.startswith("0\n")
+    expected, found = weights(tmp_path / "whole"), load_file(f"{tmp_path}/disk.model/model.safetensors")
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
