@@ -242,13 +242,14 @@ def fit(
         view.refresh()
         bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
         bar.update()
+        # before the checkpoint: a run that is killed here comes to this step again
+        if export_every and (step + 1) % export_every == 0:
+            export(run, parts.policy, examples, f"model-{step + 1:06d}", view.card())
         asked = stop.on_any(ranks)
         due = save_every and (step + 1) % save_every == 0
         # a policy whose loss is not finite must not take the place of one before
         if (asked or due) and not values["skipped"]:
             run.save(parts.policy, optimizer.adamw, step + 1, keep)
-        if export_every and (step + 1) % export_every == 0:
-            export(run, parts.policy, examples, f"model-{step + 1:06d}", view.card())
         if asked:
             bar.close()
             ranks.print(f"stopped after step {step + 1}; go on with: {resume_command()}")

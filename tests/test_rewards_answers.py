@@ -343,7 +343,9 @@ def test_a_megabyte_of_instances_is_scored():
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", ":", '"', "\\",
           '"human": ', '"object": ', '"object class": ', '"verb class": ', '"bicycle"', '"ride"',
-          '"ride, ride, sit on"', "[10, 20, 50, 100]", "[1, 2, 3]", "null", " ", "é", "人"]
+          '"ride, ride, sit on"', "[10, 20, 50, 100]", "[1, 2, 3]", "null", " ", "é", "人",
+          "'", "//", "#", "\n", "None", "```json", "NaN", "\x00", "\ud800", "\\ud800", "\u2028",
+          "[" * 2000, '{"a":' * 500, "9" * 5000]
 NUMBERS = ["0", "-0.0", "10", "50", "1e308", "-1e308", "1e-320", "NaN", "Infinity", "-Infinity",
            "9" * 400, "-" + "9" * 308, "true", "null", '"10"', "[]"]
 
@@ -367,8 +369,9 @@ def loose_pieces(rng):
     return "<think><answer>" + "".join(rng.choices(PIECES, k=rng.randrange(40)))
 
 
-def test_garbage_earns_a_finite_reward_between_0_and_3_8(rng):
-    for _ in range(3000):
+@pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_garbage_earns_a_finite_reward_between_0_and_3_8(count, rng):
+    for _ in range(count):
         text = rng.choice([odd_coordinates, cut_and_doubled, loose_pieces])(rng)
         parts = earned(text, [RIDER], duplicate_rule=rng.choice(["printed", "pair"]))
         assert all(math.isfinite(part) and part >= 0 for part in parts.values()), text
