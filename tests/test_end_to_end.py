@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import hicodet
 import hoi_r1
 from demo import toy
-from tests.runs import write_traces
+from tests.runs import metrics, write_traces
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--no-task-description", "--workers", "0"]
@@ -82,6 +82,19 @@ def test_two_ranks_equal_one_in_sft(folder):
     assert difference(folder / "sft1", folder / "sft") > 1e-4
 
 
+@pytest.mark.slow
+def test_what_is_promised_of_the_number_of_ranks(folder):
+    """Losses to 1e-6. AdamW divides by the second moment, where that is small by rounding alone."""
+    flags = ["--max-steps", 8, "--batch-size", 3, "--learning-rate", 1e-3]
+    outs = [folder / f"ranks{ranks}" for ranks in (1, 2, 3)]
+    for ranks, out in enumerate(outs, start=1):
+        stage(*sft_flags(folder, folder / "sft" / "model", out.name), *flags, ranks=ranks)
+    one, two, three = ([row["loss"] for row in metrics(out)] for out in outs)
+    assert two == pytest.approx(one, rel=1e-6) and three == pytest.approx(one, rel=1e-6)
+    moved = [difference(outs[0], other) for other in (*outs[1:], folder / "sft")]
+    assert max(moved[:2]) < 1e-4 and moved[2] > 1e-3, moved
+
+
 def test_two_ranks_equal_one_in_grpo(folder):
     """Same samples, same rewards, same weights; then predictions, whose lines are equal too."""
     common = ["--data", folder / "data", *TOY]
@@ -112,8 +125,8 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
     stage(*sft_flags(folder, start, "whole"), *flags)
     line = [sys.executable, "hoi_r1.py", *map(str, sft_flags(folder, start, "killed") + flags)]
     process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE)
-    metrics = folder / "killed" / "metrics.jsonl"
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 3):
+    log = folder / "killed" / "metrics.jsonl"
+    while not (log.exists() and len(log.read_text().splitlines()) >= 3):
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -121,7 +134,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
     assert not (folder / "killed" / "model").exists()
     stage(*sft_flags(folder, start, "killed"), *flags, "--resume")
     assert difference(folder / "whole", folder / "killed") == 0
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
     assert steps == list(range(1, 7))
 
 
