@@ -45,7 +45,8 @@ def write_checkpoint(path: Path, policy, optimizer, ranks: Ranks) -> None:
     try:
         dcp.save({"model": model, "optimizer": moments}, checkpoint_id=path, storage_writer=writer)
     except CheckpointException as error:
-        raise next(iter(error.failures.values()))[0] from None
+        causes = [cause for cause, _ in error.failures.values() if isinstance(cause, OSError)]
+        raise (causes or [error])[0] from None
     mine = [*path.glob(f"__{ranks.rank}_*"), *([path / ".metadata"] if ranks.rank == 0 else [])]
     sums = dict(ranks.gather([(file.name, _sha256(file)) for file in mine]))
     on_first(ranks, "", lambda: write_json(path / MANIFEST, sums))

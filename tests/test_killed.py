@@ -4,11 +4,10 @@ Twenty kills over the three stages: what each run comes to is, bit for bit, what
 undisturbed. With the default image workers, which must let go of the killed run's folder.
 """
 
+import multiprocessing
 import random
 import secrets
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
+import hoi_r1
+import predict  # noqa: F401  so that processes begin with all that is imported
+import train  # noqa: F401
+
 FLAGS = {
     "sft": "--traces {folder}/traces.jsonl --untraced skip --batch-size 4 --max-steps 14",
     "grpo": "--batch-size 3 --max-steps 10 --max-new-tokens 12",
@@ -37,9 +39,22 @@ FILES = {  # that are there at a moment
 
 
 def command(stage, folder, out) -> list[str]:
-    line = f"hoi_r1.py {stage} --model {folder}/model --data {folder}/data --out {out} "
+    line = f"{stage} --model {folder}/model --data {folder}/data --out {out} "
     line += "--no-task-description " + FLAGS[stage].format(folder=folder)
-    return [sys.executable, *line.split(), *(TRAINING.split() if stage != "predict" else ())]
+    return [*line.split(), *(TRAINING.split() if stage != "predict" else ())]
+
+
+def start(line: list[str]) -> multiprocessing.Process:
+    """The command line in a process of its own."""
+    process = multiprocessing.get_context("fork").Process(target=hoi_r1.main, args=(line,))
+    process.start()
+    return process
+
+
+def finish(line: list[str]) -> None:
+    process = start(line)
+    process.join()
+    assert process.exitcode == 0
 
 
 def logged(out: Path) -> int:
@@ -56,17 +71,17 @@ def locked(out: Path) -> int:
 
 def kill_at(moment: str, line: list[str], out: Path, rng: random.Random) -> None:
     taken, lines = locked(out), logged(out)
-    process = subprocess.Popen(
-        line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    process = start(line)
     if moment == "starting":
-        time.sleep(8 * rng.random())
+        time.sleep(rng.random())
     else:
         while locked(out) == taken or not happens(moment, out, lines):
-            assert process.poll() is None, process.stderr.read()
+            assert process.is_alive()
             time.sleep(0.001)
         time.sleep(0.03 * rng.random())
     process.kill()
-    assert process.wait() == -signal.SIGKILL, moment
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, moment
 
 
 def happens(moment: str, out: Path, lines: int) -> bool:
@@ -78,14 +93,14 @@ def happens(moment: str, out: Path, lines: int) -> bool:
 def test_killed_again_and_again(stage, folder, tmp_path):
     rng = random.Random(seed := secrets.randbits(31))
     print("seed", seed)  # pytest shows it when the test fails
-    subprocess.run(command(stage, folder, tmp_path / "whole"), cwd=ROOT, check=True)
+    finish(command(stage, folder, tmp_path / "whole"))
     moments = [moment for moment, count in KILLS[stage].items() for _ in range(count)]
     rng.shuffle(moments)
     moments.sort(key="ending".__eq__)  # the last line has been written by then
     line = command(stage, folder, tmp_path / "killed") + ["--resume"]
     for moment in moments:
         kill_at(moment, line, tmp_path / "killed", rng)
-    subprocess.run(line, cwd=ROOT, check=True)
+    finish(line)
     assert not list((tmp_path / "killed").glob("*.tmp"))
     for whole in [*(tmp_path / "whole").glob("model*"), tmp_path / "whole" / "predictions.jsonl"]:
         if whole.exists():
