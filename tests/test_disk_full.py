@@ -123,5 +123,6 @@ def test_a_disk_that_is_full(folder, tmp_path):
     for found in (first, second):
         assert found.startswith("1\n") and "checkpoint-000001" in found and ".tmp" not in found
     assert third.startswith("0\n")
-    expected, found = weights(tmp_path / "whole"), load_file(f"{tmp_path}/disk.model/model.safetensors")
+    expected = weights(tmp_path / "whole")
+    found = load_file(tmp_path / "disk.model" / "model.safetensors")
     assert all(torch.equal(expected[name], found[name]) for name in expected)
