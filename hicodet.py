@@ -297,6 +297,8 @@ def _image_level_objects(path: Path, split: str) -> dict[str, frozenset[str]] | 
 
 def _read_row(record: np.void, known: dict[str, frozenset] | None) -> tuple:
     name = _item(record, "filename", str)
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise ValueError(f"field filename: {name!r} is no name in the folder of images")
     if known is not None and name not in known:
         raise ValueError(f"field filename: {name} is not in the list of anno.mat")
     sizes = [(_item(size, "width"), _item(size, "height")) for size in record["size"].ravel()]

@@ -10,6 +10,8 @@
     torchrun --nproc_per_node 8 hoi_r1.py predict --data hico_20160224_det \\
         --model runs/grpo/model --out runs/test
     python evaluate.py runs/test/predictions.jsonl --data hico_20160224_det
+    # can every image be read?
+    python hoi_r1.py check --data hico_20160224_det
     # look at it: a page of all runs, pictures of images with the most misses
     python hoi_r1.py report runs/sft runs/grpo runs/test
     python hoi_r1.py show --data hico_20160224_det --worst 20 \\
@@ -57,7 +59,7 @@ class TrainConfig(RunConfig):
     """What both trainings are told; defaults are Sec. 4.2, or the README's table of readings."""
 
     GROUPS = {
-        "what to read and write": "model data traces untraced out resume dry_run",
+        "what to read and write": "model data traces untraced skip_bad_images out resume dry_run",
         "prompt and answer (Fig. 4)": "thinking task_description box_frame",
         "length and order of the run": "batch_size epochs max_steps seed",
         "sampling (Sec. 3.3)": "group_size temperature max_new_tokens",
@@ -83,6 +85,9 @@ class TrainConfig(RunConfig):
     keep: int = option(2, "newest checkpoints that stay", least=1)
     export_every: int = option(
         0, "steps between models kept as model-000400/ and so on (Fig. 2); 0: none", least=0
+    )
+    skip_bad_images: bool = option(
+        False, "read all images first, and leave out those that cannot be used"
     )
     timeout: float = option(10, "minutes a rank waits for the others, then ends", least=0.01)
     eval_every: int = option(0, "steps between evaluations on test images; 0: none", least=0)
@@ -289,9 +294,28 @@ class ShowConfig(Config):
             raise ValueError("--by reward: give --worst too, which it orders")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(Config):
+    """Read every image once, and list those that cannot be used.
+
+    An image is to be there, to be read whole, and to have the size that its annotation says. A
+    training with --skip-bad-images leaves the others out.
+
+        python hoi_r1.py check --data hico_20160224_det
+    """
+
+    GROUPS = {"what to read": "data split workers"}
+
+    data: str = required("folder of hico_20160224_det: anno_bbox.mat, images/")
+    split: typing.Literal["train", "test"] | None = option(
+        None, "images to read; default: those of both"
+    )
+    workers: int = option(0, "images read at a time; 0: as many as there are CPUs", least=0)
+
+
 STAGES = {
     **{"sft": SFTConfig, "grpo": GRPOConfig, "predict": PredictConfig, "demo": DemoConfig},
-    **{"report": ReportConfig, "show": ShowConfig},
+    **{"report": ReportConfig, "show": ShowConfig, "check": CheckConfig},
 }
 
 
@@ -315,6 +339,12 @@ def run_stage(config) -> None:
         from rewards import total_reward
 
         for line in show(**dataclasses.asdict(config), total_reward=total_reward):
+            print(line, flush=True)
+        return
+    if isinstance(config, CheckConfig):
+        from engine.check import check
+
+        for line in check(**dataclasses.asdict(config)):
             print(line, flush=True)
         return
     if isinstance(config, PredictConfig):

@@ -6,6 +6,7 @@ takes plain arguments.
 
 import codecs
 import dataclasses
+import itertools
 import json
 import math
 import sys
@@ -56,6 +57,10 @@ def predict(config) -> None:
     mine = write_rows(run.folder / f"part-{number + ranks.rank:04d}.jsonl", rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     summary = summarise([stored[index] for index in range(len(samples))])
+    if unread := [row["unread"] for row in stored.values() if "unread" in row]:
+        summary |= {"unread": len(unread)}
+    if len(unread) == len(samples):
+        raise hicodet.InputError(f"none of {len(unread)} images can be used, as {unread[0]}")
     if todo:
         seconds = time.perf_counter() - started
         tokens = sum(stored[index]["length"] for index in todo)
@@ -111,12 +116,15 @@ def text_reward(text: str, hois: tuple[hicodet.HOI, ...], **options) -> dict[str
 
 
 def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
-    """The rows of a run that is resumed, by image, and the number of its first new part file."""
+    """The rows of a run that is resumed, by image, and the number of its first new part file.
+
+    Images that could not be read are tried again.
+    """
     parts = sorted(folder.glob("part-*.jsonl"))
     rows = [row for part in parts for _, row in json_lines(part, cut_last=True)]
     # behind the last: a crash may have come before each rank had begun its part
     number = max((int(part.stem.split("-")[1]) + 1 for part in parts), default=0)
-    return {row["index"]: row for row in rows}, number
+    return {row["index"]: row for row in rows if "unread" not in row}, number
 
 
 def write_rows(path: Path, rows: Iterator[dict]) -> list[dict]:
@@ -145,24 +153,42 @@ def predict_rows(
     """Greedy predictions of this rank's share of the images, in the order in which they end.
 
     A row holds the image's index, its line of predictions.jsonl, its rewards (None without ground
-    truth), its length in tokens and whether it ended by itself.
+    truth), its length in tokens and whether it ended by itself; of an image that cannot be used the
+    line is empty, and "unread" says why.
     """
-    mine, under_way = indices[ranks.rank :: ranks.world], {}
+    mine, under_way, unread = indices[ranks.rank :: ranks.world], {}, {}
     limits = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
     sampler = greedy_sampler(model, examples, slots=min(slots, max(len(mine), 1)), **limits)
 
     def arriving():
-        for number, example in enumerate(read_ahead(examples, mine, workers)):
-            under_way[number] = example
+        numbers = itertools.count()
+        for index, example in zip(mine, read_ahead(examples, mine, workers), strict=True):
+            if isinstance(example, hicodet.InputError):
+                unread[index] = example
+                tqdm.write(f"warning: {example}; nothing is predicted", file=sys.stderr)
+                continue
+            under_way[next(numbers)] = index, example
             yield example.prompt, None
 
     with tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0) as bar:
         for number, rollout in sampler.run(arriving()):
             ids, finished = rollout.completion_ids[0], bool(rollout.finished[0])
             logprobs = rollout.logprobs[0]
-            row = prediction(examples, under_way.pop(number), ids, logprobs, scores)
-            yield {"index": mine[number], "length": len(ids), "finished": finished, **row}
+            index, example = under_way.pop(number)
+            row = prediction(examples, example, ids, logprobs, scores)
+            yield {"index": index, "length": len(ids), "finished": finished, **row}
             bar.update()
+        for index, error in unread.items():
+            yield unread_row(index, examples.samples[index], str(error))
+            bar.update()
+
+
+def unread_row(index: int, sample: hicodet.Sample, reason: str) -> dict:
+    """The row of an image that cannot be used, for which nothing is predicted."""
+    line = {"file_name": sample.file_name, "text": "", "instances": []}
+    reward = text_reward("", sample.hois) if sample.hois else None
+    row = {"index": index, "length": 0, "finished": True, "line": line, "reward": reward}
+    return row | {"unread": reason}
 
 
 def greedy_sampler(

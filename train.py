@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 import evaluate
 import hicodet
+from engine.check import bad_images, odd_boxes
 from engine.examples import FRAME_FILE, Examples, batches, describe, picture
-from engine.files import naming, replace_file
+from engine.files import naming, read_object, replace_file, write_json
 from engine.live import LiveView
 from engine.policy import (
     ClippedAdamW,
@@ -33,7 +34,7 @@ from engine.policy import (
     weights_fingerprint,
 )
 from engine.quantized import is_packed
-from engine.run import Run, open_run
+from engine.run import BAD_IMAGES, Run, open_run
 from engine.signals import Stop, exit_code, resume_command
 from engine.traces import read_traces
 from grpo import GRPO
@@ -54,7 +55,7 @@ SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_
 def sft(config) -> None:
     """Thinking distillation and answer supervision (Sec. 3.2). config: hoi_r1.SFTConfig."""
     ranks = start_ranks(timedelta(minutes=config.timeout))
-    samples, thinks = annotated_samples(config.data), {}
+    samples, thinks = annotated_samples(config.data, ranks), {}
     if config.thinking:
         thinks = traces_of(config.traces)
         untraced = [sample.file_name for sample in samples if sample.file_name not in thinks]
@@ -63,7 +64,8 @@ def sft(config) -> None:
     elif config.traces:
         raise InputError("--no-thinking takes no --traces: there is no reasoning to train on")
     options = prompt_options(config) | {"thinks": thinks, "target_text": supervised_text}
-    examples = Examples(config.model, with_images(samples, config.data), **options)
+    bad = images_left_out(config, samples, ranks)
+    examples = Examples(config.model, samples, bad=bad, **options)
     require_trainable(examples, config.model)
     if config.dry_run:
         return ranks.print(describe(examples))
@@ -73,14 +75,15 @@ def sft(config) -> None:
         replace_file(parts.run.folder / "untraced.txt", text)
     stage = SFT(parts.policy, parts.optimizer, ranks, config.tokens_per_microbatch)
     with Stop() as stop:
-        fit(stage, parts, examples, ranks, stop, **loop_options(config, len(samples)))
+        fit(stage, parts, examples, ranks, stop, **loop_options(config, len(samples) - len(bad)))
 
 
 def grpo(config) -> None:
     """Reinforcement learning with the HOI rewards (Sec. 3.3). config: hoi_r1.GRPOConfig."""
     ranks = start_ranks(timedelta(minutes=config.timeout))
-    samples = with_images(annotated_samples(config.data), config.data)
-    examples = Examples(config.model, samples, **prompt_options(config))
+    samples = annotated_samples(config.data, ranks)
+    bad = images_left_out(config, samples, ranks)
+    examples = Examples(config.model, samples, bad=bad, **prompt_options(config))
     require_trainable(examples, config.model)
     reward_options = {name: getattr(config, name) for name in REWARD_OPTIONS}
     if config.dry_run:
@@ -104,20 +107,40 @@ def grpo(config) -> None:
         rewards=reward_options,
     )
     with Stop() as stop:
-        fit(stage, parts, examples, ranks, stop, **loop_options(config, len(samples)))
+        fit(stage, parts, examples, ranks, stop, **loop_options(config, len(samples) - len(bad)))
 
 
-def annotated_samples(data: str) -> list[hicodet.Sample]:
-    """The training images with ground truth; others have nothing to train on."""
-    return [sample for sample in hicodet.load_split(data, "train") if sample.hois]
+def annotated_samples(data: str, ranks: Ranks) -> list[hicodet.Sample]:
+    """The training images with ground truth; others have nothing to train on.
 
-
-def with_images(samples: list[hicodet.Sample], data: str) -> list[hicodet.Sample]:
-    """The samples, of which there is one at least, and whose images are there."""
-    if not samples:
-        raise InputError(f"no image of {data} to train on (annotated, with a trace)")
-    hicodet.require_images(samples)
+    Says in a line how many boxes of it are odd, if any are.
+    """
+    samples = [sample for sample in hicodet.load_split(data, "train") if sample.hois]
+    if odd := odd_boxes(samples):
+        ranks.print(odd)
     return samples
+
+
+def images_left_out(config, samples: list[hicodet.Sample], ranks: Ranks) -> dict[str, str]:
+    """Why images are left out of a training, by file name: what --skip-bad-images found first.
+
+    A resumed run leaves out the same. The ranks share the reading. Raises InputError if there is
+    nothing to train on, FileNotFoundError for missing images that are not left out.
+    """
+    if not samples:
+        raise InputError(f"no image of {config.data} to train on (annotated, with a trace)")
+    mine, path = {}, Path(config.out) / BAD_IMAGES
+    if config.resume and path.exists():
+        mine = read_object(path)
+    elif config.skip_bad_images:
+        mine = bad_images(samples[ranks.rank :: ranks.world], config.workers, quiet=ranks.rank > 0)
+    bad = dict(ranks.gather(list(mine.items())))
+    if bad or config.skip_bad_images:
+        ranks.print(f"{len(bad)} of {len(samples)} images cannot be used: left out, see {path}")
+    hicodet.require_images(sample for sample in samples if sample.file_name not in bad)
+    if len(bad) == len(samples):
+        raise InputError(f"none of {len(bad)} images can be used, as {next(iter(bad.values()))}")
+    return bad
 
 
 def untraced_line(missing: int, total: int, untraced: str | None) -> str:
@@ -180,7 +203,11 @@ def set_up(
     if ranks.rank == 0:
         path = run.folder / "first_sample.png"
         with naming(path):
-            picture(examples[0]).save(path)
+            picture(examples.first()).save(path)
+        if config.skip_bad_images or examples.bad:
+            write_json(run.folder / BAD_IMAGES, examples.bad)
+        else:  # of a run that was begun here before, and failed before its first result
+            (run.folder / BAD_IMAGES).unlink(missing_ok=True)
     checkpointing = config.gradient_checkpointing
     policy = load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
     replica = load_model(config.model, ranks.device) if needs_replica else None
@@ -233,6 +260,8 @@ def fit(
         values |= {"seconds": seconds, "seconds_waiting": waited}
         values |= {"share_waiting": waited / seconds}  # for images: more --workers if large
         values |= {"learning_rate": lr, "skipped": optimizer.bad_in_a_row > 0}
+        if examples.left_out:
+            values |= {"bad_images": len(examples.left_out)}
         if eval_every and (step + 1) % eval_every == 0:
             values |= parts.evaluation(parts.policy)
         if rollout:

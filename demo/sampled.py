@@ -13,7 +13,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 import hicodet
-from engine.examples import Examples, read_ahead
+from engine.examples import Examples, read_ahead, usable
 from engine.files import write_json
 from engine.options import Config, option, parse_config, required
 from engine.policy import Ranks, load_model, start_ranks
@@ -38,7 +38,7 @@ def sampled_rewards(
     )
 
     def arriving():
-        for number, example in enumerate(read_ahead(examples, list(mine), workers=0)):
+        for number, example in enumerate(map(usable, read_ahead(examples, list(mine), 0))):
             under_way[number] = example
             yield example.prompt, sample_seeds(seed, 0, mine[number], 1)
 

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from engine.files import json_lines, open_image
+from engine.files import json_lines, read_image
 from hicodet import InputError, Sample
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -62,8 +62,8 @@ class Teacher:
 
 
 def request_body(sample: Sample, teacher: Teacher) -> dict:
-    """The chat-completions request for an image. Raises InputError if the file is broken."""
-    image = open_image(sample.path)
+    """The chat-completions request for an image. Raises InputError as `read_image`."""
+    image = read_image(sample)
     image.thumbnail((teacher.max_side, teacher.max_side))
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=90)

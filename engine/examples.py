@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
 import hicodet
 from engine import panels
 from engine.attention import Prompt
-from engine.files import open_image, read_from_model
+from engine.files import read_from_model, read_image
 from engine.policy import Ranks
 from hicodet import InputError
 
@@ -56,7 +56,8 @@ class Examples(Dataset):
     image without one is asked for the answer alone. prompt_text(thinking=) is the text of the user
     turn, target_text(hois, think) what SFT supervises (None: no targets). box_frame: "model" or
     "original", None for that of the model's folder. upright: turn images as their EXIF data says,
-    which holds for photographs and not for HICO-DET, whose boxes are in stored pixels.
+    which holds for photographs and not for HICO-DET, whose boxes are in stored pixels. bad: why an
+    image, by file name, cannot be used; `left_out` are the indices of these.
     """
 
     def __init__(
@@ -70,8 +71,11 @@ class Examples(Dataset):
         target_text: Callable[[tuple, str | None], str] | None = None,
         box_frame: str | None = None,
         upright: bool = False,
+        bad: dict[str, str] | None = None,
     ):
         self.samples, self.thinking, self.thinks = samples, thinking, thinks
+        self.bad = bad or {}
+        self.left_out = {i for i, s in enumerate(samples) if s.file_name in self.bad}
         self.upright = upright
         self.target_text, self.box_frame = target_text, box_frame_of(model, box_frame)
         self.config = config = read_from_model(AutoConfig.from_pretrained, model, "configuration")
@@ -102,6 +106,10 @@ class Examples(Dataset):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def first(self) -> Example:
+        """The first example that is not left out."""
+        return self[next(i for i in range(len(self)) if i not in self.left_out)]
 
     def fingerprint(self) -> str:
         """How many images these are, and a hash of names, ground truth and traces in this order."""
@@ -177,23 +185,19 @@ def box_frame_of(model: str, asked: str | None) -> str:
     return trained
 
 
-def read_image(sample: hicodet.Sample, upright: bool = False) -> Image.Image:
-    """The image as RGB. Raises InputError naming the file if it is broken or of another size."""
-    image = open_image(sample.path, upright=upright)
-    if image.size != (sample.width, sample.height):
-        raise InputError(
-            f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
-            f"{sample.height}: images and anno_bbox.mat belong to different data"
-        )
-    return image
+def batch_order(
+    count: int, batch_size: int, steps: int, seed: int, left_out: Collection[int] = ()
+) -> list[list[int]]:
+    """The samples of every step; an epoch takes each sample once, its last batch may be short.
 
-
-def batch_order(count: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """The samples of every step; an epoch takes each sample once, its last batch may be short."""
+    left_out: samples that are taken out of the order, which the others keep.
+    """
     order: list[list[int]] = []
-    for epoch in range(math.ceil(steps * batch_size / count) + 1):
+    kept = count - len(left_out)
+    for epoch in range(math.ceil(steps * batch_size / kept) + 1):
         samples = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-        order += [samples[i : i + batch_size] for i in range(0, count, batch_size)]
+        samples = [sample for sample in samples if sample not in left_out]
+        order += [samples[i : i + batch_size] for i in range(0, kept, batch_size)]
     return order[:steps]
 
 
@@ -219,8 +223,13 @@ def _start_worker(parent: int, worker: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator[Example]:
-    """The examples in this order, read and resized by worker processes before they are needed."""
+def read_ahead(
+    examples: Examples, indices: list[int], workers: int
+) -> Iterator[Example | InputError]:
+    """The examples in this order, read and resized by worker processes before they are needed.
+
+    In the place of one whose image cannot be used comes the error that says why.
+    """
     options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
     options["worker_init_fn"] = partial(_start_worker, os.getpid())
     loader = DataLoader(
@@ -230,11 +239,18 @@ def read_ahead(examples: Examples, indices: list[int], workers: int) -> Iterator
         **(options if workers else {}),
     )
     for example in loader:
-        if isinstance(example, InputError):
-            raise example
-        # copies: what a worker sends holds shared memory and an open file as long as it lives
-        prompt = Prompt(*(part.clone() for part in vars(example.prompt).values()))
-        yield dataclasses.replace(example, prompt=prompt)
+        if isinstance(example, Example):
+            # copies: what a worker sends holds shared memory and an open file as long as it lives
+            prompt = Prompt(*(part.clone() for part in vars(example.prompt).values()))
+            example = dataclasses.replace(example, prompt=prompt)
+        yield example
+
+
+def usable(example: Example | InputError) -> Example:
+    """The example. Raises the error that came in its place."""
+    if isinstance(example, InputError):
+        raise example
+    return example
 
 
 def batches(
@@ -250,13 +266,14 @@ def batches(
     """This rank's share of the batch of each step from `done` on.
 
     Yields the step, the share, its weights, and the seconds that were waited for its images.
+    Raises InputError naming an image that cannot be used.
     """
-    order = batch_order(len(examples), batch_size, steps, seed)
+    order = batch_order(len(examples), batch_size, steps, seed, examples.left_out)
     shares = [ranks.share(batch) for batch in order[done:]]
     stream = read_ahead(examples, [i for share, _ in shares for i in share], workers)
     for step, (share, weights) in enumerate(shares, start=done):
         started = time.perf_counter()
-        batch = [next(stream) for _ in share]
+        batch = [usable(next(stream)) for _ in share]
         yield step, batch, weights, time.perf_counter() - started
 
 
@@ -277,7 +294,7 @@ def describe(examples: Examples, reward: Callable[[str, tuple], dict] | None = N
 
     reward(text, hois): of a completion; None where there is no ground truth.
     """
-    example, tokenizer = examples[0], examples.tokenizer
+    example, tokenizer = examples.first(), examples.tokenizer
     ids = example.prompt.prompt_ids
     images = int((ids == examples.image_id).sum())
     pad, (width, height) = tokenizer.decode([examples.image_id]), example.model_size

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,13 @@ from typing import IO
 
 from PIL import Image, ImageOps
 
-from hicodet import InputError
+from hicodet import InputError, Sample
+
+# what Pillow raises for broken, hostile and huge files
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, RuntimeError, AttributeError, struct.error),
+    Image.DecompressionBombError,
+)
 
 
 def lock(file: IO) -> None:
@@ -77,6 +84,17 @@ def write_json(path: Path, value: dict) -> None:
     replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
+def read_object(path: Path) -> dict:
+    """The object of a JSON file. Raises InputError naming a file that holds none."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged (no JSON object)")
+    return value
+
+
 def json_lines(path: str | Path, *, cut_last: bool = False) -> Iterator[tuple[str, object]]:
     """The values of a JSON lines file, each with its place, "FILE, line 7", for an error to name.
 
@@ -104,9 +122,20 @@ def open_image(path: Path, *, upright: bool = False) -> Image.Image:
     try:
         with Image.open(path) as file:
             return (ImageOps.exif_transpose(file) if upright else file).convert("RGB")
-    # what Pillow raises for broken, hostile and huge files
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
+
+
+def read_image(sample: Sample, upright: bool = False) -> Image.Image:
+    """A sample's image as RGB. Raises InputError naming the file if it is broken or of another size
+    than annotated."""
+    image = open_image(sample.path, upright=upright)
+    if image.size != (sample.width, sample.height):
+        raise InputError(
+            f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
+            f"{sample.height}: images and anno_bbox.mat belong to different data"
+        )
+    return image
 
 
 def read_from_model(read: Callable, folder: str, what: str):

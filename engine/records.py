@@ -17,6 +17,7 @@ from PIL import Image
 
 import hicodet
 from engine import panels
+from engine.files import open_image
 from engine.health import number
 
 EXAMPLES = 12  # of a prediction: half of them the best, half the worst
@@ -254,9 +255,8 @@ def _first(kept: dict, *names: str | int) -> int:
 def _read_image(config: dict, split: str, name: str) -> Image.Image | None:
     path = Path(str(config.get("data", ""))) / "images" / f"{split}2015" / Path(name).name
     try:
-        with Image.open(path) as file:
-            return file.convert("RGB")
-    except (OSError, ValueError):
+        return open_image(path)
+    except hicodet.InputError:
         return None
 
 

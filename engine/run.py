@@ -36,7 +36,7 @@ from engine.policy import Ranks
 from hicodet import InputError
 
 # options that --resume may change and that change what comes next: config.json says where
-NOTED_ON_RESUME = ("learning_rate", "max_steps")
+NOTED_ON_RESUME = ("learning_rate", "max_steps", "skip_bad_images")
 # these, and others on which the final weights do not depend, but for rounding
 FREE_ON_RESUME = {
     *NOTED_ON_RESUME,
@@ -50,12 +50,14 @@ KEPT = {"stage", "command"}
 # what a run has in its folder; beside each, while it is written, the same with .tmp
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 RESULTS = ("model", "predictions.jsonl")
+BAD_IMAGES = "bad_images.json"  # those that a training leaves out, and why
 WRITTEN = {"run.lock", "config.json", "first_sample.png", "untraced.txt", "summary.json"}
-WRITTEN |= {*LOGS, *RESULTS}
+WRITTEN |= {*LOGS, *RESULTS, BAD_IMAGES}
 NUMBERED = re.compile(rf"{CHECKPOINT.pattern}|model-\d{{6,}}|part-\d{{4}}\.jsonl")
 PAGE_ASIDE = re.compile(r"report\.html\.\d+\.tmp")
 # what a run has in its folder before its first result
 BEFORE_RESULTS = {"config.json", "run.lock", "first_sample.png", "untraced.txt", "report.html"}
+BEFORE_RESULTS |= {BAD_IMAGES}
 
 
 class Run:

@@ -139,7 +139,7 @@ def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
 
 
 PROGRAMS = ["hoi_r1.py", "hoi_r1.py sft", "hoi_r1.py grpo", "hoi_r1.py report", "hoi_r1.py show"]
-PROGRAMS += ["evaluate.py", "teacher.py"]
+PROGRAMS += ["hoi_r1.py check", "evaluate.py", "teacher.py"]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

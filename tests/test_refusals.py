@@ -90,7 +90,7 @@ def test_a_resumed_run_has_the_same_data_and_traces(folder, tmp_path):
 FREE = {
     *("resume", "out", "data", "traces", "workers", "dry_run", "slots", "timeout"),
     *("save_every", "keep", "export_every"),
-    *("learning_rate", "max_steps"),
+    *("learning_rate", "max_steps", "skip_bad_images"),
     *("tokens_per_microbatch", "gradient_checkpointing"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
     *("stage", "command"),  # how it was started, to be looked at
@@ -191,11 +191,11 @@ def test_the_folder_above_the_model_is_told_from_it(folder, tmp_path):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_cut_image_is_one_line(workers, folder, tmp_path):
     shutil.copytree(folder / "data", tmp_path / "data")
-    image = hicodet.load_split(tmp_path / "data", "test")[1].path
+    image = hicodet.load_split(tmp_path / "data", "train")[1].path
     image.write_bytes(image.read_bytes()[:-300])
     config = config_of(
-        "predict", folder, tmp_path / "out", data=str(tmp_path / "data"), workers=workers,
-        max_new_tokens=2)
+        "sft", folder, tmp_path / "out", data=str(tmp_path / "data"), workers=workers,
+        batch_size=20)
     assert f"{image}: not a readable image" in refusal(config)
 
 

@@ -1,0 +1,85 @@
+"""Whether a data set can be used: images that cannot be read, boxes that mean nothing.
+
+    python hoi_r1.py check --data hico_20160224_det
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from multiprocessing.pool import ThreadPool
+
+from tqdm import tqdm
+
+from engine.files import read_image
+from hicodet import Box, InputError, Sample, load_split
+
+ODD = ("inverted", "without area", "out of the image")  # what a box of the ground truth may be
+
+
+def check(*, data: str, split: str | None = None, workers: int = 0) -> Iterator[str]:
+    """Read all images of a split, or of both, and yield a line for each that cannot be used.
+
+    Raises InputError in the end if there are any.
+    """
+    unusable = 0
+    for name in [split] if split else ["train", "test"]:
+        samples = load_split(data, name)
+        bad = bad_images(samples, workers or os.cpu_count(), desc=f"images of {name}")
+        yield from bad.values()
+        yield f"{name}: {len(bad)} of {len(samples)} images cannot be used"
+        if odd := odd_boxes(samples):
+            yield f"{name}: {odd}"
+        unusable += len(bad)
+    if unusable:
+        raise InputError(
+            f"{unusable} images cannot be used: fetch them again, or train with --skip-bad-images"
+        )
+
+
+def bad_images(
+    samples: Sequence[Sample], workers: int, *, desc: str = "images", quiet: bool = False
+) -> dict[str, str]:
+    """Why images cannot be used, by file name: missing, broken or of another size than annotated.
+
+    Threads do, as Pillow decodes outside of Python's lock.
+    """
+    bad = {}
+    bar = tqdm(total=len(samples), desc=desc, unit="image", disable=quiet)
+    with bar, ThreadPool(max(workers, 1)) as pool:
+        for sample, reason in zip(samples, pool.imap(fault, samples)):
+            if reason:
+                bad[sample.file_name] = reason
+            bar.update()
+    return bad
+
+
+def fault(sample: Sample) -> str:
+    """Why the image of a sample cannot be used; "" if it can."""
+    try:
+        read_image(sample)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def odd_boxes(samples: Sequence[Sample]) -> str:
+    """How many boxes of the ground truth are inverted, empty or out of their image; "" if none."""
+    found = Counter()
+    for sample in samples:
+        boxes = {box for hoi in sample.hois for box in (hoi.human, hoi.object)}
+        found.update(box_fault(box, sample.width, sample.height) for box in boxes)
+    if found.total() == found[""]:
+        return ""
+    counts = ", ".join(f"{found[kind]} {kind}" for kind in ODD)
+    return f"boxes of the ground truth: {counts}, of {found.total()}"
+
+
+def box_fault(box: Box, width: int, height: int) -> str:
+    """Which of ODD a box is, in 0-based pixels of an image of this size; "" if none."""
+    x1, y1, x2, y2 = box
+    if x2 < x1 or y2 < y1:
+        return ODD[0]
+    if x2 == x1 or y2 == y1:
+        return ODD[1]
+    inside = 0 <= x1 and 0 <= y1 and x2 <= width - 1 and y2 <= height - 1
+    return "" if inside else ODD[2]
