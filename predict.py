@@ -118,13 +118,29 @@ def text_reward(text: str, hois: tuple[hicodet.HOI, ...], **options) -> dict[str
 def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
     """The rows of a run that is resumed, by image, and the number of its first new part file.
 
-    Images that could not be read are tried again.
+    Images that could not be read are tried again. Raises InputError naming a line that is no row.
     """
-    parts = sorted(folder.glob("part-*.jsonl"))
-    rows = [row for part in parts for _, row in json_lines(part, cut_last=True)]
+    parts = [p for p in sorted(folder.glob("part-*.jsonl")) if p.stem[5:].isdecimal()]
+    rows = []
+    for where, row in (found for part in parts for found in json_lines(part, cut_last=True)):
+        if not is_row(row):
+            raise hicodet.InputError(f"{where}: not written by a prediction; remove the line")
+        rows.append(row)
     # behind the last: a crash may have come before each rank had begun its part
     number = max((int(part.stem.split("-")[1]) + 1 for part in parts), default=0)
     return {row["index"]: row for row in rows if "unread" not in row}, number
+
+
+def is_row(value: object) -> bool:
+    """Whether a JSON value has the shape of what `predict_rows` yields."""
+    kinds = {"index": int, "length": int, "finished": bool, "line": dict}
+    if not isinstance(value, dict) or any(type(value.get(n)) is not k for n, k in kinds.items()):
+        return False
+    reward = value.get("reward")
+    if not isinstance(reward, dict):
+        return reward is None
+    numbers = all(type(part) in (int, float) for part in reward.values())
+    return numbers and reward.keys() == text_reward("", ()).keys()
 
 
 def write_rows(path: Path, rows: Iterator[dict]) -> list[dict]:

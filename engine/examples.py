@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
 import hicodet
 from engine import panels
 from engine.attention import Prompt
-from engine.files import read_from_model, read_image
+from engine.files import read_from_model, read_image, read_object
 from engine.policy import Ranks
 from hicodet import InputError
 
@@ -176,10 +176,9 @@ def box_frame_of(model: str, asked: str | None) -> str:
     path = Path(model) / FRAME_FILE
     if not path.is_file():
         return asked or "model"
-    try:
-        trained = json.loads(path.read_text())["box_frame"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: no box_frame that can be read ({error!r})") from None
+    trained = read_object(path).get("box_frame")
+    if trained not in ("model", "original"):
+        raise InputError(f'{path} is damaged: box_frame is {trained!r}, not "model" or "original"')
     if asked and asked != trained:
         raise InputError(f"--box-frame {asked}: {model} was trained with {trained}; leave it out")
     return trained

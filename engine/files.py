@@ -89,9 +89,9 @@ def read_object(path: Path) -> dict:
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error})") from None
+        raise InputError(f"{path} is damaged: no JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path} is damaged (no JSON object)")
+        raise InputError(f"{path} is damaged: no JSON object")
     return value
 
 

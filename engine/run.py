@@ -28,6 +28,7 @@ from engine.files import (
     lock,
     move,
     naming,
+    read_object,
     remove,
     replace_file,
     write_json,
@@ -97,8 +98,12 @@ class Run:
     def _cut_logs(self, done: int) -> None:
         """Leave out of every log the steps that will be run again."""
         for path in filter(Path.exists, (self.folder / name for name in LOGS)):
-            rows = (row for _, row in json_lines(path, cut_last=True))
-            kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
+            kept = []
+            for where, row in json_lines(path, cut_last=True):
+                if not isinstance(row, dict) or type(row.get("step")) is not int:
+                    raise InputError(f"{where}: no step of a run; remove the line")
+                if row["step"] <= done:
+                    kept.append(json.dumps(row) + "\n")
             replace_file(path, "".join(kept))
 
     def save(self, policy, optimizer, done: int, keep: int) -> None:
@@ -221,10 +226,7 @@ def _write_settings(folder: Path, settings: dict, resume: bool) -> bool:
     if any(found.name not in BEFORE_RESULTS for found in folder.iterdir()):
         if not resume:
             raise InputError("holds a run: --resume it, or choose another folder")
-        try:
-            stored = json.loads(path.read_text())
-        except ValueError as error:
-            raise InputError(f"config.json is damaged ({error}); choose another folder") from None
+        stored = read_object(path)
         for name in mine.keys() - FREE_ON_RESUME - KEPT:
             if stored.get(name) != mine[name]:
                 raise InputError(
@@ -245,6 +247,8 @@ def _changes(folder: Path, stored: dict, mine: dict) -> list[dict]:
     """The changes of NOTED_ON_RESUME since the run began: the step, and old and new values."""
     names = [name for name in NOTED_ON_RESUME if name in mine and stored.get(name) != mine[name]]
     before = stored.get("changes", [])
+    if not isinstance(before, list):
+        raise InputError("config.json is damaged (changes is no list); choose another folder")
     if not names:
         return before
     done = max(map(steps_of, checkpoints(folder)), default=0)

@@ -1,0 +1,79 @@
+"""Files of a run and of a model that hold odd JSON: one line that names the file."""
+
+import json
+
+import pytest
+import torch
+
+import predict
+from engine.examples import box_frame_of
+from engine.policy import Ranks
+from engine.run import Run, open_run
+from hicodet import InputError
+from tests.runs import config_of, refusal, run
+
+DEEP = "[" * 100_000
+NO_OBJECT = {"list": "[]", "null": "null", "text": '"a"', "deep": DEEP, "no UTF-8": b"\xff"}
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def write(path, text: str | bytes) -> None:
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+@pytest.mark.parametrize("text", NO_OBJECT.values(), ids=NO_OBJECT)
+def test_config_json_is_an_object(text, ranks, tmp_path):
+    settings = {"model": "m", "learning_rate": 0.1}
+    (tmp_path / "run.lock").write_text("")
+    (tmp_path / "metrics.jsonl").write_text("")
+    write(tmp_path / "config.json", text)
+    with pytest.raises(InputError, match=f"{tmp_path / 'config.json'} is damaged"):
+        open_run(str(tmp_path), settings, resume=True, ranks=ranks)
+    write(tmp_path / "config.json", json.dumps(settings | {"learning_rate": 1, "changes": 5}))
+    with pytest.raises(InputError, match="config.json is damaged .changes is no list"):
+        open_run(str(tmp_path), settings, resume=True, ranks=ranks)
+
+
+NO_STEP = {"list": "[]", "null": "null", "none": '{"a": 1}', "text": '{"step": "1"}', "deep": DEEP}
+
+
+@pytest.mark.parametrize("line", NO_STEP.values(), ids=NO_STEP)
+def test_a_log_has_a_step_on_each_line(line, tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(f'{{"step": 1}}\n{line}\n')
+    with pytest.raises(InputError, match=f"{log}, line 2: .* remove the line"):
+        Run(tmp_path, None, ALONE)._cut_logs(1)
+
+
+def test_a_line_separator_of_unicode_ends_no_line(tmp_path):
+    """U+2028 may stand in JSON as it is; str.splitlines would cut there."""
+    log, row = tmp_path / "metrics.jsonl", {"step": 1, "text": "a\u2028b\x85c"}
+    log.write_text(json.dumps(row, ensure_ascii=False) + '\n{"step": 2}\n', encoding="utf-8")
+    Run(tmp_path, None, ALONE)._cut_logs(1)
+    assert json.loads(log.read_text()) == row
+
+
+REWARD = {"format": 0.0, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": 0.0}
+ROW = {"index": 0, "length": 3, "finished": True, "line": {"file_name": "a"}, "reward": REWARD}
+NO_ROW = {"list": [], "null": None, "nothing": {}, "index": ROW | {"index": []},
+          "length": ROW | {"length": "3"}, "finished": ROW | {"finished": 1},
+          "line": ROW | {"line": None}, "reward": ROW | {"reward": [1]},
+          "part": ROW | {"reward": REWARD | {"iou": None}}, "total": ROW | {"reward": {"x": 1.0}}}
+
+
+@pytest.mark.parametrize("row", NO_ROW.values(), ids=NO_ROW)
+def test_a_part_of_a_prediction_has_rows(row, tmp_path):
+    (tmp_path / "part-mine.jsonl").write_text("not of the run")
+    (tmp_path / "part-0002.jsonl").write_text(json.dumps(ROW) + "\n")
+    assert predict.stored_rows(tmp_path) == ({0: ROW}, 3)
+    part = tmp_path / "part-0003.jsonl"
+    part.write_text(f"{json.dumps(ROW | {'reward': None})}\n{json.dumps(row)}\n")
+    with pytest.raises(InputError, match=f"{part}, line 2: not written by a prediction"):
+        predict.stored_rows(tmp_path)
+
+
+@pytest.mark.parametrize("text", [*NO_OBJECT.values(), '{"box_frame": 5}', "{}"])
+def test_the_frame_of_boxes_is_one_of_two(text, tmp_path):
+    write(tmp_path / "box_frame.json", text)
+    with pytest.raises(InputError, match=f"{tmp_path / 'box_frame.json'} is damaged"):
+        box_frame_of(str(tmp_path), None)
