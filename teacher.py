@@ -78,6 +78,7 @@ Answer the four questions in order, in a few plain sentences, between <think> an
 object classes and verbs literally. No coordinates, no lists, no <answer>."""
 
 MIN_WORDS = 3  # of a trace
+MAX_CHARACTERS = 10_000  # of a reply's text: patterns take the square of its length
 # Who may be in an image, and everyday names of objects; each may have "s" or "es" behind it.
 PEOPLE = r"""person people \w*man \w*men child children boy girl kid baby babies toddler infant
 adult teenager lady ladies guy individual someone somebody anyone everyone he she him her his they
@@ -145,6 +146,8 @@ def accept_trace(reply: dict) -> tuple[str | None, str]:
     choice = reply["choices"][0]
     text = choice["message"].get("content")
     text = text if isinstance(text, str) else ""  # None: the model declined
+    if len(text) > MAX_CHARACTERS:
+        return None, f"has more than {MAX_CHARACTERS} characters"
     found = re.search("<think>(.*?)</think>", text, re.DOTALL)
     think = found[1].strip() if found else ""
     if choice.get("finish_reason") in ("length", "content_filter"):
@@ -231,7 +234,7 @@ def ask_all(
         stop.set()
         pool.shutdown(cancel_futures=True)
         bar.close()
-    return missing, ended
+    return missing, ended and f"{ended}; ${budget.spent:.4f} are spent in all"
 
 
 def collect(

@@ -1,6 +1,7 @@
 """One OpenAI-compatible chat request: its price, its retries, the Batch API's request files."""
 
 import base64
+import contextlib
 import email.utils
 import http.client
 import io
@@ -8,6 +9,7 @@ import json
 import math
 import random
 import re
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +28,9 @@ OPENAI_URL = "https://api.openai.com/v1"
 PRICES = {"gpt-4o-mini": (0.15, 0.60, 2833, 5667), "gpt-4o": (2.50, 10.00, 85, 170)}
 BATCH_DISCOUNT, BATCH_REQUESTS, BATCH_BYTES = 0.5, 50_000, 200_000_000  # of OpenAI's Batch API
 MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
+MAX_REPLY = 16 * 2**20  # bytes
+MAX_TIMEOUTS = 10  # times --timeout: for a request as a whole, whose bytes may come one by one
+MAX_TOKENS = 10_000_000  # of a request: what a server reports beyond is no count
 
 
 class Stop(Exception):
@@ -111,8 +116,9 @@ class Budget:
         with self.lock:
             bound = self.cost(max(tokens_in, self.largest), tokens_out)
             if self.spent + self.reserved + bound > self.max_cost:
-                raise Stop(f"${self.spent:.4f} are spent, and one more request could pass "
-                           f"--max-cost {self.max_cost:g}: raise it to go on")
+                raise Stop(f"${self.spent:.4f} are spent, those in flight can cost "
+                           f"${self.reserved:.4f}, and one more request could pass --max-cost "
+                           f"{self.max_cost:g}: raise it to go on")
             self.reserved += bound
             return bound
 
@@ -120,7 +126,7 @@ class Budget:
         """Puts what the server reports in place of a reservation; `bound` if it reports nothing."""
         counts = [usage.get(key) if isinstance(usage, dict) else None
                   for key in ("prompt_tokens", "completion_tokens")]
-        reported = all(isinstance(count, int) and count >= 0 for count in counts)
+        reported = all(type(count) is int and 0 <= count <= MAX_TOKENS for count in counts)
         tokens_in, tokens_out = counts if reported else (0, 0)
         cost = self.cost(tokens_in, tokens_out) if reported else bound * billed
         with self.lock:
@@ -134,28 +140,66 @@ class Budget:
 def post(teacher: Teacher, body: dict) -> dict:
     """One chat completion. Raises Transient if another try may help, Stop if not."""
     url, sent = urlsplit(teacher.base_url), False
+    limit = min(MAX_TIMEOUTS * teacher.timeout, threading.TIMEOUT_MAX)
     secure = url.scheme == "https"
     connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
     server = connect(url.netloc, timeout=teacher.timeout)
     headers = {"Content-Type": "application/json"}
     if teacher.key:
         headers["Authorization"] = f"Bearer {teacher.key}"
+    until = time.monotonic() + limit
     try:
-        server.request("POST", f"{url.path}/chat/completions", json.dumps(body), headers)
-        sent = True
-        response = server.getresponse()
-        text = without_key(response.read().decode(errors="replace"), teacher)
+        server.connect()
+        with cut_after(server.sock, limit):
+            server.request("POST", f"{url.path}/chat/completions", json.dumps(body), headers)
+            sent = True
+            with server.getresponse() as response:  # closed: it holds the connection
+                text = without_key(read_reply(response).decode(errors="replace"), teacher)
     except (OSError, http.client.HTTPException) as error:
-        reason = without_key(f"{teacher.base_url}: {error!r}", teacher)
+        late = f"no whole reply in {limit:g} s" if time.monotonic() >= until else repr(error)
+        reason = without_key(f"{teacher.base_url}: {late}", teacher)
         raise Transient(reason, billed=sent) from None
     finally:
         server.close()
     if response.status != 200:
-        raise refusal(response, f"{teacher.base_url}: {response.status}: {text[:500]}")
+        said = printable(text[:500])
+        raise refusal(response, f"{teacher.base_url}: {response.status}: {said}")
     try:
         return checked_reply(json.loads(text))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise Transient(f"no chat completion in the reply: {error!r}", billed=True) from None
+
+
+@contextlib.contextmanager
+def cut_after(connection: socket.socket, seconds: float) -> Iterator[None]:
+    """Shut a connection down, and so end what reads from it, if the block takes longer."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError):  # it is closed already
+            socket.socket.shutdown(connection, socket.SHUT_RDWR)  # below TLS, which may be reading
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def read_reply(response: http.client.HTTPResponse) -> bytes:
+    """The body of a response. Raises HTTPException if it is cut short or beyond MAX_REPLY."""
+    body = response.read(MAX_REPLY + 1)
+    if len(body) > MAX_REPLY:
+        raise http.client.HTTPException(f"more than {MAX_REPLY} bytes")
+    if response.length:  # that were announced and did not come
+        raise http.client.IncompleteRead(body, response.length)
+    return body
+
+
+def printable(text: str) -> str:
+    """A server's words on one line, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def without_key(text: str, teacher: Teacher) -> str:
@@ -265,4 +309,4 @@ def batch_results(paths: Iterable[Path]) -> Iterator[tuple[str, str, dict | None
                 reply = checked_reply(result["response"]["body"])
             except (LookupError, TypeError, AttributeError):
                 reply = None
-            yield where, result["custom_id"], reply, json.dumps(result)[:300]
+            yield where, result["custom_id"], reply, printable(json.dumps(result)[:300])

@@ -1,12 +1,14 @@
 """Traces: traces.jsonl, written line by line and read, and sentences from the ground truth."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from engine.files import json_lines, lock
 from hicodet import HOI, Box, InputError, Sample, iou
 
+MAX_COST = 1e6  # USD of a trace: what stands for more is no cost
 SAME_PERSON_IOU = 0.5  # as in merging: one person is annotated anew for every verb
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
 
@@ -24,7 +26,16 @@ def read_lines(path: str | Path) -> Iterator[dict]:
         if trace["file_name"] in names:
             raise InputError(f"{where}: {trace['file_name']} comes twice; delete one line")
         names.add(trace["file_name"])
+        if not 0 <= cost_of(trace) <= MAX_COST:
+            raise InputError(f'{where}: "cost" must be a number of USD')
         yield trace
+
+
+def cost_of(trace: dict) -> float:
+    """What a trace cost in USD, 0.0 where that is not said; NaN for what is no number."""
+    usage = trace.get("usage")
+    cost = usage.get("cost", 0.0) if isinstance(usage, dict) else 0.0
+    return cost if type(cost) in (int, float) else math.nan
 
 
 def read_traces(path: str | Path) -> dict[str, str]:
@@ -51,8 +62,7 @@ class TraceFile:
         self.names, self.cost = set(), 0.0
         for trace in read_lines(path):
             self.names.add(trace["file_name"])
-            usage = trace.get("usage")
-            self.cost += float(usage.get("cost", 0.0)) if isinstance(usage, dict) else 0.0
+            self.cost += cost_of(trace)
 
     def __enter__(self) -> "TraceFile":
         return self
@@ -68,7 +78,7 @@ class TraceFile:
             if last:
                 json.loads(last)
                 self.file.write(b"\n")  # whole, and written by hand
-        except ValueError:
+        except (ValueError, RecursionError):
             self.file.truncate(len(text) - len(last))
 
     def append(self, sample: Sample, think: str, teacher: str, attempts: int, usage: dict) -> None:
