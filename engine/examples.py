@@ -90,7 +90,28 @@ class Examples(Dataset):
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         if END_OF_TURN not in self.tokenizer.get_vocab() or not self.tokenizer.chat_template:
             raise InputError(f"--model {model}: no tokenizer with {END_OF_TURN} and chat template")
-        self.questions = {think: self.question(prompt_text(thinking=think)) for think in (1, 0)}
+        self.require_sizes(model)
+
+        def questions(_) -> dict[int, Tensor]:
+            return {think: self.question(prompt_text(thinking=think)) for think in (1, 0)}
+
+        self.questions = read_from_model(questions, model, "chat template")
+
+    def require_sizes(self, model: str) -> None:
+        """Raise InputError if the image processor fails, or cuts other patches than the model."""
+        vision, ours = self.config.vision_config, self.processor
+        for name, takes in {
+            "patch_size": vision.patch_size,
+            "merge_size": vision.spatial_merge_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+        }.items():
+            if (has := getattr(ours, name)) != takes or type(has) is not int or has < 1:
+                raise InputError(
+                    f"--model {model}: {name} is {has!r} in preprocessor_config.json, and "
+                    f"{takes!r} in config.json"
+                )
+        grey = Image.new("RGB", (64, 64))
+        read_from_model(lambda _: ours(images=grey, return_tensors="pt"), model, "image processor")
 
     def question(self, text: str) -> Tensor:
         """Ids of the user turn behind one image placeholder, in the model's chat template."""

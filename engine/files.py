@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -140,15 +141,25 @@ def read_image(sample: Sample, upright: bool = False) -> Image.Image:
 
 def read_from_model(read: Callable, folder: str, what: str):
     """read(folder), a reader of the library. Raises InputError naming the folder if it cannot."""
-    from safetensors import SafetensorError  # here: teacher.py needs no tensors
+    # here: teacher.py needs no model; the last two come with transformers
+    from huggingface_hub.errors import StrictDataclassError
+    from jinja2 import TemplateError
+    from safetensors import SafetensorError
 
+    known = (
+        *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+        *(ImportError, RuntimeError),  # a format that needs further packages; tensors that differ
+        *(SafetensorError, StrictDataclassError, TemplateError),
+    )
     try:
         return read(folder)
-    except (
-        *(OSError, ValueError, KeyError, TypeError, SafetensorError),
-        *(ImportError, RuntimeError),  # a format that needs further packages; tensors that differ
-    ) as error:
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except InputError:  # says enough
+        raise
+    except Exception as error:
+        # the tokenizers library raises Exception itself, and no kind of it, for a broken file
+        if not isinstance(error, known) and type(error) is not Exception:
+            raise
+        cause = textwrap.shorten(str(error), 200) or type(error).__name__
         inside = Path(folder) / "model"
         hint = f"; is {inside} meant?" if inside.is_dir() else ""
         raise InputError(f"--model {folder}: no {what} that can be read ({cause}){hint}") from None

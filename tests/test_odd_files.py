@@ -1,6 +1,7 @@
 """Files of a run and of a model that hold odd JSON: one line that names the file."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from engine.examples import box_frame_of
 from engine.policy import Ranks
 from engine.run import Run, open_run
 from hicodet import InputError
-from tests.runs import config_of, refusal, run
+from tests.runs import config_of, examples_of
 
 DEEP = "[" * 100_000
 NO_OBJECT = {"list": "[]", "null": "null", "text": '"a"', "deep": DEEP, "no UTF-8": b"\xff"}
@@ -77,3 +78,37 @@ def test_the_frame_of_boxes_is_one_of_two(text, tmp_path):
     write(tmp_path / "box_frame.json", text)
     with pytest.raises(InputError, match=f"{tmp_path / 'box_frame.json'} is damaged"):
         box_frame_of(str(tmp_path), None)
+
+
+def change(at, file: str, **changes) -> None:
+    values = json.loads((at / file).read_text())
+    (at / file).write_text(json.dumps(values | changes))
+
+
+TEMPLATE, PROCESSOR = "chat_template.jinja", "preprocessor_config.json"
+SPOILT = {  # how a file is spoilt, and what the line names
+    "tokenizer config": (lambda m: write(m / "tokenizer_config.json", "[]"), "tokenizer"),
+    "tokenizer": (lambda m: write(m / "tokenizer.json", "null"), "tokenizer"),
+    "tokenizer model": (lambda m: change(m, "tokenizer.json", model=[]), "tokenizer"),
+    "processor": (lambda m: write(m / PROCESSOR, "[]"), "image processor"),
+    "mean": (lambda m: change(m, PROCESSOR, image_mean=[0, 0]), "image processor"),
+    "patch": (lambda m: change(m, PROCESSOR, patch_size=0), "patch_size is 0"),
+    "other patch": (lambda m: change(m, PROCESSOR, patch_size=7), "patch_size is 7 .* and 14"),
+    "merge": (lambda m: change(m, PROCESSOR, merge_size="x"), "merge_size is 'x'"),
+    "config": (lambda m: change(m, "config.json", text_config=[]), "configuration"),
+    "id": (lambda m: change(m, "config.json", image_token_id="x"), "configuration"),
+    "syntax": (lambda m: write(m / TEMPLATE, "{% for"), "chat template"),
+    "name": (lambda m: write(m / TEMPLATE, "{{ a.b.c }}"), "chat template"),
+    "division": (lambda m: write(m / TEMPLATE, "{{ 1 / 0 }}"), "chat template"),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_a_model_folder_with_odd_files_is_one_line(spoilt, folder, tmp_path):
+    spoil, named = SPOILT[spoilt]
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    spoil(model)
+    with pytest.raises(InputError, match=f"--model {model}: .*{named}") as refused:
+        examples_of(config_of("predict", folder, "x", model=str(model)), [])
+    assert "\n" not in str(refused.value)
