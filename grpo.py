@@ -286,8 +286,9 @@ class GRPO:
     def micro_batch(self, batch, groups, advantages, places, weights) -> MicroBatch:
         """The groups at these places of the batch, in one packed row."""
         prompts = [batch[i].prompt for i in places]
-        packed = pack(self.policy, prompts, [groups[i].completion_ids for i in places])
         to, reference = partial(to_device, device=self.ranks.device), None
+        completions = [groups[i].completion_ids for i in places]
+        packed = pack(self.policy, prompts, completions, self.ranks.device)
         if self.reference:
             reference = token_logprobs(self.reference, packed, **self.distribution)
         return MicroBatch(

@@ -68,7 +68,7 @@ class TrainConfig(RunConfig):
         "optimizer": "learning_rate warmup_steps adam_beta2 weight_decay max_grad_norm",
         "checkpoints": "save_every keep export_every",
         "evaluation while training": "eval_every eval_images eval_max_new_tokens",
-        "memory and speed": "tokens_per_microbatch gradient_checkpointing slots workers timeout",
+        "memory and speed": "tokens_per_microbatch gradient_checkpointing offload slots workers timeout",
     }
 
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", least=0, paper="Sec. 4.2")
@@ -81,6 +81,9 @@ class TrainConfig(RunConfig):
     )
     tokens_per_microbatch: int = option(16384, "of a forward pass; fewer need less memory", least=1)
     gradient_checkpointing: bool = option(True, "faster, but takes far more memory")
+    offload: bool = option(
+        False, "keep pi_theta, its gradient and AdamW's state in the host's memory; slower"
+    )
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
     keep: int = option(2, "newest checkpoints that stay", least=1)
     export_every: int = option(

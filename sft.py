@@ -53,7 +53,7 @@ class SFT:
         def terms(micro):
             places, kept = micro
             targets = [[batch[i].target_ids] for i in places]
-            packed = pack(self.policy, [batch[i].prompt for i in places], targets)
+            packed = pack(self.policy, [batch[i].prompt for i in places], targets, ranks.device)
             logprobs = self.policy.token_logprobs(packed)
             return {"loss": sft_loss(logprobs, torch.tensor(kept, device=ranks.device), num_tokens)}
 

@@ -195,6 +195,8 @@ def set_up(
     config, examples: Examples, ranks: Ranks, stage: str, *, needs_replica: bool
 ) -> Parts:
     """The run's folder, the policy and its optimizer, restored where a run is resumed."""
+    if config.offload and ranks.device.type == "cpu":
+        raise InputError("--offload: it spares a GPU's memory, and torch finds no GPU here")
     held_out = held_out_examples(config) if config.eval_every else None
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
     settings |= {"box_frame": examples.box_frame, "weights": weights_fingerprint(config.model)}
@@ -208,8 +210,8 @@ def set_up(
             write_json(run.folder / BAD_IMAGES, examples.bad)
         else:  # of a run that was begun here before, and failed before its first result
             (run.folder / BAD_IMAGES).unlink(missing_ok=True)
-    checkpointing = config.gradient_checkpointing
-    policy = load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
+    memory = {name: getattr(config, name) for name in ("gradient_checkpointing", "offload")}
+    policy = load_policy(config.model, ranks.device, **memory)
     replica = load_model(config.model, ranks.device) if needs_replica else None
     optimizer = ClippedAdamW(
         policy,

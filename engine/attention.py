@@ -191,7 +191,7 @@ def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Prompts and their completions as one flat row on the model's device."""
+    """Prompts and their completions as one flat row on the device that computes."""
 
     input_ids: Tensor  # (1, L)
     position_ids: Tensor  # (3, 1, L)
@@ -210,10 +210,16 @@ def prompt_positions(model: nn.Module, prompt: Prompt) -> Tensor:
     return model.model.get_rope_index(ids, is_image, image_grid_thw=prompt.image_grid_thw)[0][:, 0]
 
 
-def pack(model: nn.Module, prompts: list[Prompt], completions: list[list[Tensor]]) -> PackedBatch:
+def pack(
+    model: nn.Module,
+    prompts: list[Prompt],
+    completions: list[list[Tensor]],
+    device: torch.device | None = None,
+) -> PackedBatch:
     """Lay P prompts, each with its completions (1-D id tensors), in one flat row.
 
     Every completion's positions restart at max(prompt position) + 1, as if it alone followed.
+    device: of the row, where it is not that of the model's parameters (`--offload`).
     """
     ids, positions, sources, empty = [], [], [], torch.zeros(0, dtype=torch.long)
     start = 0
@@ -232,14 +238,15 @@ def pack(model: nn.Module, prompts: list[Prompt], completions: list[list[Tensor]
             start += len(completion)
     flat = [completion for group in completions for completion in group]
     lengths = tuple(tuple(len(completion) for completion in group) for group in completions)
-    to = partial(to_device, device=model.device)
+    device = device or model.device
+    to = partial(to_device, device=device)
     return PackedBatch(
         input_ids=to(torch.cat(ids)[None]),
         position_ids=to(torch.cat(positions, dim=1)[:, None]),
         # joined on the device: a new tensor of 100 MB on the host takes longer than all copies
         pixel_values=torch.cat([to(prompt.pixel_values) for prompt in prompts]),
         image_grid_thw=to(torch.cat([prompt.image_grid_thw for prompt in prompts])),
-        layout=GroupLayout(tuple(len(p.prompt_ids) for p in prompts), lengths, model.device),
+        layout=GroupLayout(tuple(len(p.prompt_ids) for p in prompts), lengths, device),
         predicted_from=to(torch.cat([empty, *sources])),
         completion_ids=to(torch.cat([empty, *flat])),
         completion_mask=to(mask_from_lengths(torch.tensor(sum(lengths, ())))),

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -168,20 +170,24 @@ def compile_layers(model, device: torch.device) -> None:
             layer.compile(fullgraph=True)  # checkpointing forbids a break in what is compiled
 
 
-def load_policy(path: str, device: torch.device, *, gradient_checkpointing: bool = True):
+def load_policy(path: str, device: torch.device, **options):
     """pi_theta: fp32 parameters sharded over all ranks, computing in compute_dtype.
 
     At lr 1e-6 a step moves a weight by less than half a bf16 ulp: bf16 parameters would stay put.
+    options: of `shard_policy`.
     """
-    policy = load_model(path, torch.device("cpu"), torch.float32)
-    return shard_policy(policy, device, gradient_checkpointing=gradient_checkpointing)
+    return shard_policy(load_model(path, torch.device("cpu"), torch.float32), device, **options)
 
 
-def shard_policy(policy, device: torch.device, *, gradient_checkpointing: bool):
+def shard_policy(
+    policy, device: torch.device, *, gradient_checkpointing: bool = True, offload: bool = False
+):
     """pi_theta from a model in fp32, which it changes: sharded, on the device, in train mode.
 
-    Without checkpointing, which is for where memory is short, parameters that are gathered stay so
+    With neither of both, which are for where memory is short, parameters that are gathered stay so
     until the step's last backward: 2 bytes each on a GPU, 7.5 GB of a 3B model.
+    offload: parameters and gradients stay in pinned memory of the host, so AdamW's state and step
+    do too; the GPU holds the parameters of the layer that is computed.
     """
     if gradient_checkpointing:
         checkpoint_activations(policy)
@@ -191,22 +197,26 @@ def shard_policy(policy, device: torch.device, *, gradient_checkpointing: bool):
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    options = {"mesh": mesh, "mp_policy": precision}
+    options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
     # the vision tower whole: gathered block by block, its small layers would wait for the gathering
-    reshard = None if gradient_checkpointing else False  # None: after all parts but the root
+    policy.gathered_once = not gradient_checkpointing and not offload
+    # None: after all parts but the root
+    options["reshard_after_forward"] = False if policy.gathered_once else None
     for part in [policy.model.visual, *policy.model.language_model.layers, policy]:
-        fully_shard(part, mesh=mesh, mp_policy=precision, reshard_after_forward=reshard)
-    policy.gathered_once = not gradient_checkpointing
+        fully_shard(part, **options)  # moves it to the device, all but offloaded parameters
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
     policy.token_logprobs = types.MethodType(token_logprobs, policy)
     register_fsdp_forward_method(policy, "token_logprobs")
-    return policy.to(device).train()
+    return policy.train()
 
 
 @torch.no_grad()
 def refresh(replica, policy) -> None:
     """Copy pi_theta's weights into a replica, in place and parameter by parameter."""
     for copy, parameter in zip(replica.parameters(), policy.parameters(), strict=True):
-        copy.copy_(parameter.to(copy.dtype).full_tensor())  # half the traffic where that is bf16
+        # on the copy's device, so that GPUs gather it, and half the traffic where it is bf16
+        copy.copy_(parameter.to(copy.device, copy.dtype).full_tensor())
 
 
 class ClippedAdamW:

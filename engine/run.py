@@ -43,7 +43,7 @@ FREE_ON_RESUME = {
     *NOTED_ON_RESUME,
     *("resume", "out", "data", "traces", "workers", "dry_run", "slots", "timeout"),
     *("save_every", "keep", "export_every"),
-    *("tokens_per_microbatch", "gradient_checkpointing"),
+    *("tokens_per_microbatch", "gradient_checkpointing", "offload"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
 }
 # how the run was started, kept to be looked at; no options

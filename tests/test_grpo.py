@@ -208,6 +208,12 @@ def test_gradients_equal_separate_forwards(model, reference, prompts, completion
     model.zero_grad(), reference.zero_grad()
 
 
+def test_a_row_lies_on_the_device_that_is_named(model, prompts, completions):
+    """Not on that of the parameters, which --offload keeps on the host."""
+    batch = pack(model, prompts, completions, torch.device("meta"))
+    assert {part.device.type for part in vars(batch).values()} == {"meta"}
+
+
 def test_gradient_checkpointing_changes_nothing(model, prompts, completions):
     batch = pack(model, prompts, completions)
     gradients = []

@@ -84,6 +84,32 @@ def test_without_checkpointing_parameters_are_gathered_once_a_step(folder, ranks
     assert all(torch.equal(mine, other) for mine, other in zip(*found, strict=True))
 
 
+def test_offloaded_parameters_take_the_same_step(folder, ranks, monkeypatch):
+    """As with a GPU, but for its pinned memory: the CPU is both the device and the host."""
+    told, fully_shard = [], engine.policy.fully_shard
+
+    def noted(part, **options):
+        told.append(type(options["offload_policy"]))
+        return fully_shard(part, **options)
+
+    monkeypatch.setattr(engine.policy, "fully_shard", noted)
+    offload = engine.policy.CPUOffloadPolicy
+    monkeypatch.setattr(engine.policy, "CPUOffloadPolicy", lambda: offload(pin_memory=False))
+    config = config_of("sft", folder, "x")
+    examples, policies = training_examples(config), []
+    batch = [examples[i] for i in range(2)]
+    for offloaded in (False, True):
+        policies.append(engine.policy.load_policy(config.model, ranks.device, offload=offloaded))
+        optimizer = optimizer_of(policies[-1], config)
+        for example in batch:  # the second gradient is added to the first, on the host
+            packed = pack(policies[-1], [example.prompt], [[example.target_ids]], ranks.device)
+            policies[-1].token_logprobs(packed).sum().backward()
+        optimizer.step(1e-3, 0.0)
+    assert told[:4] == [engine.policy.OffloadPolicy] * 4 and told[4:] == [offload] * 4
+    for mine, other in zip(*(policy.parameters() for policy in policies), strict=True):
+        assert torch.equal(mine.full_tensor(), other.full_tensor())
+
+
 def test_batch_order_is_pure_and_takes_each_sample_once_an_epoch():
     order = batch_order(10, 4, 7, seed=5)
     assert [len(batch) for batch in order] == [4, 4, 2, 4, 4, 2, 4]

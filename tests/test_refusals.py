@@ -91,7 +91,7 @@ FREE = {
     *("resume", "out", "data", "traces", "workers", "dry_run", "slots", "timeout"),
     *("save_every", "keep", "export_every"),
     *("learning_rate", "max_steps", "skip_bad_images"),
-    *("tokens_per_microbatch", "gradient_checkpointing"),
+    *("tokens_per_microbatch", "gradient_checkpointing", "offload"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
     *("stage", "command"),  # how it was started, to be looked at
 }
@@ -115,6 +115,12 @@ def test_a_resumed_run_is_told_the_same(stage, folder, tmp_path):
         changed = stored | {name: "something else"}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         engine.run._write_settings(tmp_path, settings, resume=True)
+
+
+def test_offloading_is_refused_without_a_gpu(folder, tmp_path):
+    found = refusal(config_of("sft", folder, tmp_path / "run", offload=True))
+    assert found == "--offload: it spares a GPU's memory, and torch finds no GPU here"
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_damaged_run_says_what_to_remove(folder, tmp_path):
