@@ -68,7 +68,8 @@ class TrainConfig(RunConfig):
         "optimizer": "learning_rate warmup_steps adam_beta2 weight_decay max_grad_norm",
         "checkpoints": "save_every keep export_every",
         "evaluation while training": "eval_every eval_images eval_max_new_tokens",
-        "memory and speed": "tokens_per_microbatch gradient_checkpointing offload slots workers timeout",
+        "memory and speed": "tokens_per_microbatch gradient_checkpointing offload slots workers "
+        "timeout",
     }
 
     learning_rate: float = option(1e-6, "peak learning rate of AdamW", least=0, paper="Sec. 4.2")

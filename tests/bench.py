@@ -2,6 +2,9 @@
 
     python -m tests.bench update                # a toy's width, on any machine
     python -m tests.bench step --model-size 3b  # the 3B's shape, on a GPU
+    python -m tests.bench step --peer trl       # against TRL's GRPOTrainer
+    python -m tests.bench fits                  # which options fit on which GPU
+    python -m tests.bench guard                 # have the committed figures moved?
 
 Prints our time, the baseline's, their ratio, peak memory and, on a GPU whose peaks are known, the
 floor: the time that the work's bytes and operations take at the device's measured rates. Weights
@@ -9,10 +12,10 @@ are random; nothing is downloaded. The figures that were measured are in tests/B
 """
 
 import json
-import resource
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,6 +38,9 @@ from engine.policy import (
 )
 from engine.sampler import Sampler
 from tests import bench_cpu
+from tests.bench_fits import bench_fits
+from tests.bench_guard import guard
+from tests.bench_measure import Result, Runs, measure, report, result
 from tests.bench_models import (
     ORDINARY,
     SIZES,
@@ -50,72 +56,12 @@ from tests.bench_models import (
     separate_logprobs,
     separate_step,
 )
+from tests.bench_peer import Unavailable, bench_peer
 
 # tokens of trace and answer on the real annotations: 32 quantiles over images
 ANSWER_LENGTHS = [100, 101, 102, 103, 104, 105, 106, 106, 107, 108, 109, 110, 111, 113, 115, 116,
                   118, 122, 127, 157, 163, 167, 171, 174, 180, 197, 228, 246, 298, 365, 499, 888]
 TEST_IMAGES = 9658
-
-
-@dataclass(frozen=True)
-class Result:
-    """Seconds, and what they are of; peak_memory in bytes, of ours (on a CPU of the process)."""
-
-    ours: float
-    baseline: float | None
-    ratio: float | None
-    peak_memory: int
-    floor: float | None
-    what: str
-    details: dict
-    device: str
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU since the last reset; on a CPU the most this process ever had."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@dataclass(frozen=True)
-class Runs:
-    """How often each function is called, and whether the baseline is."""
-
-    repeats: int
-    baseline: bool
-
-
-def measure(device: torch.device, runs: Runs, **functions: Callable) -> dict:
-    """The best time of each function, called in turn so that a busy machine hits all alike.
-
-    Each is called once before, for compiling and warming up. Returns {name: (seconds, bytes)}.
-    """
-    functions = {name: f for name, f in functions.items() if runs.baseline or name != "baseline"}
-    times: dict[str, list[tuple[float, int]]] = {name: [] for name in functions}
-    for repeat in range(runs.repeats + 1):
-        for name, function in functions.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds = time.perf_counter() - started
-            print(f"  {name}: {seconds:.4g} s{'' if repeat else ', warming up'}", flush=True)
-            if repeat:
-                times[name].append((seconds, peak_memory(device)))
-    return {name: min(found) for name, found in times.items()}
-
-
-def result(device, measured: dict, what: str, floor: float | None = None, **details) -> Result:
-    """Ours against the baseline."""
-    ours, memory = measured["ours"]
-    baseline = measured["baseline"][0] if "baseline" in measured else None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    ratio = baseline / ours if baseline else None
-    return Result(ours, baseline, ratio, memory, floor, what, details, name)
 
 
 def with_library(model, function: Callable) -> Callable:
@@ -294,15 +240,17 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     config = hoi_r1.GRPOConfig(model="random", data="", out="", **options)
     policy = shard_policy(
         random_model(size, device, torch.float32), device,
-        gradient_checkpointing=config.gradient_checkpointing)
-    replica, reference = (random_model(size, device, compute_dtype(device)) for _ in range(2))
-    compile_layers(reference, device)
+        gradient_checkpointing=config.gradient_checkpointing, offload=config.offload)
+    replica, reference = random_model(size, device, compute_dtype(device)), None
+    if config.kl_coef:
+        reference = random_model(size, device, compute_dtype(device))
+        compile_layers(reference, device)
     optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
-    same = ("slots", "group_size", "max_new_tokens", "temperature", "seed", "updates_per_batch",
+    same = ("group_size", "max_new_tokens", "temperature", "seed", "updates_per_batch",
             "tokens_per_microbatch")
     trainer = grpo.GRPO(
         policy, optimizer, replica, reference, BenchExamples(size), ranks,
-        objective={}, rewards={}, **{name: getattr(config, name) for name in same})
+        objective={}, rewards={}, slots=min(config.slots, size.prompts), **{name: getattr(config, name) for name in same})
     name, hois = "random.jpg", bench_cpu.HOIS
     sample = hicodet.Sample(name, Path(name), 640, 480, hois, (), frozenset())
     batch = [
@@ -373,51 +321,67 @@ def bench_without_model(name: str, runs: Runs) -> Result:
     return result(cpu, measure(cpu, runs, **make()), what)
 
 
+def guarded_results(device: torch.device, runs: Runs) -> dict[str, Result]:
+    """What `guard` compares: on a GPU the 3B's parts, on a CPU the benches without a model."""
+    if device.type == "cuda":
+        return {name: MODEL_BENCHES[name](SIZES["3b"], device, runs) for name in GUARDED}
+    runs = replace(runs, clock=time.process_time)  # other processes may share the machine
+    return {name: bench_without_model(name, runs) for name in bench_cpu.BENCHES}
+
+
 MODEL_BENCHES = {"sampler": bench_sampler, "update": bench_update, "logprobs": bench_logprobs,
                  "vision": bench_vision, "sft": bench_sft, "step": bench_step,
                  "predict": bench_predict}
+GUARDED = ("sampler", "update", "vision", "sft")  # on a GPU, in minutes
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to measure": "what model_size repeats baseline json"}
-    what: Literal[*MODEL_BENCHES, *bench_cpu.BENCHES] = required("a bench", positional=True)
+    GROUPS = {"what to measure": "what model_size peer repeats baseline json write"}
+    what: Literal[*MODEL_BENCHES, *bench_cpu.BENCHES, "fits", "guard"] = required(
+        "a bench", positional=True
+    )
     model_size: Literal[*SIZES] = option("tiny", "tiny, or for a GPU the 3B's shape, 80 GB or more")
     repeats: int = option(3, "runs of each", least=1)
     baseline: bool = option(True, "ours only")
     json: Path | None = option(None, "file for the figures", metavar="FILE")
+    peer: Literal["trl"] | None = option(None, "of step: another program as the baseline")
+    write: bool = option(False, "of guard: write tests/BENCH.json instead of comparing with it")
 
     def __post_init__(self):
         super().__post_init__()
         if self.model_size != "tiny" and not torch.cuda.is_available():
             raise ValueError("--model-size 3b needs a GPU, and torch finds none here")
+        if self.peer and self.what != "step":
+            raise ValueError(f"--peer {self.peer}: only of step")
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchConfig, __doc__, argv, prog="python -m tests.bench")
     runs = Runs(config.repeats, config.baseline)
-    if config.what in bench_cpu.BENCHES:
-        found = bench_without_model(config.what, runs)
-    else:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        found = MODEL_BENCHES[config.what](SIZES[config.model_size], device, runs)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if memory := SIZES[config.model_size].memory:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, memory * 1e9 / total))
+    if config.what == "fits":
+        return bench_fits()
+    if config.what == "guard":
+        lines = guard(guarded_results(device, runs), config.write)
+        print("\n".join(lines) or "nothing moved")
+        sys.exit(bool(lines))
+    bench = {**MODEL_BENCHES, "step": bench_peer} if config.peer else MODEL_BENCHES
+    try:
+        if config.what in bench_cpu.BENCHES:
+            found = bench_without_model(config.what, runs)
+        else:
+            found = bench[config.what](SIZES[config.model_size], device, runs)
+    except Unavailable as error:
+        return print(f"skipped: TRL cannot be installed here ({error})")
     print(report(found))
     if config.json:
         config.json.write_text(json.dumps(asdict(found), indent=2) + "\n")
-
-
-def report(found: Result) -> str:
-    """The figures, a line each."""
-    rows = {"device": found.device, "ours": f"{found.ours:.4g} s"}
-    if found.baseline is not None:
-        rows |= {"baseline": f"{found.baseline:.4g} s", "ratio": f"{found.ratio:.2f}"}
-    if found.floor is not None:
-        rows["floor"] = f"{found.floor:.4g} s, {found.ours / found.floor:.2f} times that"
-    rows["peak memory"] = f"{found.peak_memory / 2**30:.2f} GiB"
-    rows |= {name: f"{value:.4g}" for name, value in found.details.items()}
-    return "\n".join([found.what, *(f"  {name}: {value}" for name, value in rows.items())])
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Size:
     sampled: int  # tokens a completion in sampling
     trained: int  # tokens a completion in the update
     step: dict  # options of `hoi_r1.py grpo` in a whole step
+    memory: int = 0  # GB of a GPU's memory that may be taken, 0 for all
 
     @property
     def prompt_length(self) -> int:
@@ -60,23 +61,35 @@ SIZES = {
 }
 
 
-# what `step` needs to fit a GPU of 80 GB
-SIZES["3b-80gb"] = replace(
-    SIZES["3b"], step={"tokens_per_microbatch": 4096, "gradient_checkpointing": True})
+SIZES["tiny-short"] = replace(SIZES["tiny"], text_tokens=35, grid=(4, 4))  # a prompt of 51
+# a whole step on a GPU of so many GB, with what `python -m tests.bench fits` reckons to fit
+for gigabytes, step in {
+    24: {"kl_coef": 0.0, "offload": True},
+    48: {"offload": True},
+    80: {"offload": True, "gradient_checkpointing": False, "tokens_per_microbatch": 8192},
+    141: {"gradient_checkpointing": False, "tokens_per_microbatch": 8192},
+}.items():
+    SIZES[f"3b-{gigabytes}gb"] = replace(
+        SIZES["3b"], sampled=1024, trained=1024, step=step, memory=gigabytes)
 
 
-def random_model(size: Size, device: torch.device, dtype: torch.dtype):
-    """A Qwen2.5-VL of this size in eval mode, its weights drawn on the device."""
+def model_config(size: Size) -> Qwen2_5_VLConfig:
+    """The configuration of a Qwen2.5-VL of this size."""
     rope = {"rope_type": "default", **size.text["rope_parameters"]}
     large = size.text["vocab_size"] > IMAGE_ID
     image, start, end = (IMAGE_ID, START_ID, END_ID) if large else (4000, 4001, 4002)
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         text_config={**size.text, "rope_parameters": rope, **ids},
         vision_config={**size.vision, "patch_size": 14, "window_size": 112,
                        "out_hidden_size": size.text["hidden_size"]},
         tie_word_embeddings=True, image_token_id=image, video_token_id=image + 3,
         vision_start_token_id=start, vision_end_token_id=start + 4)
+
+
+def random_model(size: Size, device: torch.device, dtype: torch.dtype):
+    """A Qwen2.5-VL of this size in eval mode, its weights drawn on the device."""
+    config = model_config(size)
     torch.manual_seed(0)
     with device:
         model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=dtype)
@@ -156,20 +169,21 @@ def separate_logprobs(model, prompt: Prompt, completions: Tensor) -> Tensor:
 
 def separate_step(policy, replica, reference, prompts: list[Prompt], size: Size) -> None:
     """Sampling, pi_ref and the update's gradient by generate() and G rows a prompt."""
+    models = [model for model in (policy, replica, reference) if model]
     special = list(range(ORDINARY, replica.config.text_config.vocab_size))
-    for model in (policy, replica, reference):
+    for model in models:
         library_attention(model)
     options = {"suppress_tokens": special}  # an image token would be read as an image
     ids = generate(replica, prompts, size.group_size, size.sampled, **options)
     for prompt, group in zip(prompts, ids.split(size.group_size)):
         with torch.no_grad():
-            ref = separate_logprobs(reference, prompt, group)
+            ref = separate_logprobs(reference, prompt, group) if reference else None
         logprobs = separate_logprobs(policy, prompt, group)
         advantages = torch.randn(len(group), device=logprobs.device)
         mask = torch.ones_like(logprobs)
         terms = grpo.grpo_objective(logprobs, logprobs.detach(), ref, advantages, mask)
         (-terms["objective"].sum() / len(ids)).backward()
-    for model in (policy, replica, reference):
+    for model in models:
         use_group_attention(model)
 
 

@@ -1,0 +1,164 @@
+"""A step of GRPO by TRL's GRPOTrainer and by ours: same model folder, prompts, lengths, rewards.
+
+TRL has an environment of its own, made here, that takes torch and transformers from ours, so that
+both run on the same libraries. Completions are as long as they may be: the end of the turn is not
+drawn in either. The gradient of TRL's first step is computed by ours again.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import time
+import venv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+import grpo
+import hicodet
+import rewards
+from demo import toy
+from engine.examples import Example, Examples
+from engine.policy import ClippedAdamW, load_model, load_policy, load_reference, start_ranks
+from engine.sampler import Rollout
+from tests import bench_cpu
+from tests.bench_measure import Result, Runs, measure, result
+from tests.bench_models import Size
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "runs" / "peer"  # git ignores runs/
+VERSION = "1.16.0"
+AROUND = 13  # tokens of the chat template around the text, image not counted
+OPTIONS = {"lr": 1e-6, "kl_coef": 0.04, "gradient_checkpointing": False}
+
+
+class Unavailable(Exception):
+    """TRL cannot be installed here; the message says why."""
+
+
+def environment(folder: Path) -> Path:
+    """The python of an environment with TRL, made if it is not there. Raises Unavailable."""
+    python = folder / "bin" / "python"
+    check = [python, "-c", f"import trl; assert trl.__version__ == '{VERSION}'"]
+    if python.exists() and subprocess.run(check, capture_output=True).returncode == 0:
+        return python
+    print(f"  installing TRL {VERSION} into {folder}", flush=True)
+    venv.create(folder, clear=True, with_pip=True)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "ours.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    command = [python, "-m", "pip", "install", "-q", f"trl=={VERSION}"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    if found.returncode:
+        raise Unavailable((found.stderr.strip().splitlines() or ["pip failed"])[-1])
+    return python
+
+
+def write_task(folder: Path, size: Size, repeats: int) -> list[hicodet.Sample]:
+    """Model, images and task.json of both sides. Returns the samples."""
+    tokenizer, (rows, columns) = toy.toy_tokenizer(), size.grid
+    config = toy.model_config(tokenizer, {"text": size.text, "vision": size.vision})
+    config.text_config.vocab_size = max(config.text_config.vocab_size, size.text["vocab_size"])
+    toy.random_model(config, 0).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    processor = toy.IMAGE_PROCESSOR | {"max_pixels": 28 * 28 * 16384}
+    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    noise, samples = np.random.default_rng(0), []
+    for number in range(size.prompts):
+        path = folder / f"{number}.png"
+        pixels = noise.integers(256, size=(28 * rows, 28 * columns, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+        sides = (28 * columns, 28 * rows)
+        samples.append(
+            hicodet.Sample(path.name, path, *sides, bench_cpu.HOIS, (), frozenset()))
+    ids = tokenizer(hicodet.prompt_text())["input_ids"][: size.text_tokens - AROUND]
+    parsed = [hicodet.parse_completion(answer) for answer in bench_cpu.ANSWERS]
+    task = OPTIONS | {
+        "text": tokenizer.decode(ids), "images": [sample.file_name for sample in samples],
+        "group_size": size.group_size, "new_tokens": size.sampled, "repeats": repeats,
+        "rewards": [rewards.total_reward(one, bench_cpu.HOIS)["total"] for one in parsed],
+        "banned": [*tokenizer.convert_tokens_to_ids(list(toy.SPECIAL_TOKENS)),
+                   *range(len(tokenizer), config.text_config.vocab_size)]}
+    (folder / "task.json").write_text(json.dumps(task))
+    return samples
+
+
+class PeerExamples(Examples):
+    """Examples whose completions never end and are read as one of three answers."""
+
+    def __init__(self, model: str, samples: list[hicodet.Sample], task: dict):
+        super().__init__(model, samples, prompt_text=lambda thinking: task["text"])
+        self.end_id, self.refused = -1, torch.tensor(task["banned"])
+
+    def banned(self, vocabulary: int) -> Tensor:
+        return torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, self.refused, True)
+
+    def decode(self, ids: Tensor) -> str:
+        return bench_cpu.ANSWERS[int(ids[0]) % len(bench_cpu.ANSWERS)]
+
+
+def our_trainer(model: str, examples: Examples, task: dict) -> grpo.GRPO:
+    """GRPO as `hoi_r1.py grpo` makes it."""
+    ranks = start_ranks()
+    checkpointing = task["gradient_checkpointing"]
+    policy = load_policy(model, ranks.device, gradient_checkpointing=checkpointing)
+    optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
+    return grpo.GRPO(
+        policy, optimizer, load_model(model, ranks.device), load_reference(model, ranks.device),
+        examples, ranks, slots=len(examples), group_size=task["group_size"],
+        max_new_tokens=task["new_tokens"], temperature=1.0, seed=0, updates_per_batch=1,
+        tokens_per_microbatch=16384, objective={"kl_coef": task["kl_coef"]}, rewards={})
+
+
+def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -> float:
+    """Of a step, which is taken, on TRL's completions: pairs of a place in the batch and ids.
+
+    TRL takes log-probs over the whole vocabulary, so here no id is excluded.
+    """
+    groups = []
+    for place in range(len(batch)):
+        ids = [torch.tensor(own) for at, own in completions if at == place]
+        zeros = [torch.zeros(len(own)) for own in ids]
+        groups.append(Rollout(ids, zeros, torch.zeros(len(ids), dtype=torch.bool)))
+    scored = [trainer.score(*pair) for pair in zip(batch, groups)]
+    advantages = grpo.group_advantages(torch.tensor([[r["total"] for r in g] for g in scored]))
+    sampled = trainer.distribution
+    trainer.distribution = {"temperature": 1.0, "banned": None}
+    micros = trainer.micro_batches(batch, [1.0] * len(batch), groups, advantages)
+    norm = trainer.optimize(micros, len(completions), OPTIONS["lr"])["grad_norm"]
+    trainer.distribution = sampled
+    return norm
+
+
+def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
+    """A step of GRPO by ours against one of TRL's. Raises Unavailable without TRL.
+
+    On a CPU in seconds of each process, as others may share the machine, and with 4 prompts and
+    G = 4: TRL takes minutes for the size's own.
+    """
+    if device.type == "cpu":
+        size = replace(size, prompts=4, group_size=4)
+    python = environment(FOLDER / "trl")
+    samples = write_task(FOLDER, size, runs.repeats)
+    environ = os.environ | {"HF_HUB_OFFLINE": "1"}
+    subprocess.run([python, ROOT / "tests" / "peer_trl.py", FOLDER], check=True, env=environ)
+    theirs = json.loads((FOLDER / "trl.json").read_text())
+    task = json.loads((FOLDER / "task.json").read_text())
+    examples = PeerExamples(str(FOLDER / "model"), samples, task)
+    batch = [examples[i] for i in range(len(examples))]
+    trainer = our_trainer(str(FOLDER / "model"), examples, task)
+    details = {
+        "prompt": len(batch[0].prompt.prompt_ids), "peak_memory_of_trl": theirs["peak_memory"],
+        "grad_norm_of_trl": theirs["grad_norm"],
+        "grad_norm_on_its_completions": gradient_norm(trainer, batch, theirs["completions"])}
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+    measured = measure(
+        device, replace(runs, baseline=False, clock=clock),
+        ours=lambda: trainer.update(0, batch, [1.0] * len(batch), task["lr"]))
+    measured["baseline"] = (min(theirs["seconds"][1:]), theirs["peak_memory"])
+    return result(device, measured, f"GRPO step / TRL {VERSION}", **details)
