@@ -322,17 +322,18 @@ def bench_without_model(name: str, runs: Runs) -> Result:
 
 
 def guarded_results(device: torch.device, runs: Runs) -> dict[str, Result]:
-    """What `guard` compares: on a GPU the 3B's parts, on a CPU the benches without a model."""
+    """What `guard` compares: parts of a step of the 3B on a GPU, else what needs no model."""
+    names = GUARDED[device.type]
     if device.type == "cuda":
-        return {name: MODEL_BENCHES[name](SIZES["3b"], device, runs) for name in GUARDED}
+        return {name: MODEL_BENCHES[name](SIZES["3b"], device, runs) for name in names}
     runs = replace(runs, clock=time.process_time)  # other processes may share the machine
-    return {name: bench_without_model(name, runs) for name in bench_cpu.BENCHES}
+    return {name: bench_without_model(name, runs) for name in names}
 
 
 MODEL_BENCHES = {"sampler": bench_sampler, "update": bench_update, "logprobs": bench_logprobs,
                  "vision": bench_vision, "sft": bench_sft, "step": bench_step,
                  "predict": bench_predict}
-GUARDED = ("sampler", "update", "vision", "sft")  # on a GPU, in minutes
+GUARDED = {"cuda": ("sampler", "update", "vision", "sft"), "cpu": ("evaluate", "rewards")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,7 +353,7 @@ class BenchConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.model_size != "tiny" and not torch.cuda.is_available():
+        if self.model_size.startswith("3b") and not torch.cuda.is_available():
             raise ValueError("--model-size 3b needs a GPU, and torch finds none here")
         if self.peer and self.what != "step":
             raise ValueError(f"--peer {self.peer}: only of step")

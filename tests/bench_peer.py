@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "peer"  # git ignores runs/
 VERSION = "1.16.0"
 AROUND = 13  # tokens of the chat template around the text, image not counted
-OPTIONS = {"lr": 1e-6, "kl_coef": 0.04, "gradient_checkpointing": False}
+OPTIONS = {"lr": 1e-6, "kl_coef": 0.04, "gradient_checkpointing": False,
+           "tokens_per_microbatch": 16384}
 
 
 class Unavailable(Exception):
@@ -78,7 +79,7 @@ def write_task(folder: Path, size: Size, repeats: int) -> list[hicodet.Sample]:
             hicodet.Sample(path.name, path, *sides, bench_cpu.HOIS, (), frozenset()))
     ids = tokenizer(hicodet.prompt_text())["input_ids"][: size.text_tokens - AROUND]
     parsed = [hicodet.parse_completion(answer) for answer in bench_cpu.ANSWERS]
-    task = OPTIONS | {
+    task = OPTIONS | size.step | {
         "text": tokenizer.decode(ids), "images": [sample.file_name for sample in samples],
         "group_size": size.group_size, "new_tokens": size.sampled, "repeats": repeats,
         "rewards": [rewards.total_reward(one, bench_cpu.HOIS)["total"] for one in parsed],
@@ -112,7 +113,8 @@ def our_trainer(model: str, examples: Examples, task: dict) -> grpo.GRPO:
         policy, optimizer, load_model(model, ranks.device), load_reference(model, ranks.device),
         examples, ranks, slots=len(examples), group_size=task["group_size"],
         max_new_tokens=task["new_tokens"], temperature=1.0, seed=0, updates_per_batch=1,
-        tokens_per_microbatch=16384, objective={"kl_coef": task["kl_coef"]}, rewards={})
+        tokens_per_microbatch=task["tokens_per_microbatch"],
+        objective={"kl_coef": task["kl_coef"]}, rewards={})
 
 
 def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -> float:
