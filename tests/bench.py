@@ -250,7 +250,8 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
             "tokens_per_microbatch")
     trainer = grpo.GRPO(
         policy, optimizer, replica, reference, BenchExamples(size), ranks,
-        objective={}, rewards={}, slots=min(config.slots, size.prompts), **{name: getattr(config, name) for name in same})
+        objective={}, rewards={}, slots=min(config.slots, size.prompts),
+        **{name: getattr(config, name) for name in same})
     name, hois = "random.jpg", bench_cpu.HOIS
     sample = hicodet.Sample(name, Path(name), 640, 480, hois, (), frozenset())
     batch = [
