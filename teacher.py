@@ -290,7 +290,9 @@ class TeacherConfig(Config):
     attempts: int = option(3, "ask so often for a trace that can be accepted", least=1)
     concurrency: int = option(16, "requests in flight", least=1)
     timeout: float = option(60.0, "seconds to wait for the next byte", least=0.001)
-    retries: int = option(8, "further tries after 408, 429, 5xx, time-outs and cut connections", least=0)
+    retries: int = option(
+        8, "further tries after 408, 429, 5xx, time-outs and cut connections", least=0
+    )
     backoff: float = option(1.0, "seconds before the first retry, then doubled", least=0.001)
     max_cost: float = option(math.inf, "spend no more in all", least=0, metavar="USD")
     input_price: float | None = option(

@@ -8,7 +8,6 @@ drawn in either. The gradient of TRL's first step is computed by ours again.
 import json
 import os
 import subprocess
-import sys
 import sysconfig
 import time
 import venv

@@ -65,6 +65,7 @@ def test_a_step_by_hand():
     found = step_bytes(CONFIG, COUNT, options, gpus=2)
     assert found == {
         "weights, gradient, AdamW": 8 * COUNT.total,  # 16 bytes each, on two GPUs
+        "gathered parameters": 0,
         "pi_old": 2 * COUNT.total,
         "pi_ref": 2 * COUNT.total,
         "keys and values": 8 * 6590 * 36_864,
@@ -77,7 +78,7 @@ def test_activations_decide_where_none_are_computed_again():
     in 10 bytes."""
     options = Options(0.0, True, gradient_checkpointing=False, tokens_per_microbatch=16384)
     found = step_bytes(CONFIG, COUNT, options, gpus=1)
-    assert found["weights, gradient, AdamW"] == found["pi_ref"] == 0
+    assert found["weights, gradient, AdamW"] == found["gathered parameters"] == found["pi_ref"] == 0
     kept = 16384 * 36 * 94_720 + 6 * 2096 * 32 * 55_520
     others = 16 * 1024 * 151_936 + 4 * COUNT.root + 10 * COUNT.layer
     assert found["a micro-batch"] == kept + others

@@ -15,7 +15,7 @@ import engine.check
 import hicodet
 import hoi_r1
 import teacher
-from engine.check import bad_images, check, odd_boxes
+from engine.check import check, odd_boxes
 from engine.examples import batch_order
 from engine.files import open_image, read_image
 from engine.policy import Ranks

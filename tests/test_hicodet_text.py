@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-import engine.examples
 import evaluate
 import hicodet
 
