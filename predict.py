@@ -71,7 +71,7 @@ def predict(config) -> None:
         replace_file(run.folder / "predictions.jsonl", "".join(lines))
     LiveView(run.folder, active=ranks.rank == 0).write()
     ranks.print(json.dumps(summary, indent=2))
-    run.finish()
+    run.finish(complete=not unread)  # an image that could not be read may be mended
 
 
 def predict_photographs(config) -> None:

@@ -14,7 +14,7 @@ from scipy.special import ndtr
 
 import evaluate
 import hicodet
-from hicodet import HOI, PAIRS, Box, Sample
+from hicodet import HOI, HOI_CLASSES, Box, Sample
 
 RULES = ("ones", "rank", "likelihood")
 
@@ -34,7 +34,7 @@ class Answerer:
         if rng.random() > found:
             return None
         boxes, mass = zip(*(moved(b, self.noise * worse, rng) for b in (hoi.human, hoi.object)))
-        choice = [verb for verb, name in PAIRS if name == hoi.object_class]
+        choice = [verb for verb, name in HOI_CLASSES if name == hoi.object_class]
         wrong = min(self.wrong * worse, 1.0)
         verbs, likely = hoi.verbs, 1 - wrong
         if rng.random() < wrong:

@@ -132,7 +132,10 @@ def table(models: list[Model], cells: list[dict]) -> list[str]:
 
 
 def verdict(claim: Claim, cells: list[dict]) -> str:
-    """One sentence: reproduced where every seed agrees, not where every seed disagrees."""
+    """One sentence: reproduced where every seed agrees, not where every seed disagrees.
+
+    One seed alone says neither.
+    """
     of, decimals = COLUMNS[claim.column]
     higher, lower = claim.higher.rows(cells), claim.lower.rows(cells)
     gains = [of(higher[s]) - of(lower[s]) for s in sorted(higher.keys() & lower.keys())]
@@ -140,9 +143,10 @@ def verdict(claim: Claim, cells: list[dict]) -> str:
         return f"- {claim.text}: **open**, not run."
     agree = sum(gain > 0 for gain in gains)
     word = {len(gains): "reproduced", 0: "not reproduced"}.get(agree, "too noisy to say")
+    word = word if len(gains) > 1 else "one seed, too few to say"
     what = f"{claim.column} {mean(gains):+.{decimals}f} on the mean"
     bounds = f"{min(gains):+.{decimals}f} to {max(gains):+.{decimals}f}"
-    return f"- {claim.text}: **{word}**; up in {agree} of {len(gains)} seeds, {what} ({bounds})."
+    return f"- {claim.text}: **{word}**; up in {agree} of {len(gains)}, {what} ({bounds})."
 
 
 def study_page(cells: list[dict]) -> str:

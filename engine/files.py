@@ -153,9 +153,9 @@ def read_from_model(read: Callable, folder: str, what: str):
     )
     try:
         return read(folder)
-    except InputError:  # says enough
-        raise
     except Exception as error:
+        if isinstance(error, InputError) and str(error).startswith(f"--model {folder}: "):
+            raise  # says enough
         # the tokenizers library raises Exception itself, and no kind of it, for a broken file
         if not isinstance(error, known) and type(error) is not Exception:
             raise

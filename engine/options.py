@@ -160,6 +160,8 @@ def _add_option(group, f: Field, kind) -> list[str]:
         kind, options["nargs"] = typing.get_args(kind)[0], "+"
     if typing.get_origin(kind) is typing.Literal:
         options["choices"] = typing.get_args(kind)
+        if f.metadata["metavar"]:
+            options["metavar"] = f.metadata["metavar"]
     else:
         metavar = f.metadata["metavar"] or METAVARS.get(kind) or f.name.upper()
         options |= {"type": kind, "metavar": metavar}

@@ -67,11 +67,12 @@ class Run:
     def __init__(self, folder: Path, lock_file: TextIO | None, ranks: Ranks):
         self.folder, self.lock_file, self.ranks = folder, lock_file, ranks
 
-    def finish(self) -> None:
-        """Note in config.json that the run is finished, and let go of the folder."""
+    def finish(self, complete: bool = True) -> None:
+        """Let go of the folder, and note in config.json that nothing is left to do, if so."""
         if self.lock_file:
             path = self.folder / "config.json"
-            write_json(path, json.loads(path.read_text()) | {"finished": True})
+            if complete:
+                write_json(path, json.loads(path.read_text()) | {"finished": True})
             self.lock_file.close()
 
     def load(self, policy, optimizer) -> int:

@@ -1,10 +1,10 @@
 """How fast it is: ours against a named baseline in the same run.
 
-    python -m tests.bench update                # a toy's width, on any machine
+    python -m tests.bench update                # a toy's width, anywhere
     python -m tests.bench step --model-size 3b  # the 3B's shape, on a GPU
     python -m tests.bench step --peer trl       # against TRL's GRPOTrainer
-    python -m tests.bench fits                  # which options fit on which GPU
-    python -m tests.bench guard                 # have the committed figures moved?
+    python -m tests.bench fits                  # which options fit on a GPU
+    python -m tests.bench guard                 # have figures moved?
 
 Prints our time, the baseline's, their ratio, peak memory and, on a GPU whose peaks are known, the
 floor: the time that the work's bytes and operations take at the device's measured rates. Weights
@@ -343,7 +343,8 @@ class BenchConfig(Config):
 
     GROUPS = {"what to measure": "what model_size peer repeats baseline json write"}
     what: Literal[*MODEL_BENCHES, *bench_cpu.BENCHES, "fits", "guard"] = required(
-        "a bench", positional=True
+        f"{', '.join([*MODEL_BENCHES, *bench_cpu.BENCHES])}, fits or guard",
+        positional=True, metavar="WHAT",
     )
     model_size: Literal[*SIZES] = option("tiny", "tiny, or for a GPU the 3B's shape, 80 GB or more")
     repeats: int = option(3, "runs of each", least=1)

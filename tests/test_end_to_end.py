@@ -95,6 +95,7 @@ def test_what_is_promised_of_the_number_of_ranks(folder):
     assert max(moved[:2]) < 1e-4 and moved[2] > 1e-3, moved
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_in_grpo(folder):
     """Same samples, same rewards, same weights; then predictions, whose lines are equal too."""
     common = ["--data", folder / "data", *TOY]
@@ -119,6 +120,7 @@ def test_two_ranks_equal_one_in_grpo(folder):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_a_run_goes_on_to_the_same_weights(folder):
     flags = ["--max-steps", 6, "--save-every", 1, "--workers", 2]
     start = folder / "model"

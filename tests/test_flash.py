@@ -17,7 +17,7 @@ from tests.test_sampler import (  # noqa: F401
     test_a_sample_depends_on_its_seed_alone,
     test_greedy_ids_equal_generate,
     test_rows_that_are_done_leave_and_others_stay_themselves,
-    test_sampled_logprobs_equal_a_fresh_forward,
+    test_what_was_sampled_from_equals_a_fresh_forward,
 )
 from tests.tiny import collect, sample
 

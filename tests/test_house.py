@@ -21,6 +21,7 @@ USES = {  # what each room may import of this project
     | {"engine.options", "engine.report", "engine.show", "engine.check"},
     "engine": {"hicodet"} | ENGINE,
     "engine.options": set(),
+    "demo.study": ENGINE | {"demo", "hoi_r1"},
     "demo": METHOD | ENGINE | {"train", "predict", "demo"},
 }
 FILES = sorted(path for room in (".", "engine", "demo") for path in (ROOT / room).glob("*.py"))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -149,6 +150,7 @@ def test_training_leaves_page_card_and_command(folder, tmp_path, monkeypatch, ca
     assert "Is this run healthy? " in capfd.readouterr().out.splitlines()[-3]
     monkeypatch.setattr("sys.argv", ["hoi_r1.py", "sft", "--resume"])
     (out / "report.html").unlink()
+    shutil.rmtree(out / "model")  # or the run would be finished
     run(replace(config, resume=True))
     assert (out / "report.html").exists()
     assert json.loads((out / "config.json").read_text())["command"][-1] == "--resume"

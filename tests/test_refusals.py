@@ -194,7 +194,7 @@ def test_the_folder_above_the_model_is_told_from_it(folder, tmp_path):
 # Images, numbers
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_cut_image_is_one_line(workers, folder, tmp_path):
     shutil.copytree(folder / "data", tmp_path / "data")
     image = hicodet.load_split(tmp_path / "data", "train")[1].path

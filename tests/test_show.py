@@ -136,7 +136,8 @@ def test_report_of_several_runs_lies_in_the_last(tmp_path, capsys):
 def test_report_of_no_folder_is_one_line(tmp_path, capsys):
     with pytest.raises(SystemExit):
         hoi_r1.main(["report", str(tmp_path / "absent")])
-    assert capsys.readouterr().err == f"error: {tmp_path / 'absent'}: no such folder\n"
+    said = capsys.readouterr().err.strip()
+    assert said == f"error: {tmp_path / 'absent'}: no such folder"
     with pytest.raises(SystemExit):
         hoi_r1.parse_config(["report"])
 

@@ -8,7 +8,7 @@ import pytest
 import demo.run
 from demo import blind, score_rules, tables
 from demo.study import SECTIONS, Cell, Study, cells_of
-from hicodet import HOI, PAIRS, Pair, Sample
+from hicodet import HOI, HOI_CLASSES, Pair, Sample
 
 HOLD = HOI((0, 0, 10, 10), (20, 0, 30, 10), "umbrella", ("hold", "open"))
 RIDE = HOI((40, 0, 50, 10), (60, 0, 70, 10), "horse", ("ride",))
@@ -99,14 +99,18 @@ CLAIM = tables.Claim("GRPO helps", tables.GRPO, tables.SFT)
 
 
 @pytest.mark.parametrize("after, said", [
-    ((0.31, 0.44), "**reproduced**; up in 2 of 2 seeds, Full +2.5 on the mean (+1.0 to +4.0)."),
-    ((0.29, 0.44), "**too noisy to say**; up in 1 of 2 seeds"),
-    ((0.29, 0.40), "**not reproduced**; up in 0 of 2 seeds"),
+    ((0.31, 0.44), "**reproduced**; up in 2 of 2, Full +2.5 on the mean (+1.0 to +4.0)."),
+    ((0.29, 0.44), "**too noisy to say**; up in 1 of 2"),
+    ((0.29, 0.40), "**not reproduced**; up in 0 of 2"),
 ])  # fmt: skip
 def test_a_claim_is_judged_on_the_seeds_that_both_have(after, said):
     cells = [cell(0, 0.3), cell(1, 0.4), cell(2, 0.9)]
     cells += [cell(seed, value, grpo="") for seed, value in enumerate(after)]
     assert said in tables.verdict(CLAIM, cells)
+
+
+def test_one_seed_says_neither():
+    assert "one seed, too few" in tables.verdict(CLAIM, [cell(0, 0.3), cell(0, 0.4, grpo="")])
 
 
 def test_a_claim_without_cells_is_open():
@@ -135,7 +139,7 @@ def test_labels_are_handed_on_from_pair_to_pair():
 
 def test_what_the_printed_rewards_do_not_see():
     """Two pairs, labels handed on: all of the image's labels are there, no triplet is right."""
-    pairs = tuple(Pair(hoi.human, hoi.object, PAIRS.index((verb, hoi.object_class)))
+    pairs = tuple(Pair(hoi.human, hoi.object, HOI_CLASSES.index((verb, hoi.object_class)))
                   for hoi in (HOLD, RIDE) for verb in hoi.verbs)
     known = frozenset({"umbrella", "horse"})
     sample = Sample("x.jpg", None, 100, 100, (HOLD, RIDE), pairs, known)
