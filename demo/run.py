@@ -52,10 +52,9 @@ def run_demo(
     images, *steps = (max(1, round(number * steps_scale)) for number in asked)
     number = process_count()
     with ThreadPoolExecutor() as beside:  # either takes one core
-        others = beside.submit(draw_for_base, out, images, seed) if not base else None
+        others = [] if base else [beside.submit(draw_for_base, out, images, seed)]
         make_data(out, images, test_images, seed, left_out=0.0 if complete else LEFT_OUT)
-    if others:
-        others.result()
+    [other.result() for other in others]  # or what it raised
     model = Path(base).resolve() if base else make_base(out, steps[0], seed, number)
     models = [model]
     predict(out, "base", model, number)

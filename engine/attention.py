@@ -236,7 +236,6 @@ def pack(
             # token 0 is predicted by the prompt's last state, token t by the state of token t - 1
             sources.append(torch.where(steps == 0, last, start + steps - 1))
             start += len(completion)
-    flat = [completion for group in completions for completion in group]
     lengths = tuple(tuple(len(completion) for completion in group) for group in completions)
     device = device or model.device
     to = partial(to_device, device=device)
@@ -248,7 +247,7 @@ def pack(
         image_grid_thw=to(torch.cat([prompt.image_grid_thw for prompt in prompts])),
         layout=GroupLayout(tuple(len(p.prompt_ids) for p in prompts), lengths, device),
         predicted_from=to(torch.cat([empty, *sources])),
-        completion_ids=to(torch.cat([empty, *flat])),
+        completion_ids=to(torch.cat([empty, *sum(completions, [])])),
         completion_mask=to(mask_from_lengths(torch.tensor(sum(lengths, ())))),
     )
 

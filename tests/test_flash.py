@@ -84,6 +84,7 @@ def _(q, k, v, ends_q, ends, longest_q, longest, scale):
     return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
+@pytest.mark.slow
 def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkeypatch):
     """As a GPU runs it: flash attention, shared products, trial steps, no break in the graph."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
