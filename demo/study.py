@@ -1,10 +1,11 @@
 """The paper's tables on the toy, over several seeds, and two tables on the real annotations.
 
-    python -m demo.study run                      # hours: every cell that has no JSON file yet
-    python -m demo.study run --sections 1 2 --seeds 0
-    python -m demo.study write                    # demo/STUDY.md and its picture, from the files
-    python -m demo.study blind --data hico_20160224_det     # what the rewards do not see
-    python -m demo.study scores --data hico_20160224_det    # what the rules of --scores are worth
+    # hours: every cell that has no JSON file yet; then demo/STUDY.md
+    python -m demo.study run
+    python -m demo.study write
+    # what the rewards do not see, and what the rules of --scores are worth
+    python -m demo.study blind --data hico_20160224_det
+    python -m demo.study scores --data hico_20160224_det
 
 A cell is one model, trained as in the demo but for what its name says, and what it answers on 1,000
 held-out drawings. Its figures go to demo/study/NAME.json; models and drawings to --out. Cells of a
@@ -24,7 +25,7 @@ import demo.run
 from demo.blind import blind_table
 from demo.score_rules import rules_table
 from demo.show import figures
-from demo.tables import rates_picture, study_page
+from demo.tables import OPEN_FLAGS, RATES, rates_picture, study_page
 from engine.files import write_json
 from engine.options import Config, option, parse_stage, required
 from hoi_r1 import DemoConfig
@@ -65,12 +66,10 @@ SECTIONS = {
     "1": (range(3), [{"sft": 400}, {"sft": 1000}, {"sft": 400, "grpo": ""},
                      {"sft": 1000, "grpo": ""}]),
     "2": (range(3), [{"grpo": "--without label"}, {"grpo": "--without iou"}]),
-    "3": (range(2), [{"left_out": rate, **more} for rate in (0.0, 0.4, 0.7)
+    "3": (range(2), [{"left_out": rate, **more} for rate in RATES
                      for more in ({}, {"grpo": ""})]),
     "4": (range(3), [{"grpo": "--label-reward matched"}]),
-    "5": (range(3), [{"grpo": flags} for flags in (
-        "--kl-coef 0", "--kl-coef 0.001", "--group-size 8", "--group-size 16",
-        "--duplicate-rule pair", "--duplicates-earn nothing", "--ratio sequence")]
+    "5": (range(3), [{"grpo": flags} for flags in OPEN_FLAGS]
         + [{"grpo": "", "scores": rule} for rule in ("ones", "likelihood")]),
 }  # fmt: skip
 
@@ -145,12 +144,14 @@ class Study:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Config):
-    """Train and measure every cell that has no JSON file in demo/study/ yet.
+    """Train and measure the cells that have no JSON file yet.
 
     Sections are those of demo/STUDY.md; "demo" takes five seeds, 3 takes two, the others three.
 
         python -m demo.study run --sections 1 2 --seeds 0
     """
+
+    GROUPS = {"what to run": "sections seeds out"}
 
     sections: tuple[typing.Literal[*SECTIONS], ...] = option(
         tuple(SECTIONS), "parts of the page (default: all)"
@@ -161,7 +162,7 @@ class RunConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class WriteConfig(Config):
-    """Write demo/STUDY.md and its picture from the figures that are there.
+    """Write demo/STUDY.md and its picture from the figures there are.
 
     What was not run is said to be open.
 
@@ -171,24 +172,28 @@ class WriteConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class BlindConfig(Config):
-    """Edit perfect answers: what does it cost in mAP, and what in reward?
+    """Edit perfect answers: the cost in mAP, and in reward.
 
     Some minutes; no model is needed, and no image is opened.
 
         python -m demo.study blind --data hico_20160224_det
     """
 
+    GROUPS = {"what to read": "data"}
+
     data: str = required("folder of hico_20160224_det: anno_bbox.mat", metavar="DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoresConfig(Config):
-    """Score answers that are like a model's under each rule of predict --scores.
+    """Score answers like a model's by each rule of predict --scores.
 
     Some minutes; no model is needed, and no image is opened.
 
         python -m demo.study scores --data hico_20160224_det
     """
+
+    GROUPS = {"what to read": "data"}
 
     data: str = required("folder of hico_20160224_det: anno_bbox.mat", metavar="DIR")
 

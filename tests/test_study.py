@@ -7,7 +7,7 @@ import pytest
 
 import demo.run
 from demo import blind, score_rules, tables
-from demo.study import SECTIONS, Cell, Study, cells_of
+from demo.study import SECTIONS, STAGES, Cell, Study, cells_of, main
 from hicodet import HOI, HOI_CLASSES, Pair, Sample
 
 HOLD = HOI((0, 0, 10, 10), (20, 0, 30, 10), "umbrella", ("hold", "open"))
@@ -54,6 +54,15 @@ def test_every_cell_has_a_name_of_its_own_and_says_what_it_is():
     assert len({cell.name for cell in cells}) == len(set(cells))
     cell = Cell(2, left_out=0.4, sft=1000, grpo="--group-size 8", scores="ones")
     assert cell.name == "seed2_left-out0.4_sft1000_grpo_group-size_8_ones"
+
+
+@pytest.mark.parametrize("stage", [[], *([name] for name in STAGES)])
+def test_the_pages_of_help_fit_80_columns(stage, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main([*stage, "--help"])
+    page = capsys.readouterr().out
+    assert max(map(len, page.splitlines())) <= 80 and "more options" not in page
 
 
 def test_cells_share_what_they_start_from(tmp_path, commands):
