@@ -13,7 +13,7 @@ import pytest
 import engine.chat
 import teacher
 from engine.chat import Budget, Stop, Transient
-from tests.test_teacher import THINK, make_samples, make_teacher, reply, write
+from tests.replies import THINK, make_samples, make_teacher, reply, write
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 

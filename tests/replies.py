@@ -1,0 +1,37 @@
+"""A teacher's replies, and samples to ask about, for the tests of teacher.py."""
+
+import json
+
+from PIL import Image
+
+import engine.chat
+from hicodet import Sample
+
+THINK = "There is one person. The person is riding a bicycle. Bicycle: ride, sit on."
+USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
+
+
+def reply(content, finish_reason="stop"):
+    return {"choices": [{"message": {"content": content}, "finish_reason": finish_reason}],
+            "usage": USAGE}
+
+
+def make_samples(folder, count):
+    """Samples with small pictures that JPEG cannot make equal."""
+    samples = []
+    for number in range(count):
+        path = folder / f"image{number:03d}.jpg"
+        Image.new("RGB", (40, 30), (number * 7 % 256, 3 * number % 256, 90)).save(path)
+        samples.append(Sample(path.name, path, 40, 30, (), (), frozenset()))
+    return samples
+
+
+def make_teacher(**changes):
+    fields = {"model": "gpt-4o-mini", "base_url": "http://127.0.0.1:9/v1", "key": "", "prompt": "p",
+              "max_tokens": 512, "max_side": 512, "timeout": 1.0, "retries": 0, "backoff": 0.0}
+    return engine.chat.Teacher(**fields | changes)
+
+
+def write(path, *traces):
+    path.write_text("".join(json.dumps(trace) + "\n" for trace in traces))
+    return path
