@@ -41,6 +41,7 @@ sys.stdin.read()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's signal at a parent's end")
+@pytest.mark.slow
 def test_image_workers_end_with_a_killed_trainer(tmp_path):
     """They hold its lock: left alone they would keep it from the run that goes on."""
     trainer = subprocess.Popen(
