@@ -8,33 +8,48 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import AuxRequest, varlen_attn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from engine.attention import has_flash
 
 DRAW_BLOCK = 512  # tokens of the vocabulary that are looked through at a time
-PIECE = 256  # keys that a GPU's multiprocessor reads in a decoding step
+KEY_BLOCK = 128  # keys that a GPU reads or skips together
 
 
 class GroupCache:
     """Keys and values of `slots` groups: each prompt's once, and each of its G rows' own.
 
-    A list over layers each, of (slots * K, S, D) for prompts and (slots * K * G, C, D) for rows.
+    A list over layers each: prompts' (slots, K, S, D) and rows' own (slots, K, G, C, D). On a GPU
+    they are parts of `keys` and `values`, (slots, K, S + G * C, D), with S and C rounded up to whole
+    blocks; a CPU's products are faster on tensors of their own.
     """
 
     def __init__(self, model, slots: int, group_size: int, prompt_room: int, completion_room: int):
         config = model.config.text_config
         heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        options = {"dtype": model.dtype, "device": model.device}
+        self.as_blocks = has_flash(torch.empty(0, **options))
+        if self.as_blocks:
+            prompt_room, completion_room = map(whole_blocks, (prompt_room, completion_room))
+        rooms = prompt_room, group_size * completion_room
 
-        def buffers(*shape):
-            options = {"dtype": model.dtype, "device": model.device}
-            return [torch.zeros(*shape, size, **options) for _ in range(config.num_hidden_layers)]
+        def buffers():
+            shape = slots, heads, sum(rooms), size
+            whole = [torch.zeros(shape, **options) for _ in range(config.num_hidden_layers)]
+            prompt, own = zip(*(buffer.split(rooms, dim=2) for buffer in whole))
+            own = [buffer.unflatten(2, (group_size, -1)) for buffer in own]
+            if self.as_blocks:
+                return whole, prompt, own
+            return None, [x.clone() for x in prompt], [x.clone() for x in own]
 
         self.heads, self.served = heads, config.num_attention_heads // heads
-        self.prompt_keys = buffers(slots * heads, prompt_room)
-        self.prompt_values = buffers(slots * heads, prompt_room)
-        self.own_keys = buffers(slots * heads * group_size, completion_room)
-        self.own_values = buffers(slots * heads * group_size, completion_room)
+        self.keys, self.prompt_keys, self.own_keys = buffers()
+        self.values, self.prompt_values, self.own_values = buffers()
+
+
+def whole_blocks(room: int) -> int:
+    """Room for so many keys, as whole blocks."""
+    return -(-room // KEY_BLOCK) * KEY_BLOCK
 
 
 class Prefill:
@@ -45,9 +60,8 @@ class Prefill:
 
     def update(self, key, value, layer):
         for buffer, new in ((self.cache.prompt_keys, key), (self.cache.prompt_values, value)):
-            slots = buffer[layer].unflatten(0, (-1, self.cache.heads))
             for slot, row in zip(self.slots, new[0].split(self.lengths, dim=1)):
-                slots[slot, :, : row.shape[1]] = row
+                buffer[layer][slot, :, : row.shape[1]] = row
         return key, value
 
 
@@ -60,21 +74,20 @@ class DecodeStep:
 
     def __init__(self, cache: GroupCache, prompt_lengths, own_lengths, room: int):
         self.cache, self.room, (self.slots, self.group_size) = cache, room, own_lengths.shape
-        # as the buffers' first axis has them: (slots * K,) and (slots * K * G,)
-        self.prompt_lengths = prompt_lengths.repeat_interleave(cache.heads)
-        self.own_lengths = own_lengths[:, None].expand(-1, cache.heads, -1).flatten()
-        self.rows = torch.arange(len(self.own_lengths), device=own_lengths.device)
-        if has_flash(cache.own_keys[0]):
-            prompt_room, own_room = (x[0].shape[1] for x in (cache.prompt_keys, cache.own_keys))
-            queries = self.group_size * cache.served
-            self.prompt_pieces = _Pieces(self.prompt_lengths, prompt_room, queries)
-            self.own_pieces = _Pieces(self.own_lengths + 1, own_room, cache.served)
+        self.prompt_lengths, self.own_lengths = prompt_lengths, own_lengths
+        slots, heads, members = (
+            torch.arange(n, device=own_lengths.device)
+            for n in (self.slots, cache.heads, self.group_size)
+        )
+        # where new keys go, as (slots, K, G) indices of (slots, K, G, C, D)
+        self.places = slots[:, None, None], heads[:, None], members, own_lengths[:, None]
+        self.mask = self._block_mask() if cache.as_blocks else None
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """The library's call in each layer: write the new token's (1, K, B, D) to its row."""
         for buffer, new in ((self.cache.own_keys, key), (self.cache.own_values, value)):
-            new = new[0].unflatten(1, (self.slots, -1)).transpose(0, 1).flatten(0, 2)
-            buffer[layer][self.rows, self.own_lengths] = new.to(buffer[layer].dtype)
+            new = new[0].unflatten(1, (self.slots, -1)).transpose(0, 1)
+            buffer[layer][self.places] = new.to(buffer[layer].dtype)
         return key, value
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -82,90 +95,71 @@ class DecodeStep:
 
         q: (1, H, B, D). Returns (1, H, B, D). A prompt's keys are read once for its G rows.
         """
-        cache, layer, groups = self.cache, module.layer_idx, len(self.prompt_lengths)
-        prompt = cache.prompt_keys[layer][:groups], cache.prompt_values[layer][:groups]
-        own = (x[layer][: len(self.rows)] for x in (cache.own_keys, cache.own_values))
         # (slots, K, G, heads that a key-value head serves, D)
-        shape = (cache.heads, -1, self.slots, self.group_size, q.shape[3])
+        shape = (self.cache.heads, -1, self.slots, self.group_size, q.shape[3])
         q = q[0].view(shape).permute(2, 0, 3, 1, 4)
-        attend = self._attend_pieces if has_flash(q) else self._attend_whole
-        output = attend(q, *prompt, *own, scaling)
+        attend = self._attend_whole if self.mask is None else self._attend_blocks
+        output = attend(q, module.layer_idx, scaling)
         return output.to(v.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
 
-    def _attend_whole(self, q, prompt_keys, prompt_values, own_keys, own_values, scaling):
+    def _attend_whole(self, q: Tensor, layer: int, scaling: float) -> Tensor:
         """With scores in memory, in fp32. q and what is returned: (slots, K, G, heads, D)."""
-        shape, groups = q.shape[:4], len(prompt_keys)  # groups: slots * K
-        own_keys, own_values = (x[:, : self.room].float() for x in (own_keys, own_values))
-        on_prompt = q.reshape(groups, -1, q.shape[4]).float() @ prompt_keys.float().mT
+        cache, slots, shape = self.cache, self.slots, q.shape[:4]
+        prompt_keys, prompt_values = (
+            x[layer][:slots].flatten(0, 1).float() for x in (cache.prompt_keys, cache.prompt_values)
+        )
+        own_keys, own_values = (
+            x[layer][:slots].flatten(0, 2)[:, : self.room].float()
+            for x in (cache.own_keys, cache.own_values)
+        )
+        on_prompt = q.reshape(len(prompt_keys), -1, q.shape[4]).float() @ prompt_keys.mT
         on_prompt = on_prompt.view(*shape, -1) * scaling  # (slots, K, G, heads, prompt room)
         places = torch.arange(on_prompt.shape[4], device=q.device)
-        hidden = places >= self.prompt_lengths.view(*shape[:2], 1, 1, 1)
+        hidden = places >= self.prompt_lengths.view(-1, 1, 1, 1, 1)
         on_prompt = on_prompt.masked_fill(hidden, -torch.inf)
         on_own = q.flatten(0, 2).float() @ own_keys.mT
         on_own = on_own.view(*shape, -1) * scaling  # (slots, K, G, heads, room)
         places = torch.arange(self.room, device=q.device)
-        hidden = places > self.own_lengths.view(*shape[:3], 1, 1)
+        hidden = places > self.own_lengths[:, None, :, None, None]
         on_own = on_own.masked_fill(hidden, -torch.inf)
         # one softmax over both, (slots, K, G, heads, 1)
         highest = torch.maximum(on_prompt.amax(-1, True), on_own.amax(-1, True))
         on_prompt, on_own = (on_prompt - highest).exp(), (on_own - highest).exp()
         total = on_prompt.sum(-1, True) + on_own.sum(-1, True)
-        from_prompt = on_prompt.view(groups, -1, on_prompt.shape[4]) @ prompt_values.float()
+        from_prompt = on_prompt.view(len(prompt_keys), -1, on_prompt.shape[4]) @ prompt_values
         from_own = on_own.flatten(0, 2) @ own_values
         return (from_prompt.view(q.shape) + from_own.view(q.shape)) / total
 
-    def _attend_pieces(self, q, prompt_keys, prompt_values, own_keys, own_values, scaling):
-        """With flash attention over pieces of the keys, which a GPU reads side by side.
+    def _attend_blocks(self, q: Tensor, layer: int, scaling: float) -> Tensor:
+        """With flex attention over a slot's filled blocks. Shapes as in `_attend_whole`."""
+        keys, values = (x[layer][: self.slots] for x in (self.cache.keys, self.cache.values))
+        output = flex_attention(q.flatten(2, 3), keys, values, block_mask=self.mask, scale=scaling)
+        return output.view(q.shape)
 
-        A softmax over the pieces' log-sum-exps puts them together. Returns the shape of q, fp32.
-        """
-        groups = q.reshape(len(prompt_keys), -1, q.shape[4])
-        outputs, lse = self.prompt_pieces.attend(groups, prompt_keys, prompt_values, scaling)
-        shape = (*q.shape[:2], -1, *q.shape[2:])  # (slots, K, pieces, G, heads, D)
-        outputs, lse = outputs.view(shape), lse.view(shape[:-1])
-        own, own_lse = self.own_pieces.attend(q.flatten(0, 2), own_keys, own_values, scaling)
-        shape = (*q.shape[:3], -1, *q.shape[3:])
-        own, own_lse = own.view(shape).transpose(2, 3), own_lse.view(shape[:-1]).transpose(2, 3)
-        weights = torch.softmax(torch.cat([lse, own_lse], dim=2), dim=2)
-        return (torch.cat([outputs, own], dim=2).float() * weights[..., None]).sum(2)
+    def _block_mask(self) -> BlockMask:
+        """Which keys of a slot its rows' queries see, and the blocks in which there are any."""
+        cache, device = self.cache, self.own_lengths.device
+        prompt_room, own_room = cache.prompt_keys[0].shape[2], cache.own_keys[0].shape[3]
+        of_prompt = torch.arange(prompt_room, device=device) < self.prompt_lengths[:, None]
+        own = torch.arange(own_room, device=device) <= self.own_lengths[..., None]
+        filled = torch.cat([of_prompt, own.flatten(1)], dim=1)  # (slots, S + G * C)
+        blocks = filled.unflatten(1, (-1, KEY_BLOCK)).any(2)  # (slots, blocks)
+        order = blocks.int().argsort(dim=1, descending=True, stable=True).int()
+        counts = blocks.sum(1).int()
+        queries = self.group_size * cache.served
 
+        def sees(slot, head, query, key):
+            is_own = (key - prompt_room) // own_room == query // cache.served
+            return filled[slot, key] & ((key < prompt_room) | is_own)
 
-class _Pieces:
-    """Flash attention of all queries of a row on each piece of its keys, as far as they are filled.
-
-    Behind the pieces of a row comes what is not filled, as a sequence without queries.
-    """
-
-    def __init__(self, lengths: Tensor, room: int, queries: int):
-        """lengths: (rows,), filled of each row's `room` keys. queries: of a row."""
-        rows, self.queries = len(lengths), queries
-        self.count = -(-room // PIECE)
-        row = torch.arange(rows, device=lengths.device)[:, None]
-        number = torch.arange(self.count + 1, device=lengths.device)
-        starts = torch.minimum(number * PIECE, lengths[:, None])
-        ends = F.pad((row * room + starts).flatten(), (0, 1), value=rows * room).int()
-        starts_q = (row * self.count + number) * queries
-        ends_q = F.pad(starts_q.flatten(), (0, 1), value=rows * self.count * queries).int()
-        empty = (starts[:, 1:] == starts[:, :-1])[..., None]
-        self.ends, self.ends_q, self.empty = (_hold(x) for x in (ends, ends_q, empty))
-
-    def attend(self, q: Tensor, keys: Tensor, values: Tensor, scaling: float):
-        """q: (rows, queries, D). keys, values: (rows, room, D).
-
-        Returns (rows, pieces, queries, D) and log-sum-exps (rows, pieces, queries) fp32, -inf for
-        an empty piece.
-        """
-        q = q[:, None].expand(-1, self.count, -1, -1)
-        outputs, lse = varlen_attn(
-            *(x.reshape(-1, 1, x.shape[-1]) for x in (q, keys, values)),
-            *(self.ends_q, self.ends, self.queries, PIECE),
-            return_aux=AuxRequest(lse=True),
-            scale=scaling,
+        return BlockMask.from_kv_blocks(
+            counts[:, None, None],
+            order[:, None, None],
+            BLOCK_SIZE=(whole_blocks(queries), KEY_BLOCK),
+            mask_mod=sees,
+            seq_lengths=(queries, filled.shape[1]),
+            compute_q_blocks=False,
         )
-        # an empty piece weighs nothing, but nothing times NaN would be NaN
-        outputs = outputs.view(q.shape).masked_fill(self.empty[..., None], 0)
-        lse = lse.reshape(q.shape[:-1]).float().masked_fill(self.empty, -torch.inf)
-        return outputs, lse
 
 
 class _Shared:

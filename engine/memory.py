@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+from engine.decode import whole_blocks
 from engine.examples import Examples
 from engine.files import read_from_model
 from engine.policy import Ranks, compute_dtype
@@ -84,7 +85,7 @@ def reckon(
     text, weights = config.text_config, weight_bytes(config, dtype)
     return Need(
         weights=weights,
-        slot=(prompt_room + max_new_tokens) * cache_bytes(text, dtype),
+        slot=(whole_blocks(prompt_room) + whole_blocks(max_new_tokens)) * cache_bytes(text, dtype),
         prompt=prompt_room * activation_bytes(text, dtype),
         prefill_prompts=prefill_prompts,
         unpacking=unpacking_bytes(text) if is_packed(config) else 0,

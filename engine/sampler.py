@@ -65,6 +65,7 @@ class Sampler:
             return torch.zeros(slots, *shape, dtype=dtype, device=model.device)
 
         self.model, self.group_size, self.end_id = model, group_size, end_id
+        self.prompt_room = prompt_room
         self.max_new_tokens, self.temperature, self.banned = max_new_tokens, temperature, banned
         self.cache = GroupCache(model, slots, group_size, prompt_room, max_new_tokens)
         self.prompt_lengths, self.first_positions = state(), state()
@@ -118,9 +119,10 @@ class Sampler:
         if any(len(group or ()) != needed for group in seeds):
             raise ValueError(f"a prompt's {self.group_size} rows need {needed} seeds")
         batch = pack(self.model, list(prompts), [[]] * len(prompts))
-        lengths, room = batch.layout.prompt_lengths, self.cache.prompt_keys[0].shape[1]
-        if max(lengths) > room:
-            raise ValueError(f"a prompt of {max(lengths)} tokens, where prompt_room is {room}")
+        lengths = batch.layout.prompt_lengths
+        if max(lengths) > self.prompt_room:
+            said = f"where prompt_room is {self.prompt_room}"
+            raise ValueError(f"a prompt of {max(lengths)} tokens, {said}")
         hidden = hidden_states(self.model, batch, Prefill(self.cache, slots, lengths))
         at = torch.tensor(slots, device=hidden.device)
         self.prompt_lengths[at] = torch.tensor(lengths, device=at.device)
@@ -205,12 +207,11 @@ class Sampler:
         """Bring the busy slots to the front and compute no others: on a CPU rows cost time."""
         busy, cache = self.slots(busy=True), self.cache
         cached = [*cache.prompt_keys, *cache.prompt_values, *cache.own_keys, *cache.own_values]
-        tensors = [buffer.unflatten(0, (len(self.owners), -1)) for buffer in cached]
-        tensors += [self.prompt_lengths, self.first_positions, self.ids, self.logprobs]
+        tensors = [self.prompt_lengths, self.first_positions, self.ids, self.logprobs]
         tensors += [self.entropies, self.uniforms, self.counts, self.done]
         tensors += [] if self.written is None else [self.written]
         for to, slot in enumerate(busy):
-            for tensor in tensors if to != slot else ():
+            for tensor in (*cached, *tensors) if to != slot else ():
                 tensor[to] = tensor[slot]
         free = [None] * (len(self.owners) - len(busy))
         self.owners = [self.owners[slot] for slot in busy] + free

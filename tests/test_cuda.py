@@ -60,7 +60,7 @@ def test_samples_equal_those_of_the_cpu(model, prompts):
 
 
 def test_what_is_sampled_in_bf16_has_the_log_probs_of_the_update(model, prompts):
-    """Flash attention in pieces and shared products against the packed row."""
+    """Flex attention over blocks and shared products against the packed row."""
     on_gpu = copy.deepcopy(model).to("cuda", torch.bfloat16)
     options = {"group_size": 3, "max_new_tokens": 300, "end_id": -1}
     rollout = sample(on_gpu, prompts, seeds=list(range(9)), slots=2, **options)

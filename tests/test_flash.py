@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch.nn.attention.varlen import AuxRequest
 
 import engine.attention
 import engine.decode
 import engine.sampler
+from tests.test_blocks import flex_of_a_copy
 from tests.test_grpo import (  # noqa: F401  tests that hold for it as well
     test_gradients_equal_separate_forwards,
     test_token_logprobs_equal_separate_forwards,
@@ -24,33 +24,23 @@ from tests.tiny import collect, sample
 
 def slow_varlen(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
-    *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False,
+    *, scale=None, window_size=(-1, -1), enable_gqa=False,
 ):
-    """`torch.nn.attention.varlen.varlen_attn` as documented, one sequence after the other.
-
-    A sequence without keys gives zeros and the log-sum-exp +inf, as flash attention does.
-    """
+    """`torch.nn.attention.varlen.varlen_attn` as documented, one sequence after the other."""
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert enable_gqa == (query.shape[1] != key.shape[1])
-    outputs, lses = torch.zeros_like(query), query.new_full(query.shape[:2], torch.inf).float()
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    pieces = []
+    outputs = []
     for row in range(len(cu_seq_q) - 1):
         at, of = (slice(int(c[row]), int(c[row + 1])) for c in (cu_seq_q, cu_seq_k))
         q, k, v = (x[s].transpose(0, 1) for x, s in ((query, at), (key, of), (value, of)))
-        assert q.shape[1] <= max_q
-        if q.shape[1] and k.shape[1]:
-            assert k.shape[1] <= max_k
-            scores = (q @ k.mT).float() * (scale or q.shape[2] ** -0.5)
-            if window_size == (-1, 0):
-                hidden = torch.ones_like(scores).tril(k.shape[1] - q.shape[1]) == 0
-                scores = scores.masked_fill(hidden, -torch.inf)
-            lses[at] = scores.logsumexp(-1).T.detach()
-            pieces.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1))
-        else:
-            pieces.append(outputs[at])
-    output = torch.cat(pieces)
-    return (output, lses) if return_aux is not None and return_aux.lse else output
+        assert q.shape[1] <= max_q and k.shape[1] <= max_k
+        scores = (q @ k.mT).float() * (scale or q.shape[2] ** -0.5)
+        if window_size == (-1, 0):
+            hidden = torch.ones_like(scores).tril(k.shape[1] - q.shape[1]) == 0
+            scores = scores.masked_fill(hidden, -torch.inf)
+        outputs.append((scores.softmax(-1).to(v.dtype) @ v).transpose(0, 1))
+    return torch.cat(outputs)
 
 
 @pytest.fixture(autouse=True)
@@ -64,44 +54,24 @@ def flash(monkeypatch):
 
     for module in (engine.attention, engine.decode):
         monkeypatch.setattr(module, "has_flash", lambda x: True)
-        monkeypatch.setattr(module, "varlen_attn", varlen)
-    monkeypatch.setattr(engine.decode, "PIECE", 7)
+    monkeypatch.setattr(engine.attention, "varlen_attn", varlen)
     yield
     assert calls
 
 
-@torch.library.custom_op("tests::varlen", mutates_args=())
-def traceable_varlen(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ends_q: torch.Tensor, ends: torch.Tensor,
-    longest_q: int, longest: int, scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    lse = AuxRequest(lse=True)
-    return slow_varlen(q, k, v, ends_q, ends, longest_q, longest, return_aux=lse, scale=scale)
-
-
-@traceable_varlen.register_fake
-def _(q, k, v, ends_q, ends, longest_q, longest, scale):
-    return torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-
-
 @pytest.mark.slow
-def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkeypatch):
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkeypatch, backend):
     """As a GPU runs it: flash attention, shared products, trial steps, no break in the graph."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
     plain = collect(engine.sampler.Sampler(model, **options), prompts, list(range(6)))
 
-    def varlen(*args, return_aux=None, **options):
-        if return_aux is None:  # of the prefill, which is not compiled
-            return slow_varlen(*args, **options)
-        return traceable_varlen(*args, options["scale"])
-
-    for module in (engine.attention, engine.decode):
-        monkeypatch.setattr(module, "varlen_attn", varlen)
+    monkeypatch.setattr(engine.decode, "flex_attention", flex_of_a_copy)
     replica = copy.deepcopy(model)
     engine.decode.prepare_for_decoding(replica)
     engine.decode.prepare_for_decoding(replica)  # a second sampler on the same model
     sampler = engine.sampler.Sampler(replica, **options)
-    step = torch.compile(sampler.step, dynamic=False, fullgraph=True, backend="aot_eager")
+    step = torch.compile(sampler.step, dynamic=False, fullgraph=True, backend=backend)
 
     def with_trial(room):
         """A trial before each step, as before a CUDA graph is recorded."""
