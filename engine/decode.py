@@ -19,9 +19,9 @@ KEY_BLOCK = 128  # keys that a GPU reads or skips together
 class GroupCache:
     """Keys and values of `slots` groups: each prompt's once, and each of its G rows' own.
 
-    A list over layers each: prompts' (slots, K, S, D) and rows' own (slots, K, G, C, D). On a GPU
-    they are parts of `keys` and `values`, (slots, K, S + G * C, D), with S and C rounded up to whole
-    blocks; a CPU's products are faster on tensors of their own.
+    Lists over layers: prompts' (slots, K, S, D), and rows' own (slots, K, G * C, D). On a GPU both
+    are the same tensors, (slots, K, S + G * C, D), in which own tokens start behind the prompt's,
+    with S and C rounded up to whole blocks; a CPU's products are faster on tensors of their own.
     """
 
     def __init__(self, model, slots: int, group_size: int, prompt_room: int, completion_room: int):
@@ -31,20 +31,19 @@ class GroupCache:
         self.as_blocks = has_flash(torch.empty(0, **options))
         if self.as_blocks:
             prompt_room, completion_room = map(whole_blocks, (prompt_room, completion_room))
-        rooms = prompt_room, group_size * completion_room
 
-        def buffers():
-            shape = slots, heads, sum(rooms), size
-            whole = [torch.zeros(shape, **options) for _ in range(config.num_hidden_layers)]
-            prompt, own = zip(*(buffer.split(rooms, dim=2) for buffer in whole))
-            own = [buffer.unflatten(2, (group_size, -1)) for buffer in own]
-            if self.as_blocks:
-                return whole, prompt, own
-            return None, [x.clone() for x in prompt], [x.clone() for x in own]
+        def buffers(room):
+            shape = slots, heads, room, size
+            return [torch.zeros(shape, **options) for _ in range(config.num_hidden_layers)]
 
         self.heads, self.served = heads, config.num_attention_heads // heads
-        self.keys, self.prompt_keys, self.own_keys = buffers()
-        self.values, self.prompt_values, self.own_values = buffers()
+        self.prompt_room, self.own_room = prompt_room, completion_room
+        self.start = prompt_room if self.as_blocks else 0  # of what is a row's own
+        room = self.start + group_size * completion_room
+        self.own_keys, self.own_values = buffers(room), buffers(room)
+        self.prompt_keys, self.prompt_values = self.own_keys, self.own_values
+        if not self.as_blocks:
+            self.prompt_keys, self.prompt_values = buffers(prompt_room), buffers(prompt_room)
 
 
 def whole_blocks(room: int) -> int:
@@ -79,8 +78,10 @@ class DecodeStep:
             torch.arange(n, device=own_lengths.device)
             for n in (self.slots, cache.heads, self.group_size)
         )
-        # where new keys go, as (slots, K, G) indices of (slots, K, G, C, D)
-        self.places = slots[:, None, None], heads[:, None], members, own_lengths[:, None]
+        # where new keys go, as (slots, K, G) indices of (slots, K, S + G * C, D): a write to a view
+        # of these buffers would be compiled to two copies of all of it
+        places = cache.start + members * cache.own_room + own_lengths
+        self.places = slots[:, None, None], heads[:, None], places[:, None]
         self.mask = self._block_mask() if cache.as_blocks else None
 
     def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
@@ -106,12 +107,14 @@ class DecodeStep:
         """With scores in memory, in fp32. q and what is returned: (slots, K, G, heads, D)."""
         cache, slots, shape = self.cache, self.slots, q.shape[:4]
         prompt_keys, prompt_values = (
-            x[layer][:slots].flatten(0, 1).float() for x in (cache.prompt_keys, cache.prompt_values)
+            x[layer][:slots, :, : cache.prompt_room].flatten(0, 1).float()
+            for x in (cache.prompt_keys, cache.prompt_values)
         )
         own_keys, own_values = (
-            x[layer][:slots].flatten(0, 2)[:, : self.room].float()
+            x[layer][:slots, :, cache.start :].reshape(-1, cache.own_room, x[layer].shape[3])
             for x in (cache.own_keys, cache.own_values)
         )
+        own_keys, own_values = (x[:, : self.room].float() for x in (own_keys, own_values))
         on_prompt = q.reshape(len(prompt_keys), -1, q.shape[4]).float() @ prompt_keys.mT
         on_prompt = on_prompt.view(*shape, -1) * scaling  # (slots, K, G, heads, prompt room)
         places = torch.arange(on_prompt.shape[4], device=q.device)
@@ -132,20 +135,22 @@ class DecodeStep:
 
     def _attend_blocks(self, q: Tensor, layer: int, scaling: float) -> Tensor:
         """With flex attention over a slot's filled blocks. Shapes as in `_attend_whole`."""
-        keys, values = (x[layer][: self.slots] for x in (self.cache.keys, self.cache.values))
+        keys, values = (x[layer][: self.slots] for x in (self.cache.own_keys, self.cache.own_values))
         output = flex_attention(q.flatten(2, 3), keys, values, block_mask=self.mask, scale=scaling)
         return output.view(q.shape)
 
     def _block_mask(self) -> BlockMask:
         """Which keys of a slot its rows' queries see, and the blocks in which there are any."""
         cache, device = self.cache, self.own_lengths.device
-        prompt_room, own_room = cache.prompt_keys[0].shape[2], cache.own_keys[0].shape[3]
+        prompt_room, own_room = cache.prompt_room, cache.own_room
         of_prompt = torch.arange(prompt_room, device=device) < self.prompt_lengths[:, None]
         own = torch.arange(own_room, device=device) <= self.own_lengths[..., None]
         filled = torch.cat([of_prompt, own.flatten(1)], dim=1)  # (slots, S + G * C)
-        blocks = filled.unflatten(1, (-1, KEY_BLOCK)).any(2)  # (slots, blocks)
-        order = blocks.int().argsort(dim=1, descending=True, stable=True).int()
-        counts = blocks.sum(1).int()
+        # (slots, 1, 1, blocks) before, not behind, what is computed: axes put into its result have
+        # stride 0 in a compiled step, by which the kernel for 128 queries goes from slot to slot
+        blocks = filled.unflatten(1, (-1, KEY_BLOCK)).any(2)[:, None, None]
+        order = blocks.int().argsort(dim=3, descending=True, stable=True).int()
+        counts = blocks.sum(3).int()
         queries = self.group_size * cache.served
 
         def sees(slot, head, query, key):
@@ -153,8 +158,8 @@ class DecodeStep:
             return filled[slot, key] & ((key < prompt_room) | is_own)
 
         return BlockMask.from_kv_blocks(
-            counts[:, None, None],
-            order[:, None, None],
+            counts,
+            order,
             BLOCK_SIZE=(whole_blocks(queries), KEY_BLOCK),
             mask_mod=sees,
             seq_lengths=(queries, filled.shape[1]),

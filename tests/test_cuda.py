@@ -59,12 +59,19 @@ def test_samples_equal_those_of_the_cpu(model, prompts):
         torch.testing.assert_close(mine, other, atol=1e-3, rtol=0)
 
 
-def test_what_is_sampled_in_bf16_has_the_log_probs_of_the_update(model, prompts):
-    """Flex attention over blocks and shared products against the packed row."""
+@pytest.mark.parametrize("group_size, length", [(3, 300), (64, 20)])
+def test_what_is_sampled_in_bf16_has_the_log_probs_of_the_update(
+    model, prompts, group_size, length
+):
+    """Flex attention over blocks and shared products against the packed row.
+
+    From 128 queries a slot, two heads served 64 times, PyTorch takes another kernel for it.
+    """
     on_gpu = copy.deepcopy(model).to("cuda", torch.bfloat16)
-    options = {"group_size": 3, "max_new_tokens": 300, "end_id": -1}
-    rollout = sample(on_gpu, prompts, seeds=list(range(9)), slots=2, **options)
-    groups = [rollout.completion_ids[3 * i : 3 * i + 3] for i in range(3)]
+    options = {"group_size": group_size, "max_new_tokens": length, "end_id": -1}
+    rollout = sample(on_gpu, prompts, seeds=list(range(3 * group_size)), slots=2, **options)
+    starts = range(0, 3 * group_size, group_size)
+    groups = [rollout.completion_ids[start : start + group_size] for start in starts]
     packed = pack(on_gpu, prompts, groups)
     with torch.no_grad():
         trained = token_logprobs(on_gpu, packed)[packed.completion_mask].cpu()
