@@ -135,7 +135,8 @@ class DecodeStep:
 
     def _attend_blocks(self, q: Tensor, layer: int, scaling: float) -> Tensor:
         """With flex attention over a slot's filled blocks. Shapes as in `_attend_whole`."""
-        keys, values = (x[layer][: self.slots] for x in (self.cache.own_keys, self.cache.own_values))
+        keys, values = self.cache.own_keys[layer], self.cache.own_values[layer]
+        keys, values = keys[: self.slots], values[: self.slots]
         output = flex_attention(q.flatten(2, 3), keys, values, block_mask=self.mask, scale=scaling)
         return output.view(q.shape)
 

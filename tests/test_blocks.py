@@ -38,7 +38,7 @@ def random_step(model, generator, *, slots, group_size, prompt_room, completion_
 
 @pytest.mark.parametrize("sizes", [(3, 2, 300, 200), (2, 5, 128, 128), (1, 1, 1, 1), (2, 70, 9, 5)])
 def test_a_query_sees_its_prompt_and_its_own_tokens(model, seed, sizes):
-    """And a block is read if and only if one of its keys is seen: what is not read is not masked."""
+    """And a block is read if and only if one of its keys is seen."""
     generator = torch.Generator().manual_seed(seed)
     names = ("slots", "group_size", "prompt_room", "completion_room")
     step = random_step(model, generator, **dict(zip(names, sizes)))
@@ -90,5 +90,5 @@ def kernels_of_a_step(layers):
 
 @pytest.mark.slow
 def test_a_layer_of_a_step_is_ten_kernels():
-    """Four products, attention, and what lies between them; the mask is made once for all layers."""
+    """Four products, attention and what lies between; the mask is made once for all layers."""
     assert kernels_of_a_step(4) - kernels_of_a_step(3) == 10
