@@ -1,5 +1,6 @@
 """How a GPU attends in decoding: flex attention over filled blocks, on a CPU."""
 
+import math
 import re
 
 import pytest
@@ -74,8 +75,8 @@ def test_blocks_compiled_for_new_lengths_equal_scores_in_memory(model, seed):
         torch.testing.assert_close(attend(step, q, 1, 0.3), expected, atol=1e-5, rtol=1e-5)
 
 
-def kernels_of_a_step(layers):
-    """How many kernels and products a compiled step of a model with so many layers calls."""
+def code_of_a_step(layers):
+    """What Inductor makes of a step of a model with so many layers: its calls and allocations."""
     sizes = TINY_SIZES | {"text": TINY_SIZES["text"] | {"num_hidden_layers": layers}}
     model = use_group_attention(random_model(model_config(toy_tokenizer(), sizes), 0))
     engine.decode.prepare_for_decoding(model)
@@ -84,11 +85,20 @@ def kernels_of_a_step(layers):
     step = torch.compile(sampler.step, dynamic=False, fullgraph=True)
     with torch.no_grad():
         _, (code,) = run_and_get_code(step, 9)
-    called = code[code.index("def call(") :]
-    return len(re.findall(r"^ +(?:cpp_\w+|extern_kernels\.\w+)\(", called, re.MULTILINE))
+    return code[code.index("def call(") :]
 
 
 @pytest.mark.slow
 def test_a_layer_of_a_step_is_ten_kernels():
     """Four products, attention and what lies between; the mask is made once for all layers."""
-    assert kernels_of_a_step(4) - kernels_of_a_step(3) == 10
+    kernel = re.compile(r"^ +(?:cpp_\w+|extern_kernels\.\w+)\(", re.MULTILINE)
+    three, four = (len(kernel.findall(code_of_a_step(layers))) for layers in (3, 4))
+    assert four - three == 10
+
+
+@pytest.mark.slow
+def test_a_step_makes_no_copy_of_the_cache():
+    """As a write to a view of it would, of all rows' own keys and values in every layer."""
+    made = re.findall(r"= empty_strided\w+\(\(([\d, ]+)\)", code_of_a_step(2))
+    sizes = [math.prod(map(int, shape.rstrip(", ").split(", "))) for shape in made]
+    assert len(sizes) > 20 and max(sizes) < 2 * 2 * 2 * 128 * 16
