@@ -22,13 +22,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoTokenizer, Qwen2VLImageProcessorPil
+from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import hicodet
 from engine import panels
 from engine.attention import Prompt
 from engine.files import read_from_model, read_image, read_object
 from engine.policy import Ranks
+from engine.sizes import read_config
 from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
@@ -78,7 +79,7 @@ class Examples(Dataset):
         self.left_out = {i for i, s in enumerate(samples) if s.file_name in self.bad}
         self.upright = upright
         self.target_text, self.box_frame = target_text, box_frame_of(model, box_frame)
-        self.config = config = read_from_model(AutoConfig.from_pretrained, model, "configuration")
+        self.config = config = read_config(model)
         if config.model_type != "qwen2_5_vl":
             raise InputError(f"--model {model}: a {config.model_type}, which is no Qwen2.5-VL")
         self.tokenizer = read_from_model(AutoTokenizer.from_pretrained, model, "tokenizer")
@@ -98,7 +99,8 @@ class Examples(Dataset):
         self.questions = read_from_model(questions, model, "chat template")
 
     def require_sizes(self, model: str) -> None:
-        """Raise InputError if the image processor fails, or cuts other patches than the model."""
+        """Raise InputError if the image processor fails, or cuts other patches than the model, or if
+        the tokenizer has more tokens."""
         vision, ours = self.config.vision_config, self.processor
         for name, takes in {
             "patch_size": vision.patch_size,
@@ -110,6 +112,11 @@ class Examples(Dataset):
                     f"--model {model}: {name} is {has!r} in preprocessor_config.json, and "
                     f"{takes!r} in config.json"
                 )
+        if len(self.tokenizer) > (room := self.config.text_config.vocab_size):
+            raise InputError(
+                f"--model {model}: the tokenizer has {len(self.tokenizer)} tokens, and vocab_size "
+                f"is {room} in config.json: they belong to different models"
+            )
         grey = Image.new("RGB", (64, 64))
         read_from_model(lambda _: ours(images=grey, return_tensors="pt"), model, "image processor")
 
@@ -122,7 +129,10 @@ class Examples(Dataset):
         ids = self.tokenizer(text, return_tensors="pt")["input_ids"][0]
         if (images := int((ids == self.image_id).sum())) != 1:
             model = self.tokenizer.name_or_path
-            raise InputError(f"--model {model}: its chat template makes {images} placeholders")
+            raise InputError(
+                f"--model {model}: its chat template makes {images} placeholders "
+                f"of image_token_id {self.image_id}"
+            )
         return ids
 
     def __len__(self) -> int:

@@ -8,14 +8,14 @@ import math
 from dataclasses import dataclass
 
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
 
 from engine.decode import whole_blocks
 from engine.examples import Examples
 from engine.files import read_from_model
 from engine.policy import Ranks, compute_dtype
-from engine.quantized import PackedConfig, is_packed, pack_layers
+from engine.quantized import is_packed
 from engine.sampler import PREFILL_PROMPTS
+from engine.sizes import outline
 from hicodet import InputError
 
 MOST_SLOTS = 64  # taken where nothing else is asked for, and all of them fit
@@ -51,10 +51,7 @@ class Need:
 
 def weight_bytes(config, dtype: torch.dtype) -> int:
     """Bytes of a Qwen2.5-VL's weights, those that are not packed in this dtype."""
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    if is_packed(config):
-        pack_layers(model, PackedConfig(config.quantization_config).group_size)
+    model = outline(config)
     plain = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
     return plain + sum(buffer.nbytes for buffer in model.buffers())
 

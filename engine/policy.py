@@ -7,7 +7,6 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,17 +20,12 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-    logging,
-)
-from transformers.utils.hub import get_checkpoint_shard_files
+from transformers.utils import logging
 
 import engine.quantized  # noqa: F401  reads AWQ folders
 from engine.attention import token_logprobs, use_group_attention
 from engine.files import read_from_model
+from engine.sizes import read_config, require_tensors, weight_files
 from hicodet import InputError
 
 logging.disable_progress_bar()  # of the library's loading and saving
@@ -105,16 +99,19 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None):
     """A Qwen2.5-VL with group attention, in eval mode; from safetensors only.
 
-    Raises InputError if there are no weights, or not all.
+    Raises InputError if there are no weights, not all, or others than config.json says.
     """
-    options = {"dtype": dtype or compute_dtype(device), "use_safetensors": True}
-    read = partial(
-        Qwen2_5_VLForConditionalGeneration.from_pretrained, **options, output_loading_info=True
-    )
+    config = read_config(path)
+    options = {"dtype": dtype or compute_dtype(device), "use_safetensors": True, "config": config}
+
+    def read(path: str):
+        require_tensors(weight_files(path), config)
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            path, **options, output_loading_info=True
+        )
+
     model, found = read_from_model(read, path, "weights in safetensors")
-    if found["missing_keys"]:  # the library would draw them
-        missing = sorted(found["missing_keys"])
-        raise InputError(f"--model {path}: {len(missing)} weights are missing, as {missing[0]}")
+    assert not found["missing_keys"], found["missing_keys"]  # the library would draw them
     return use_group_attention(model).to(device).eval()
 
 
@@ -128,21 +125,12 @@ def weights_fingerprint(path: str) -> str:
 
 def _hash_first_values(path: str) -> str:
     digest = hashlib.sha256()
-    for file in _weight_files(path):
+    for file in weight_files(path):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 values = tensors.get_slice(name)[:1].float().flatten()
                 digest.update(name.encode() + values.numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def _weight_files(path: str) -> list[str]:
-    """The safetensors files of a folder or of a hub's model."""
-    try:
-        return [cached_file(path, SAFE_WEIGHTS_NAME)]
-    except OSError:  # there are several, which an index lists
-        index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME)
-        return get_checkpoint_shard_files(path, index)[0]
 
 
 def load_reference(path: str, device: torch.device):

@@ -10,7 +10,6 @@ one of 0..15 and each group of inputs has a zero and a scale for every output. F
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -25,7 +24,6 @@ SUPPORTED = {  # of quantization_config
     "bits": "4",
     "zero_point": "true",
 }
-STORED = {torch.int32: "I32", torch.float16: "F16"}  # dtypes as safetensors names them
 
 
 def unpack(words: Tensor) -> Tensor:
@@ -83,26 +81,6 @@ def pack_layers(model: nn.Module, group_size: int) -> None:
             model.model.language_model.layers.set_submodule(name, packed)
 
 
-def check_tensors(model: nn.Module, files: list[str]) -> None:
-    """Raise InputError if the files lack one of the packed tensors, or hold it in another form."""
-    decoder = model.model.language_model.layers
-    expected = {name: tensor for name, tensor in decoder.named_buffers() if tensor.dtype in STORED}
-    for file in files:
-        with safe_open(file, framework="pt") as stored:
-            for key in stored.keys():  # "model.layers.0..", or "model.language_model.layers.0.."
-                tensor = expected.pop(key.partition(".layers.")[2], None)
-                if tensor is None:
-                    continue
-                needed = f"{STORED[tensor.dtype]} {list(tensor.shape)}"
-                found = f"{stored.get_slice(key).get_dtype()} {stored.get_slice(key).get_shape()}"
-                if found != needed:
-                    raise InputError(
-                        f"{key} is {found}, and by config.json and its group_size it is {needed}"
-                    )
-    if expected:
-        raise InputError(f"{len(expected)} tensors are missing, as layers.{min(expected)}")
-
-
 class PackedConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json. Raises InputError naming a key that does not fit."""
 
@@ -133,10 +111,9 @@ class PackedQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         return False
 
-    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+    def _process_model_before_weight_loading(self, model, **kwargs):
         """kwargs: the library passes further names; none concerns these layers."""
         pack_layers(model, self.quantization_config.group_size)
-        check_tensors(model, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         for parameter in model.parameters():  # 5.17 leaves some in the dtype that the files have
