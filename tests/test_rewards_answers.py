@@ -350,28 +350,33 @@ NUMBERS = ["0", "-0.0", "10", "50", "1e308", "-1e308", "1e-320", "NaN", "Infinit
            "9" * 400, "-" + "9" * 308, "true", "null", '"10"', "[]"]
 
 
+SHARES = [1 if len(piece) < 1000 else 0.05 for piece in PIECES]  # the longest take longest to read
+TWICE, TWO = written(INSTANCE, INSTANCE), written(INSTANCE, apart(1))
+
+
 def odd_coordinates(rng):
     odd = [f"[{', '.join(rng.choices(NUMBERS, k=4))}]" for _ in range(2)]
-    text = written(INSTANCE, INSTANCE).replace("[10, 20, 50, 100]", odd[0])
+    text = TWICE.replace("[10, 20, 50, 100]", odd[0])
     return text.replace("[30, 60, 90, 110]", odd[1]) if rng.random() < 0.5 else text
 
 
 def cut_and_doubled(rng):
-    text = written(INSTANCE, apart(1))
+    text = TWO
     for _ in range(rng.randint(1, 4)):
         i, j = sorted(rng.choices(range(len(text) + 1), k=2))
-        middle = rng.choice(["", text[i:j] * 2, rng.choice(PIECES)])
+        middle = rng.choice(["", text[i:j] * 2, *rng.choices(PIECES, SHARES)])
         text = text[:i] + middle + text[rng.choice([i, j]):]
     return text
 
 
 def loose_pieces(rng):
-    return "<think><answer>" + "".join(rng.choices(PIECES, k=rng.randrange(40)))
+    return "<think><answer>" + "".join(rng.choices(PIECES, SHARES, k=rng.randrange(40)))
 
 
-@pytest.mark.parametrize("count", [3000, pytest.param(100_000, marks=pytest.mark.slow)])
-def test_garbage_earns_a_finite_reward_between_0_and_3_8(count, rng):
-    for _ in range(count):
+def test_garbage_earns_a_finite_reward_between_0_and_3_8():
+    """100,000 texts, the same in every run."""
+    rng = random.Random(0)
+    for _ in range(100_000):
         text = rng.choice([odd_coordinates, cut_and_doubled, loose_pieces])(rng)
         parts = earned(text, [RIDER], duplicate_rule=rng.choice(["printed", "pair"]))
         assert all(math.isfinite(part) and part >= 0 for part in parts.values()), text
