@@ -17,6 +17,7 @@ stated rate. The held-out half is complete, which HICO-DET's is not. The .mat fi
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -210,11 +211,13 @@ def toy_texts() -> list[str]:
     return texts
 
 
+@cache
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE in which a number, a label or a constant line of the toy is one token.
 
     Text is first cut after every line break and around numbers and labels; the trainer then
     merges each piece of `toy_texts` completely. Any other text falls back to smaller tokens.
+    Cached: this takes most of a second.
     """
     pattern = "|".join([r"(?:, )?(?<!\p{L})\p{N}+", *map(re.escape, label_phrases())])
     tokenizer = Tokenizer(models.BPE())
