@@ -43,7 +43,7 @@ def real_model(tmp_path_factory):
         shutil.copy(path, folder)
     if not hasattr(AutoTokenizer.from_pretrained(folder), "chat_template"):
         shutil.copy(source / "chat_template.json", folder)
-    Qwen2_5_VLConfig().save_pretrained(folder)
+    Qwen2_5_VLConfig(vision_config={"out_hidden_size": 8192}).save_pretrained(folder)
     return folder
 
 

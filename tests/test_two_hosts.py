@@ -18,7 +18,7 @@ from tests.runs import metrics, weights
 from tests.test_ranks_agree import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
-PAUSE = 5.0  # seconds that a rank stands still
+PAUSE, CUT = 30.0, 5.0  # seconds that a rank stands still, and that a link is cut
 HERE = [[], []]  # what the agents are started by
 
 pytestmark = pytest.mark.slow
@@ -118,7 +118,7 @@ def two_namespaces():
             subprocess.run(["ip", "netns", "delete", f"hoi{host}"])
 
 
-@pytest.mark.parametrize("seconds", [PAUSE, None])
+@pytest.mark.parametrize("seconds", [CUT, None])
 def test_a_link_that_is_cut(seconds, two_namespaces, folder, whole, tmp_path):
     """For a while it is waited for; without an end both end by --timeout, and the run goes on."""
     net = {"inside": two_namespaces, "address": "10.77.0.1", "GLOO_SOCKET_IFNAME": "cable"}
