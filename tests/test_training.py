@@ -109,8 +109,21 @@ def crash_in(into: Path, name: str):
     raise KeyboardInterrupt
 
 
-def test_a_crash_amid_a_checkpoint_leaves_the_one_before(folder, tmp_path, monkeypatch):
-    out, options, save = tmp_path / "cut", {"max_steps": 2, "save_every": 1}, dcp.save
+TWO_STEPS = {"max_steps": 2, "save_every": 1}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory):
+    """The weights of an SFT of two steps."""
+    out = tmp_path_factory.mktemp("whole")
+    run(config_of("sft", folder, out, **TWO_STEPS))
+    return weights(out)
+
+
+def test_a_crash_amid_a_checkpoint_leaves_the_one_before(
+    folder, undisturbed, tmp_path, monkeypatch
+):
+    out, save = tmp_path / "cut", dcp.save
 
     def save_one(state, checkpoint_id, storage_writer):
         if list(out.glob("checkpoint-*")):
@@ -119,22 +132,22 @@ def test_a_crash_amid_a_checkpoint_leaves_the_one_before(folder, tmp_path, monke
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(dcp, "save", save_one)
-        run(config_of("sft", folder, out, **options))
+        run(config_of("sft", folder, out, **TWO_STEPS))
     assert folders(out) == ["checkpoint-000001"]
-    assert_goes_on_as_if_nothing_had_been(folder, out, tmp_path / "whole", options)
+    assert_goes_on_as_if_nothing_had_been(folder, out, undisturbed)
 
 
-def test_a_crash_amid_the_model_leaves_none(folder, tmp_path, monkeypatch):
-    out, options = tmp_path / "cut", {"max_steps": 2, "save_every": 1}
+def test_a_crash_amid_the_model_leaves_none(folder, undisturbed, tmp_path, monkeypatch):
+    out = tmp_path / "cut"
 
     def save_pretrained(model, into, **options):
         crash_in(Path(into), "model.safetensors")
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Qwen2_5_VLForConditionalGeneration, "save_pretrained", save_pretrained)
-        run(config_of("sft", folder, out, **options))
+        run(config_of("sft", folder, out, **TWO_STEPS))
     assert folders(out) == ["checkpoint-000001", "checkpoint-000002"]
-    assert_goes_on_as_if_nothing_had_been(folder, out, tmp_path / "whole", options)
+    assert_goes_on_as_if_nothing_had_been(folder, out, undisturbed)
 
 
 def folders(out: Path) -> list[str]:
@@ -142,11 +155,10 @@ def folders(out: Path) -> list[str]:
     return sorted(p.name for p in out.iterdir() if p.is_dir() and p.suffix != ".tmp")
 
 
-def assert_goes_on_as_if_nothing_had_been(folder, cut: Path, whole: Path, options: dict):
-    run(config_of("sft", folder, cut, resume=True, **options))
-    run(config_of("sft", folder, whole, **options))
+def assert_goes_on_as_if_nothing_had_been(folder, cut: Path, expected: dict):
+    run(config_of("sft", folder, cut, resume=True, **TWO_STEPS))
     assert not list(cut.glob("*.tmp"))
-    expected, found = weights(whole), weights(cut)
+    found = weights(cut)
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
 
