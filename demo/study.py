@@ -25,7 +25,7 @@ import demo.run
 from demo.blind import blind_table
 from demo.score_rules import rules_table
 from demo.show import figures
-from demo.tables import OPEN_FLAGS, RATES, rates_picture, study_page
+from demo.tables import MORE_ANSWERS, OPEN_FLAGS, RATES, rates_picture, study_page
 from engine.files import write_json
 from engine.options import Config, option, parse_stage, required
 from hoi_r1 import DemoConfig
@@ -67,7 +67,8 @@ SECTIONS = {
                      {"sft": 1000, "grpo": ""}]),
     "2": (range(3), [{"grpo": "--without label"}, {"grpo": "--without iou"}]),
     "3": (range(2), [{"left_out": rate, **more} for rate in RATES
-                     for more in ({}, {"grpo": ""})]),
+                     for more in ({}, {"grpo": ""})]
+        + [{"left_out": RATES[-1], "grpo": MORE_ANSWERS}]),
     "4": (range(3), [{"grpo": "--label-reward matched"}]),
     "5": (range(3), [{"grpo": flags} for flags in OPEN_FLAGS]
         + [{"grpo": "", "scores": rule} for rule in ("ones", "likelihood")]),
