@@ -26,6 +26,26 @@ def earned(text, hois, **options):
     return rewards.total_reward(parse_completion(text), hois, **options)
 
 
+@pytest.mark.parametrize(
+    "without, missed, surplus", [((), 1.8, 1.0), (["iou"], 1.3, 1.0), (["label"], 0.8, 0.0)])
+def test_what_a_missed_pair_costs_and_a_surplus_one(without, missed, surplus):
+    """Missed, it costs 0.6 / 2 of the format, 1 / 2 of each label and 1 / 2 of the IoU.
+
+    As a surplus it costs 1 / 2 of each label. demo/STUDY.md says what follows for pairs that
+    annotators leave out.
+    """
+    far = {"human": (900.0, 0.0, 950.0, 80.0), "object": (900.0, 90.0, 950.0, 99.0)}
+    pairs = [RIDER, replace(RIDER, **far)]
+    one, both = (hicodet.format_completion(pairs[:count], "a") for count in (1, 2))
+
+    def cost(text, truth):
+        perfect = earned(hicodet.format_completion(truth, "a"), truth, without=without)["total"]
+        return perfect - earned(text, truth, without=without)["total"]
+
+    assert cost(one, pairs) == pytest.approx(missed)
+    assert cost(both, pairs[:1]) == pytest.approx(surplus)
+
+
 def test_a_perfect_answer_with_one_pair_earns_exactly_3_8():
     text = hicodet.format_completion([RIDER], "One person rides a bicycle.")
     assert earned(text, [RIDER])["total"] == 3.8
