@@ -113,12 +113,13 @@ NOTES = {  # behind a section's verdicts
     "3. How many annotations are missing": """\
 Why there is a window: of two perfect pairs a missed one costs 1.8 (0.3 of the format reward, 0.5
 of each label and of the IoU) and a surplus one 1.0 (0.5 of each label). Rewards are counted on
-the training annotations, so naming a pair that a share p of them has pays where 1.8 p > 1 - p:
-where up to 64 % are left out, without the IoU reward up to 57 %, without the label reward always.
-SFT's likeliest answer names it up to 50 %. Between 50 and 64 % GRPO brings such pairs back; at 70
-% the rewards themselves say to stop, whatever G is. 60 % was run after this had been reckoned,
-and GRPO mends there. The pairs of a model are not perfect, which moves these bounds. Section 2's
-55 % are next to the bound without the IoU reward, and its seeds differ most there.""",
+the training annotations, so where annotators keep a share p of such pairs, naming one pays if 1.8
+p > 1 - p: where up to 64 % are left out, without the IoU reward up to 57 %, without the label
+reward always. SFT's likeliest answer names it up to 50 %. Between 50 and 64 % GRPO brings such
+pairs back; at 70 % the rewards themselves say to stop, with G = 4 and with 16. 60 % was run after
+this had been reckoned, and GRPO mends there. The pairs of a model are not perfect, which moves
+these bounds. Section 2's rate, 55 %, is next to the bound without the IoU reward, and its seeds
+differ most there.""",
     "5. What the paper leaves open": """\
 The paper claims nothing of these: here *reproduced* and *not reproduced* say that the seeds agree.""",
 }

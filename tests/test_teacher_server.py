@@ -5,15 +5,11 @@ import io
 import json
 import os
 import random
-import select
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,87 +22,11 @@ import hicodet
 import teacher
 from demo import toy
 from engine.chat import Teacher
+from tests.faulty_server import FAULTS, THINK, USAGE, Server
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "sk-loopback-0123456789"
-THINK = "There is one person. The person is riding and sitting on a bicycle. The verbs are ride."
-FAULTS = ("429", "500", "half a body", "invalid JSON", "closed socket", "stall")
-USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
 COST = (1000 * 0.15 + 100 * 0.60) / 1e6  # of a request with this usage, gpt-4o-mini
-
-
-class Server(ThreadingHTTPServer):
-    """Chat completions on 127.0.0.1; `answer(images)` says what to do with each request.
-
-    It returns a fault's name, a status with a text, or the content of a completion.
-    """
-
-    request_queue_size, daemon_threads = 128, True
-
-    def __init__(self, answer=lambda: f"<think>{THINK}</think>", delay=0.0):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answer, self.delay, self.lock = answer, delay, threading.Lock()
-        self.in_flight = self.most_in_flight = 0
-        self.bodies, self.keys, self.outcomes = [], set(), Counter()
-        self.asked = threading.Event()
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    def handle_error(self, request, client_address):
-        pass  # clients that hang up are part of the tests
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
-        with server.lock:
-            server.in_flight += 1
-            server.most_in_flight = max(server.most_in_flight, server.in_flight)
-            server.bodies.append(body)
-            server.keys.add(self.headers["Authorization"])
-            answer = server.answer()
-        server.asked.set()
-        time.sleep(server.delay)
-        with server.lock:  # before the reply: the next request may come before this line otherwise
-            server.in_flight -= 1
-            fault = answer if answer in FAULTS else ("ok" if isinstance(answer, str) else "status")
-            server.outcomes[fault] += 1
-        self.respond(answer)
-
-    def respond(self, answer):
-        if answer == "closed socket":
-            self.connection.shutdown(socket.SHUT_RDWR)
-        elif answer == "stall":
-            select.select([self.connection], [], [], 60)  # until the client hangs up
-        elif answer == "429":
-            self.send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.01"})
-        elif answer == "500":
-            self.send(500, {"error": {"message": "oops"}})
-        elif isinstance(answer, tuple):
-            self.send(*answer)
-        elif answer == "invalid JSON":
-            self.send(200, None)
-        else:
-            message = {"role": "assistant", "content": answer}
-            self.send(200, {"choices": [{"message": message, "finish_reason": "stop"}],
-                            "usage": USAGE}, cut=answer == "half a body")
-
-    def send(self, status, value, headers=(), cut=False):
-        text = b'{"choices": [{"mess' if value is None else json.dumps(value).encode()
-        self.send_response(status)
-        for name, content in dict(headers).items():
-            self.send_header(name, content)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text[: len(text) // 2] if cut else text)
-
-    def log_message(self, *args):
-        pass
 
 
 @pytest.fixture(scope="module")
