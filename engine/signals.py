@@ -34,7 +34,7 @@ class Stop:
 
     def on_any(self, ranks: Ranks) -> int:
         """The signal that a rank got, on every rank; 0 if none did."""
-        return max(ranks.gather([int(self.signal)]))
+        return int(max(ranks.numbers(self.signal)))
 
 
 def exit_code(number: int) -> int:

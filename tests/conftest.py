@@ -39,6 +39,16 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def sharded_in_parts():
+    """The tests' small models are sharded as large ones are, for the time of all tests."""
+    import engine.policy
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.policy, "SMALLEST_PART", 0)
+        yield
+
+
 @pytest.fixture
 def ranks():
     """A process group of this process alone."""

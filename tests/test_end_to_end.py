@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import hicodet
 import hoi_r1
 from demo import toy
+from engine.policy import SMALLEST_PART  # before the tests set it to 0
 from tests.runs import metrics, write_traces
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,10 +38,15 @@ def run(*arguments, ranks=0):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Toy data, traces, and a model of random weights."""
+    """Toy data, traces, and a model of random weights, whose layers are sharded one by one."""
     folder = tmp_path_factory.mktemp("toy")
     toy.main([str(folder), "--train", "7", "--test", "5"])
     write_traces(folder)
+    sizes = {**toy.TOY_SIZES, "text": {**toy.TOY_SIZES["text"], "intermediate_size": 2560}}
+    model = toy.random_model(toy.model_config(toy.toy_tokenizer(), sizes), seed=0)
+    layers = model.model.language_model.layers
+    assert all(sum(p.numel() for p in x.parameters()) > SMALLEST_PART for x in layers)
+    model.save_pretrained(folder / "model")
     return folder
 
 

@@ -63,6 +63,23 @@ def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
     assert {(p.param_dtype, p.reduce_dtype) for p in told} == {(torch.bfloat16, torch.float32)}
 
 
+def test_parts_of_few_parameters_are_sharded_with_the_rest(folder, ranks, monkeypatch):
+    """A layer here has 30,976, and the vision tower 80,480."""
+    told, fully_shard = [], engine.policy.fully_shard
+
+    def noted(part, **options):
+        told.append(type(part).__name__)
+        return fully_shard(part, **options)
+
+    monkeypatch.setattr(engine.policy, "fully_shard", noted)
+    tower, whole = "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLForConditionalGeneration"
+    for least, parts in ((80_480, [tower, whole]), (80_481, [whole])):
+        monkeypatch.setattr(engine.policy, "SMALLEST_PART", least)
+        policy_of(config_of("sft", folder, "x"), ranks)
+        assert told == parts
+        told.clear()
+
+
 def test_without_checkpointing_parameters_are_gathered_once_a_step(folder, ranks, monkeypatch):
     """Three micro-batches; four parts: the vision tower, two layers, the rest. Same gradients."""
     calls, note = [], FSDPParamGroup._to_unsharded
