@@ -176,10 +176,11 @@ def load_policy(path: str, device: torch.device, **options):
 
 
 def sharded_parts(policy) -> list:
-    """What FSDP gathers by calls of their own: the vision tower, and each layer of the text.
+    """What FSDP gathers by calls of their own: the whole vision tower, and each layer of the text.
 
-    Small ones would wait for the gathering, and go with the rest: a block of the vision tower, and
-    all of a toy, whose step takes two processes on a CPU 0.87 of the time so.
+    A block of the tower alone would wait for the gathering. So would a part of fewer than
+    SMALLEST_PART parameters, which goes with the root: all of the toy, where two processes on a CPU
+    take 0.87 of the time for a step so.
     """
     parts = [policy.model.visual, *policy.model.language_model.layers]
     return [p for p in parts if sum(x.numel() for x in p.parameters()) >= SMALLEST_PART]
@@ -193,7 +194,7 @@ def shard_policy(
     With neither of both, which are for where memory is short, parameters that are gathered stay so
     until the step's last backward: 2 bytes each on a GPU, 7.5 GB of a 3B model.
     offload: parameters and gradients stay in pinned memory of the host, so AdamW's state and step
-    do too; the GPU holds the parameters of the layer that is computed.
+    do too; the GPU holds the parameters of the root and of the layer that is computed.
     """
     if gradient_checkpointing:
         checkpoint_activations(policy)

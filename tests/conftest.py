@@ -41,7 +41,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def sharded_in_parts():
-    """The tests' small models are sharded as large ones are, for the time of all tests."""
+    """The tests' small models are sharded as large ones are; not in processes that tests start."""
     import engine.policy
 
     with pytest.MonkeyPatch.context() as patch:

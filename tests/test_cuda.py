@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+import engine.policy
 from engine.attention import pack, token_logprobs
-from engine.policy import shard_policy
+from engine.policy import SMALLEST_PART, shard_policy
 from tests.runs import config_of, metrics, run, weights
 from tests.tiny import make_prompt, sample
 
@@ -78,11 +79,15 @@ def test_what_is_sampled_in_bf16_has_the_log_probs_of_the_update(
     torch.testing.assert_close(trained, torch.cat(rollout.logprobs), atol=BFLOAT16, rtol=0)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    "checkpointing, smallest_part", [(True, 0), (False, 0), (False, SMALLEST_PART)]
+)
 def test_a_compiled_policy_has_the_gradient_of_the_cpu(
-    model, prompts, completions, ranks, checkpointing
+    model, prompts, completions, ranks, checkpointing, smallest_part, monkeypatch
 ):
-    """Sharded, both towers and the head compiled; after two rows nothing is compiled anew."""
+    """Sharded in parts or whole, both towers and the head compiled; after two rows nothing is
+    compiled anew."""
+    monkeypatch.setattr(engine.policy, "SMALLEST_PART", smallest_part)
     policy = shard_policy(copy.deepcopy(model), ranks.device, gradient_checkpointing=checkpointing)
     plain, graphs = copy.deepcopy(model), []
     for places in ((0,), (0, 1, 2), (1, 2), (2,), (0, 2)):
