@@ -122,11 +122,11 @@ def grpo_objective(
     kl_coef: float = 0.04,
     ratio: str = "token",
 ) -> dict[str, Tensor]:
-    """What each output adds to the GRPO objective (Eq. 2), before the mean over outputs.
+    """What each output adds to the GRPO objective: the braces of Eq. 2, which are maximised.
 
     logprobs, old_logprobs, ref_logprobs, completion_mask: (B, C); without ref_logprobs no KL term.
-    advantages: (B,). Returns (B,) tensors: "objective" (to be maximised, carries the gradient), and
-    for the log "kl" and "clip_fraction", the share of tokens where the clip took the gradient.
+    advantages: (B,). Returns (B,) tensors: "objective", which carries the gradient, and for the log
+    "kl" and "clip_fraction", the share of tokens where the clip took the gradient.
     """
     s_1 = policy_ratio(logprobs, old_logprobs, completion_mask, ratio)
     surrogate = clipped_surrogate(s_1, advantages, clip_eps)
@@ -149,7 +149,7 @@ def grpo_loss(
     num_outputs: float,
     **options,
 ) -> dict[str, Tensor]:
-    """Minus the objective's mean over the outputs (Eq. 2), as far as these B outputs make it.
+    """The loss (Eq. 2): minus the objective's mean over outputs, as far as these B make it.
 
     old_logprobs: (B, C), or None where pi_old is pi_theta: then its own, detached. weights: (B,),
     0 for an output not to count. num_outputs: of the global batch, so that a sum over micro-batches

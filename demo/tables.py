@@ -217,4 +217,6 @@ completely annotated drawings, in percent but for the rewards: mean ± standard 
 A claim is *reproduced* where every seed agrees, *not reproduced* where every seed disagrees, and
 else *too noisy to say*. Two seeds go up together by chance once in four, three once in eight. The
 paper's Table 2 (parts of the prompt) needs a model that reads instructions, which the toy's does
-not; it is left out."""
+not; it is left out. So are Table 1's rows of GRPO without SFT: the toy's base earns no reward that
+GRPO could start from. For the same reason the toy's rows for Table 3 are SFT and 40 steps of GRPO,
+where the paper's are 1,000 steps of GRPO from the base."""

@@ -133,6 +133,19 @@ def test_eq2_grpo_objective():
     assert terms["objective"].tolist() == pytest.approx([0.75, -1.0])
 
 
+def test_eq2_grpo_loss():
+    """Of 4 outputs of the global batch three are here, and one of them does not count."""
+    logprobs = torch.log(torch.tensor([[0.5], [0.5], [0.5]]))
+    ref = torch.log(torch.tensor([[1.0], [0.5], [0.5]]))
+    found = grpo.grpo_loss(
+        logprobs, None, ref, torch.tensor([1.0, -3.0, 9.0]), torch.ones(3, 1, dtype=torch.bool),
+        torch.tensor([1.0, 1.0, 0.0]), 4, kl_coef=0.1)  # fmt: skip
+    # ratios 1; KL 2 - ln 2 - 1 = 0.306853, 0: -((1 - 0.0306853) - 3) / 4
+    assert float(found["loss"]) == pytest.approx(0.507671, abs=1e-6)
+    assert float(found["kl"]) == pytest.approx(0.306853 / 4, abs=1e-6)
+    assert float(found["clip_fraction"]) == 0.0
+
+
 def test_objective_gradient_by_hand_on_two_tokens():
     """A policy over two tokens with one logit z: p = sigmoid(z), d log p / dz = 1 - p."""
     z = torch.tensor(0.0, requires_grad=True)
