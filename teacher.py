@@ -32,7 +32,8 @@ is missing. Images without an accepted trace are listed at the end with the reas
 2. A trace is refused only for what would hurt training (`accept_trace`): cut at --max-tokens, not
    within <think>, an <answer> or special tokens in it, a refusal, nothing said of the image.
 3. Cost is reckoned at list price: cached tokens in full, replies lost on the way at the most they
-   can have cost. --max-cost includes what earlier runs paid for the traces in the file.
+   can have cost. --max-cost includes what earlier runs paid for the traces in the file. A server
+   behind http is taken for a local one, and free unless a price is known or given.
 4. Connections are direct: proxy variables are not read, redirects are not followed.
 """
 
@@ -71,6 +72,7 @@ from engine.traces import TAGS, TraceFile, gerund, read_lines, template_trace
 from hicodet import InputError, Sample
 
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
+PRICE_NOT_KNOWN = "price not known: give --input-price and --output-price"
 
 TASK = "Look at the image and reason about how its people interact with objects.\n"
 REQUEST = """\
@@ -329,20 +331,25 @@ def make_teacher(args: TeacherConfig) -> Teacher:
         args.max_tokens, args.max_side, args.timeout, args.retries, args.backoff)
 
 
-def make_budget(args: TeacherConfig, spent: float) -> Budget:
-    """The teacher's prices and what may be spent. Raises InputError for --max-cost without any."""
+def make_budget(args: TeacherConfig, spent: float) -> tuple[Budget, str]:
+    """The teacher's prices and what may be spent; and what is to be said if prices are not known.
+
+    Raises InputError for --max-cost without prices.
+    """
     known = known_prices(args.teacher) or (None, None)
     given = (args.input_price, args.output_price)
     prices = [known[i] if given[i] is None else given[i] for i in range(2)]
-    if args.max_cost < math.inf and None in prices:
-        raise InputError(f"--max-cost {args.max_cost:g}: the prices of {args.teacher} are not "
-                         "known; give --input-price and --output-price")
+    unknown = f"{args.teacher}: {PRICE_NOT_KNOWN}" if None in prices else ""
+    if args.max_cost < math.inf and unknown:
+        raise InputError(f"--max-cost {args.max_cost:g}: {unknown}")
     factor = BATCH_DISCOUNT if args.backend == "batch" else 1.0
-    return Budget(tuple((price or 0.0) * factor for price in prices), args.max_cost, spent)
+    prices = tuple((price or 0.0) * factor for price in prices)
+    paid = args.base_url.startswith("https:")
+    return Budget(prices, args.max_cost, spent), unknown if paid else ""
 
 
-def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget) -> None:
-    """Prints the first request without its image, and what all of them will take."""
+def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget, unknown: str) -> None:
+    """Prints the first request without its image, and what all will cost: `unknown`, or a sum."""
     if not samples:
         raise InputError("no training image needs a trace: none has ground truth without one")
     body = request_body(samples[0], teacher)
@@ -351,7 +358,7 @@ def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget) -> None
     print(json.dumps(body, indent=2))
     tokens = input_tokens(teacher) * len(samples), 150 * len(samples)
     print(f"{len(samples)} images: about {tokens[0]:,} input tokens and, at 150 a trace, "
-          f"{tokens[1]:,} output tokens: ${budget.cost(*tokens):.2f}")
+          f"{tokens[1]:,} output tokens: {unknown or f'${budget.cost(*tokens):.2f}'}")
 
 
 def run(args: TeacherConfig) -> bool:
@@ -361,7 +368,7 @@ def run(args: TeacherConfig) -> bool:
     if args.dry_run:
         done = {trace["file_name"] for trace in read_lines(args.out)} if args.out.exists() else ()
         todo = [sample for sample in samples if sample.file_name not in done]
-        dry_run(todo, make_teacher(args), make_budget(args, 0.0))
+        dry_run(todo, make_teacher(args), *make_budget(args, 0.0))
         return True
     with TraceFile(args.out) as file:
         if not file.names <= set(every):
@@ -385,7 +392,9 @@ def make_traces(
         for sample in todo:
             file.append(sample, template_trace(sample.hois), "template", 1, {})
         return {}, ""
-    teacher, budget = make_teacher(args), make_budget(args, file.cost)
+    teacher, (budget, unknown) = make_teacher(args), make_budget(args, file.cost)
+    if unknown:
+        print(f"{unknown}; without, costs count as 0, for a later --max-cost too", file=sys.stderr)
     if args.backend == "batch" and args.collect:
         return collect(args.collect, every, teacher, file, budget), ""
     hicodet.require_images(todo)

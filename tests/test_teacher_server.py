@@ -242,11 +242,26 @@ def test_dry_run_shows_a_request_without_its_image_and_the_cost(data, tmp_path, 
     assert out.read_bytes() == before
 
 
+@pytest.mark.parametrize("flags, end", [
+    ([], "tokens: gpt-new: price not known: give --input-price and --output-price"),
+    (["--input-price", 1], "give --input-price and --output-price"),
+    (["--input-price", 0, "--output-price", 1], "tokens: $0.04"),  # 300 x 150 of the output
+    (["--base-url", "http://127.0.0.1:9/v1"], "tokens: $0.00"),
+])
+def test_a_price_that_is_not_known_is_no_sum(flags, end, data, tmp_path, capsys):
+    given = ["--data", data, "--out", tmp_path / "t.jsonl", "--teacher", "gpt-new", *flags]
+    assert run_main(*given, "--dry-run") == 0
+    assert capsys.readouterr().out.endswith(f"{end}\n")
+    if "base-url" not in str(flags):  # a run of any kind says it before it begins
+        run_main(*given, "--backend", "batch", "--limit", 1)
+        assert ("price not known" in capsys.readouterr().err) == ("price" in end)
+
+
 @pytest.mark.parametrize("flags, key, said", [
     ([], "", "OPENAI_API_KEY is not set"), ([], "sk with space", "OPENAI_API_KEY holds"),
     (["--base-url", "http://user:pass@host/v1"], "", "expected http(s)://host[:port]/v1"),
     (["--base-url", "ftp://host"], "", "ftp://host"),
-    (["--teacher", "local", "--max-cost", "1"], "", "give --input-price"),
+    (["--teacher", "local", "--max-cost", "1"], "", "--max-cost 1: local: price not known: give"),
     (["--backend", "batch", "--collect", "nowhere.jsonl"], "", "nowhere.jsonl"),
 ])
 def test_wrong_use_is_an_error_with_a_way_out(flags, key, said, data, tmp_path, monkeypatch):
