@@ -57,7 +57,7 @@ def sft(config) -> None:
     ranks = start_ranks(timedelta(minutes=config.timeout))
     samples, thinks = annotated_samples(config.data, ranks), {}
     if config.thinking:
-        thinks = traces_of(config.traces)
+        thinks = traces_of(config.traces, config.data, samples)
         untraced = [sample.file_name for sample in samples if sample.file_name not in thinks]
         ranks.print(untraced_line(len(untraced), len(samples), config.untraced))
         samples = traced_samples(samples, thinks, config.untraced or "skip")
@@ -163,13 +163,22 @@ def require_trainable(examples: Examples, model: str) -> None:
         )
 
 
-def traces_of(path: str) -> dict[str, str]:
-    """The teacher's traces by file name, from the file of --traces."""
+def traces_of(path: str, data: str, samples: list[hicodet.Sample]) -> dict[str, str]:
+    """The teacher's traces by file name, from the file of --traces.
+
+    Raises InputError if there is no such file, or if none of its traces is of an image of --data.
+    """
     if not path:
         raise InputError("--traces: give the file of teacher.py, or --no-thinking")
     if not Path(path).is_file():
         raise InputError(f"--traces {path}: no such file; teacher.py writes it")
-    return read_traces(path)
+    thinks = read_traces(path)
+    if thinks and samples and not any(sample.file_name in thinks for sample in samples):
+        raise InputError(
+            f"--traces {path}: none of its {len(thinks)} images is in --data {data}; are they of "
+            "another data set?"
+        )
+    return thinks
 
 
 def loop_options(config, images: int) -> dict:

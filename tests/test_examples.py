@@ -21,6 +21,7 @@ import engine.traces
 import hicodet
 import predict
 import sft
+import train
 from engine.attention import pack, token_logprobs
 from engine.examples import read_image
 from engine.policy import load_model
@@ -135,6 +136,17 @@ def test_an_image_without_ground_truth_trains_nothing(folder, monkeypatch):
 def test_sft_asks_for_traces(folder):
     assert "--traces" in refusal(config_of("sft", folder, "x", traces=""))
     assert "--traces" in refusal(config_of("sft", folder, "x", thinking=False))
+
+
+def test_traces_of_another_data_set_are_refused(folder, tmp_path):
+    """--untraced answer would train without a single trace."""
+    traces, data = tmp_path / "traces.jsonl", folder / "data"
+    traces.write_text((folder / "traces.jsonl").read_text().replace("HICO", "OTHER"))
+    said = f"none of its 20 images is in --data {data}; are they of another data set?"
+    config = config_of("sft", folder, tmp_path, traces=str(traces), untraced="answer")
+    assert refusal(config) == f"--traces {traces}: {said}"
+    traces.write_text("")  # no trace at all is no other data set
+    assert train.traces_of(str(traces), str(data), hicodet.load_split(data, "train")) == {}
 
 
 def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_path):
