@@ -161,5 +161,6 @@ def read_from_model(read: Callable, folder: str, what: str):
             raise
         cause = textwrap.shorten(str(error), 200) or type(error).__name__
         inside = Path(folder) / "model"
-        hint = f"; is {inside} meant?" if inside.is_dir() else ""
+        hint = "" if Path(folder).exists() else "; there is no such folder here"
+        hint = f"; is {inside} meant?" if inside.is_dir() else hint
         raise InputError(f"--model {folder}: no {what} that can be read ({cause}){hint}") from None

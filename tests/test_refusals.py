@@ -16,6 +16,8 @@ import engine.run
 import hicodet
 import hoi_r1
 import sft
+from engine.files import read_from_model
+from engine.sizes import read_config
 from tests.runs import config_of, metrics, refusal, run
 
 ROOT = Path(hoi_r1.__file__).parent
@@ -189,6 +191,17 @@ def test_a_spoilt_model_is_refused(spoilt, folder, tmp_path):
 def test_the_folder_above_the_model_is_told_from_it(folder, tmp_path):
     found = refusal(config_of("predict", folder, tmp_path / "x", model=str(folder)))
     assert f"is {folder / 'model'} meant?" in found
+
+
+def test_a_mistyped_folder_of_a_model_is_said_not_to_be_there(tmp_path):
+    """What the library says of it is about names of its hub, which are taken as before."""
+    (tmp_path / "empty").mkdir()
+    names = {tmp_path / "modle": True, "runs/modle": True, tmp_path / "empty": False}
+    for name, absent in names.items():
+        with pytest.raises(hicodet.InputError, match=f"--model {name}: no configuration") as said:
+            read_config(str(name))
+        assert str(said.value).endswith("; there is no such folder here") == absent
+    assert read_from_model(str.lower, "Qwen/Qwen2.5-VL", "name") == "qwen/qwen2.5-vl"
 
 
 # Images, numbers
