@@ -234,7 +234,7 @@ def prediction(
     if scores == "rank":
         given = hicodet.rank_scores(completion)
     elif scores == "likelihood":
-        given = instance_scores(examples.tokenizer, text, completion, ids, logprobs)
+        given = instance_scores(examples.tokenizer, completion, ids, logprobs)
     size = (example.sample.width, example.sample.height)
     instances = hicodet.predicted_instances(completion, size, example.text_size, given)
     line = {"file_name": example.sample.file_name, "text": text, "instances": instances}
@@ -242,7 +242,7 @@ def prediction(
     return {"line": line, "reward": reward}
 
 
-def instance_scores(tokenizer, text: str, completion, ids: Tensor, logprobs: Tensor) -> list[float]:
+def instance_scores(tokenizer, completion, ids: Tensor, logprobs: Tensor) -> list[float]:
     """The probability that the model gave to the tokens of each instance.
 
     A byte-level token has a symbol for each byte, so its place in the text is known without

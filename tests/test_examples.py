@@ -249,7 +249,7 @@ def test_instance_scores(folder):
             place += size
         assert place == len(encoded)
         expected.append(math.exp(total))
-    found = predict.instance_scores(examples.tokenizer, text, completion, ids, logprobs)
+    found = predict.instance_scores(examples.tokenizer, completion, ids, logprobs)
     assert found == pytest.approx(expected) and len(found) == 2
 
 
@@ -268,7 +268,7 @@ def test_instance_scores_behind_bytes_that_are_no_text(folder):
     text = examples.decode(ids)
     assert text.count("\ufffd") == 1 + 2 + 1 + 3
     completion = hicodet.parse_completion(text)
-    found = predict.instance_scores(tokenizer, text, completion, ids, logprobs)
+    found = predict.instance_scores(tokenizer, completion, ids, logprobs)
     parts = logprobs.split([len(piece) for piece in pieces])
     assert found == pytest.approx([math.exp(parts[3].sum()), math.exp(parts[5].sum())])
 
