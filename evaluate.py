@@ -45,6 +45,7 @@ import engine.breakdown
 import engine.official_mat
 import engine.pair_scores
 import engine.ties
+from engine.files import replace_file
 from engine.options import Config, option, parse_config, required
 from engine.predictions import read_predictions
 from hicodet import HOI_CLASSES, HOI_IDS, OBJECTS, Sample, load_split, training_counts
@@ -403,10 +404,10 @@ def main(argv: list[str] | None = None) -> None:
     if absent and config.classes == "all":
         note = f"{absent} classes have no true pair here and count as 0; see --classes present"
         print(note, file=sys.stderr)
-    print(table(result), flush=True)
     try:
+        print(table(result), flush=True)
         if config.json:
-            config.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+            replace_file(config.json, json.dumps(result, allow_nan=False) + "\n")
         if config.official_mat:
             rows = detection_arrays(predictions, samples)
             engine.official_mat.write_official(config.official_mat, rows, len(samples))

@@ -25,7 +25,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hicodet
 from engine.examples import Example, Examples, describe, read_ahead
-from engine.files import json_lines, naming, replace_file, write_json
+from engine.files import aside, json_lines, naming, replace_file, write_json
 from engine.live import LiveView
 from engine.memory import slots_that_fit
 from engine.photographs import as_text, draw, photographs, picture_paths
@@ -89,7 +89,8 @@ def predict_photographs(config) -> None:
     if ranks.rank:
         return
     for sample, path, row in zip(samples, paths, rows, strict=True):
-        draw(sample, row["line"]).save(path)
+        with aside(path) as new:
+            draw(sample, row["line"]).save(new, format="PNG")
         cut = "" if row["finished"] else "The answer was cut at --max-new-tokens.\n"
         ranks.print(f"\n{as_text(sample, row['line'])}\n{cut}picture: {path}")
 

@@ -7,7 +7,7 @@ from PIL import Image
 
 import hicodet
 from engine import panels
-from engine.files import open_image
+from engine.files import aside, open_image
 from engine.records import line_hois
 from predict import stored_rows
 
@@ -108,4 +108,5 @@ def stack(rows: list[Image.Image]) -> Image.Image:
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a PNG of 256 colours: a third of the size, and as easy to read."""
-    picture.quantize(256).save(path, optimize=True)
+    with aside(path) as new:
+        picture.quantize(256).save(new, format="PNG", optimize=True)

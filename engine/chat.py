@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from engine.files import json_lines, read_image
+from engine.files import json_lines, read_image, replace_file
 from hicodet import InputError, Sample
 
 OPENAI_URL = "https://api.openai.com/v1"
@@ -285,8 +285,8 @@ def write_requests(
 def write_part(out: Path, number: int, lines: list[str]) -> Path:
     """Writes one request file; renamed when whole, so that no half file can be handed in."""
     path = out.with_name(f"{out.stem}.requests-{number:03d}.jsonl")
-    path.with_suffix(".tmp").write_text("".join(lines), encoding="ascii")
-    return path.with_suffix(".tmp").rename(path)
+    replace_file(path, "".join(lines))
+    return path
 
 
 def checked_reply(reply: dict) -> dict:

@@ -33,7 +33,7 @@ def lock(file: IO) -> None:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
+def naming(path: str | Path) -> Iterator[None]:
     """Let errors of writing name the file: "No space left on device" comes without."""
     try:
         yield
@@ -75,7 +75,11 @@ def remove(path: Path) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is always whole."""
+    """Write a file aside and rename it, so that it is always whole; a pipe or device stays one."""
+    if path.exists() and not path.is_file():
+        with naming(path):
+            path.write_text(text)
+        return
     with aside(path) as new:
         new.write_text(text)
 

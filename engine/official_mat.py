@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from engine.files import aside
 from hicodet import HOI_CLASSES, OBJECTS
 
 
@@ -35,5 +36,5 @@ def write_official(folder: Path, detections, num_images: int) -> None:
         for action, hoi_id in enumerate(hoi_ids):
             for image in range(num_images):
                 all_boxes[action, image] = cells.get(hoi_id * num_images + image, empty)
-        path = folder / f"detections_{number:02d}.mat"
-        savemat(path, {"all_boxes": all_boxes}, do_compression=True)
+        with aside(folder / f"detections_{number:02d}.mat") as new:
+            savemat(new, {"all_boxes": all_boxes}, appendmat=False, do_compression=True)

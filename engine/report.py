@@ -17,6 +17,7 @@ from pathlib import Path
 
 from engine import figures, health
 from engine.figures import Column
+from engine.files import naming
 from engine.health import number
 from engine.records import Run, read_run
 from hicodet import HOI_CLASSES
@@ -78,7 +79,8 @@ def write_page(folders: Sequence[str | Path], path: str | Path = "") -> Path:
     path = Path(path or Path(folders[-1]) / "report.html")
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a run may write it at the same time
     try:
-        aside.write_text(text, encoding="utf-8")
+        with naming(aside):
+            aside.write_text(text, encoding="utf-8")
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image
 
 from engine import panels
-from engine.files import json_lines, open_image
+from engine.files import aside, json_lines, open_image
 from engine.records import line_hois, model_size, read_config
 from hicodet import HOI, InputError, Sample, in_text_frame, load_split, parse_completion
 
@@ -44,7 +44,8 @@ def show(
         predicted = None if found is None else found[sample.file_name]
         path = Path(out) / f"{Path(sample.file_name).stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        draw(sample, predicted).save(path)
+        with aside(path) as new:
+            draw(sample, predicted).save(new, format="PNG")
         earned = f", reward {rewards[sample.file_name]:.2f}" if rewards else ""
         yield f"{path}: {counts(sample, predicted)}{earned}"
 

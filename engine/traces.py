@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from engine.files import json_lines, lock
+from engine.files import json_lines, lock, naming
 from hicodet import HOI, Box, InputError, Sample, iou
 
 MAX_COST = 1e6  # USD of a trace: what stands for more is no cost
@@ -85,7 +85,9 @@ class TraceFile:
         """Writes the trace of an image. Raises OSError if the disk is full."""
         line = json.dumps({"file_name": sample.file_name, "think": think, "teacher": teacher,
                            "attempts": attempts, "usage": usage}).encode() + b"\n"
-        if self.file.write(line) != len(line):
+        with naming(self.file.name):
+            written = self.file.write(line)
+        if written != len(line):
             raise OSError(f"{self.file.name}: the disk is full; make room and run this again")
         self.names.add(sample.file_name)
 

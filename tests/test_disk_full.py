@@ -11,11 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
+import demo.show
 import predict
 from engine.files import write_json
+from engine.report import write_page
 from engine.run import Run
+from engine.show import show
+from hicodet import load_split
+from tests.run_folders import write_prediction
 from tests.runs import config_of, refusal, run, weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -85,6 +91,25 @@ def test_a_settings_file_is_whole_or_as_before(tmp_path):
         write_json(path, {"seed": "x" * 2000})
     assert json.loads(path.read_text()) == {"seed": 0}
     assert [found.name for found in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_a_picture_or_page_names_its_file_and_leaves_the_one_before(folder, tmp_path):
+    """Of show, report and the end of the demo."""
+    (sample, *_), run = load_split(folder / "data", "test"), write_prediction(tmp_path)
+    picture, page = tmp_path / f"{Path(sample.file_name).stem}.png", run / "report.html"
+    drawn = Image.new("RGB", (9, 9))
+    shown = {"data": folder / "data", "out": tmp_path, "images": 1}
+    for path, name, write in (
+        (picture, f"{picture}.tmp", lambda: list(show(**shown))),
+        (picture, f"{picture}.tmp", lambda: demo.show.save(drawn, picture)),
+        (page, rf"{page}.\d+.tmp", lambda: write_page([run])),
+    ):
+        path.write_text("old")
+        with no_file_above(10), pytest.raises(OSError, match=f"File too large: '{name}'"):
+            write()
+        assert path.read_text() == "old" and not list(path.parent.glob("*.tmp"))
+        write()
+        assert path.stat().st_size > 10
 
 
 # a disk of $1 KB; a run that fills it; a checkpoint that was cut short, and no room for anything

@@ -12,6 +12,7 @@ import pytest
 import evaluate
 import hicodet
 from tests.pairs import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, make_line, make_sample
+from tests.test_disk_full import no_file_above
 from tests.test_hicodet import box, hoi, image, struct, write
 
 REPO = Path(__file__).resolve().parents[1]
@@ -251,11 +252,24 @@ def test_command_does_not_overwrite_its_input(dataset):
     assert (dataset / "p.jsonl").read_bytes() == before
 
 
+def test_a_result_that_does_not_fit_leaves_the_one_before(dataset, capsys):
+    """capsys: what is printed goes to no file."""
+    words, out = [dataset / "p.jsonl", "--data", dataset], dataset / "ap.json"
+    out.write_text("old")
+    with no_file_above(100):
+        assert run_main(*words, "--json", out).endswith(f"File too large: '{out}.tmp'")
+        said = run_main(*words, "--official-mat", dataset / "mat")
+    assert said.endswith(f"File too large: '{dataset / 'mat' / 'detections_01.mat'}.tmp'")
+    assert out.read_text() == "old" and not list(dataset.rglob("*.tmp"))
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
 def test_command_reports_a_full_disk_in_one_line(dataset):
-    done = command(dataset / "p.jsonl", "--data", dataset, "--json", "/dev/full")
+    (dataset / "full.json").symlink_to("/dev/full")
+    done = command(dataset / "p.jsonl", "--data", dataset, "--json", dataset / "full.json")
     assert done.returncode == 1 and "Known Object" in done.stdout
-    assert done.stderr.splitlines()[-1].startswith("evaluate.py: error: [Errno 28] No space left")
+    message = f"evaluate.py: error: [Errno 28] No space left on device: '{dataset}/full.json'"
+    assert done.stderr.splitlines()[-1] == message
     assert "Traceback" not in done.stderr
 
 

@@ -7,7 +7,8 @@ import engine.examples
 import hoi_r1
 from engine import photographs
 from hicodet import HOI, InputError, Sample, format_completion, to_model_frame
-from tests.runs import run
+from tests.runs import refusal, run
+from tests.test_disk_full import no_file_above
 
 RIDE = HOI((10.0, 20.0, 50.0, 180.0), (40.0, 100.0, 90.0, 190.0), "bicycle", ("ride", "sit on"))
 
@@ -77,7 +78,12 @@ def test_prediction_of_photographs(folder, sideways, tmp_path, monkeypatch, caps
 
 
 def test_untrained_model_answers_without_a_data_set(folder, sideways, tmp_path, capsys):
-    run(config_of(folder, sideways, out=tmp_path / "out"))
+    picture = tmp_path / "out" / "phone_hois.png"
+    config = config_of(folder, sideways, out=picture.parent)
+    with no_file_above(100):
+        assert refusal(config).endswith(f"File too large: '{picture}.tmp'")
+    assert not list(picture.parent.iterdir())
+    run(config)
     assert "The answer was cut at --max-new-tokens." in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["phone_hois.png"]
 

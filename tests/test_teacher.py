@@ -132,7 +132,7 @@ def test_a_full_disk_is_an_error():
         pytest.skip("no /dev/full here")
     file = object.__new__(engine.traces.TraceFile)
     file.file, file.names = open("/dev/full", "ab", buffering=0), set()
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
         file.append(sample, "A", "template", 1, {})
     assert not file.names
 
