@@ -48,7 +48,16 @@ import engine.ties
 from engine.files import replace_file
 from engine.options import Config, option, parse_config, required
 from engine.predictions import read_predictions
-from hicodet import HOI_CLASSES, HOI_IDS, OBJECTS, Sample, load_split, training_counts
+from engine.signals import one_line
+from hicodet import (
+    HOI_CLASSES,
+    HOI_IDS,
+    OBJECTS,
+    InputError,
+    Sample,
+    load_split,
+    training_counts,
+)
 
 MIN_IOU = 0.5  # Sec. 4.1
 RARE_BELOW = 10  # training pairs; fewer make a class rare
@@ -115,14 +124,14 @@ def truth_arrays(samples: list[Sample]) -> PairArrays:
 def known_classes(samples: list[Sample]) -> np.ndarray:
     """Whether Known Object takes detections of a class in an image, which shows its object.
 
-    Returns (I, 600) bool. Raises ValueError if an image is not known for an object that it has a
+    Returns (I, 600) bool. Raises InputError if an image is not known for an object that it has a
     true pair with, which the official code asserts too.
     """
     known = np.zeros((len(samples), len(OBJECTS)), dtype=bool)
     for i, sample in enumerate(samples):
         stray = {HOI_CLASSES[pair.hoi_id][1] for pair in sample.pairs} - sample.known_objects
         if stray:
-            raise ValueError(
+            raise InputError(
                 f"{sample.file_name}: anno_bbox.mat has pairs with {min(stray)!r}, which anno.mat "
                 "does not know in this image; the two files do not belong together"
             )
@@ -393,26 +402,21 @@ def main(argv: list[str] | None = None) -> None:
     """Command line; --help prints the head of the module docstring."""
     config = parse_config(EvaluateConfig, __doc__.partition("\nThe official MATLAB")[0], argv)
     choices = {name: getattr(config, name) for name in ("classes", "breakdown", "ties")}
-    try:
+    with one_line("evaluate.py: "):
         samples = load_split(config.data, config.split)[: config.limit]
         train_counts = training_counts(config.data)
         predictions = read_predictions(config.predictions, samples)
         result = evaluate(predictions, samples, train_counts, **choices)
-    except (OSError, ValueError) as error:
-        sys.exit(f"evaluate.py: error: {error}")
-    absent = result["true_pairs"].count(0)
-    if absent and config.classes == "all":
-        note = f"{absent} classes have no true pair here and count as 0; see --classes present"
-        print(note, file=sys.stderr)
-    try:
+        absent = result["true_pairs"].count(0)
+        if absent and config.classes == "all":
+            note = f"{absent} classes have no true pair here and count as 0; see --classes present"
+            print(note, file=sys.stderr)
         print(table(result), flush=True)
         if config.json:
             replace_file(config.json, json.dumps(result, allow_nan=False) + "\n")
         if config.official_mat:
             rows = detection_arrays(predictions, samples)
             engine.official_mat.write_official(config.official_mat, rows, len(samples))
-    except OSError as error:
-        sys.exit(f"evaluate.py: error: {error}")
 
 
 if __name__ == "__main__":

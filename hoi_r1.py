@@ -363,7 +363,9 @@ def run_stage(config) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line. What the user must mend is one line; all else keeps its traceback."""
     config = parse_config(argv)
-    from hicodet import InputError  # numpy: only once the command line is known to be right
+    # numpy: only once the command line is known to be right
+    from engine.signals import end_interrupted, resume_command
+    from hicodet import InputError
 
     try:
         run_stage(config)
@@ -373,6 +375,10 @@ def main(argv: list[str] | None = None) -> None:
             start = "\n" if "tqdm" in sys.modules else ""
             print(f"{start}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        resumable = isinstance(config, RunConfig) and not config.dry_run
+        resumable = resumable and not getattr(config, "image", ())
+        end_interrupted("", f"go on with: {resume_command()}" if resumable else "")
     finally:
         leave_ranks(failed=sys.exc_info()[0] is not None)
 

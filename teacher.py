@@ -68,6 +68,7 @@ from engine.chat import (
     write_requests,
 )
 from engine.options import Config, option, parse_config, required
+from engine.signals import one_line
 from engine.traces import TAGS, TraceFile, gerund, read_lines, template_trace
 from hicodet import InputError, Sample
 
@@ -408,12 +409,8 @@ def make_traces(
 def main(argv: list[str] | None = None) -> None:
     """The command line; exit status 1 if an image is left without a trace."""
     args = parse_config(TeacherConfig, __doc__.partition("\n1. ")[0], argv)
-    try:
+    with one_line("teacher.py: ", "run the same command again to go on"):
         sys.exit(0 if run(args) else 1)
-    except (OSError, InputError) as error:
-        sys.exit(f"teacher.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit("teacher.py: interrupted; run the same command again to go on")
 
 
 if __name__ == "__main__":

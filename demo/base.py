@@ -19,7 +19,7 @@ from engine.examples import END_OF_TURN, Examples
 from engine.options import Config, option, parse_config, required
 from engine.policy import ClippedAdamW, Ranks, load_policy, start_ranks, weights_fingerprint
 from engine.run import open_run
-from engine.signals import Stop
+from engine.signals import Stop, one_line, resume_command
 from engine.traces import read_traces
 from hicodet import InputError, load_split
 from sft import SFT
@@ -91,10 +91,8 @@ def make_base(config: BaseConfig, ranks: Ranks) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Train a base model; --help lists the options."""
     config = parse_config(BaseConfig, __doc__, argv, prog="python -m demo.base")
-    try:
+    with one_line("", f"go on with: {resume_command()}"):
         make_base(config, start_ranks())
-    except (InputError, OSError) as error:
-        sys.exit(f"error: {error}")
     dist.destroy_process_group()
 
 

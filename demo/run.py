@@ -5,10 +5,12 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from hicodet import InputError
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = 0.55  # share of the training half's further pairs that is not annotated
 BASE_SEED = 1000  # added to the seed: the base model learns from other drawings than SFT
+RUNNING: set[subprocess.Popen] = set()  # commands
 # A million weights want other learning rates than 3 billion; the rest of GRPO is Sec. 4.2's.
 RECIPE = {
     "sft": "--batch-size 16 --learning-rate 1.5e-3 --warmup-steps 20",
@@ -43,6 +46,7 @@ def run_demo(
 
     Raises InputError if `out` exists, or `base` is no folder of a model.
     """
+    end_all_at_ctrl_c()
     out, started = Path(out).resolve(), time.perf_counter()
     if out.exists():
         raise InputError(f"{out} exists: remove it, or choose another --out")
@@ -125,6 +129,30 @@ def process_count() -> int:
     return min(2, torch.cuda.device_count() or os.cpu_count() or 1)
 
 
+def end_all_at_ctrl_c() -> None:
+    """Let Ctrl-C end the commands too, which do not get it: each would have its own last words."""
+
+    def end_all(*_) -> None:
+        for process in list(RUNNING):
+            end(process)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, end_all)
+
+
+def end(process: subprocess.Popen) -> None:
+    """Kill a command and, if it is torchrun, its ranks, which it would leave behind."""
+    if sys.platform != "linux":
+        return process.terminate()  # torchrun ends its ranks, in many words
+    process.send_signal(signal.SIGSTOP)  # it starts no more
+    lists = Path(f"/proc/{process.pid}/task").glob("*/children")
+    children = [int(pid) for found in lists for pid in found.read_text().split()]
+    process.kill()
+    for pid in children:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def command(line: str, processes: int = 1, **paths: Path) -> None:
     """Show and run one of the project's programs; exits if it fails, as it has said why."""
     words = [word.format(**paths) for word in line.split()]  # paths may hold spaces
@@ -134,5 +162,11 @@ def command(line: str, processes: int = 1, **paths: Path) -> None:
     print(f"\n$ python {shlex.join(words)}", flush=True)
     # a million weights are too few to share: on a busy machine two threads wait for each other
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    if code := subprocess.run([sys.executable, *words], cwd=ROOT, env=environment).returncode:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a child inherits
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment)
+    RUNNING.add(process)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    code = process.wait()
+    RUNNING.remove(process)
+    if code:
         sys.exit(f"the demo stopped at: python {shlex.join(words)} (exit status {code})")

@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 from engine.files import json_lines
-from hicodet import HOI_IDS, OBJECTS, VERBS, Sample
+from hicodet import HOI_IDS, OBJECTS, VERBS, InputError, Sample
 
 
 def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
     """Reads and checks predictions.jsonl; returns its lines as dicts, in the file's order.
 
-    Raises ValueError, naming file and line, for a malformed line and for an image that is missing,
+    Raises InputError, naming file and line, for a malformed line and for an image that is missing,
     repeated or none of the samples'.
     """
     line_of = dict.fromkeys(sample.file_name for sample in samples)
@@ -24,12 +24,12 @@ def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
             expected = f"on one line only, but is on line {line_of[name]} already"
             _expect(line_of[name] is None, "'file_name'", expected, name)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+            raise InputError(f"{where}: {error}") from error
         line_of[name] = number
         predictions.append(prediction)
     missing = [name for name, number in line_of.items() if number is None]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{path}: {len(missing)} of {len(line_of)} images have no line, such as {missing[0]!r};"
             ' predict the whole split, or give --limit (an image without predictions has'
             ' "instances": [])'

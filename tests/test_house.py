@@ -18,7 +18,8 @@ USES = {  # what each room may import of this project
     "predict": {"hicodet", "rewards"} | ENGINE,
     "train": (METHOD - {"teacher"}) | ENGINE | {"predict"},
     "hoi_r1": {"hicodet", "rewards", "train", "predict", "demo.run"}
-    | {"engine.options", "engine.report", "engine.show", "engine.check"},
+    | {"engine.options", "engine.report", "engine.show", "engine.check"}
+    | {"engine.signals"},
     "engine": {"hicodet"} | ENGINE,
     "engine.options": set(),
     "demo.study": ENGINE | {"demo", "hoi_r1"},

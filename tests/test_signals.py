@@ -7,11 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 import torch
 
+import evaluate
+import hoi_r1
+import teacher
+from demo.run import RUNNING, command, end_all_at_ctrl_c
+from engine.signals import resume_command
 from tests.runs import metrics, weights
 from tests.test_ranks_agree import free_port
 
@@ -153,3 +159,86 @@ def test_a_second_signal_ends_at_once():
     assert process.stdout.readline() == b"waits\n"
     process.terminate()
     assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Ctrl-C in the first that a program does. The tests keep their own way to end at one."""
+    before = signal.getsignal(signal.SIGINT)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hoi_r1, "run_stage", interrupted)
+    monkeypatch.setattr(evaluate, "load_split", interrupted)
+    monkeypatch.setattr(teacher, "run", interrupted)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("program, line, said", [
+    (hoi_r1, "predict --model m --out o --data d", "interrupted; go on with: python hoi --resume"),
+    (hoi_r1, "predict --model m --out o --data d --dry-run", "interrupted"),
+    (hoi_r1, "predict --model m --out o --image a.jpg", "interrupted"),
+    (hoi_r1, "sft --model m --out o --data d", "interrupted; go on with: python hoi --resume"),
+    (hoi_r1, "demo", "interrupted"),
+    (evaluate, "p.jsonl --data d", "evaluate.py: interrupted"),
+    (teacher, "--data d --out t.jsonl", "teacher.py: interrupted; run the same command again to go "
+                                        "on"),
+])  # fmt: skip
+def test_ctrl_c_outside_of_the_steps_is_one_line(program, line, said, ctrl_c, monkeypatch, capsys):
+    """And under torchrun that of the first rank."""
+    monkeypatch.setattr(sys, "argv", ["hoi"])
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(BaseException) as ended:
+            program.main(line.split())
+        assert ended.type is SystemExit and ended.value.code == 130
+        assert capsys.readouterr().err == ("" if rank == "1" else f"\n{said}\n")
+
+
+def test_the_command_that_goes_on_starts_a_module_as_it_was(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/demo/base.py", "a b", "--out", "o"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("demo.base", None))
+    assert resume_command() == "python -m demo.base 'a b' --out o --resume"
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    expected = "torchrun --nproc_per_node 2 -m demo.base 'a b' --out o --resume"
+    assert resume_command() == expected
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    assert resume_command() == expected.replace("-m demo.base", "/somewhere/demo/base.py")
+
+
+# as torchrun: its rank is of another session. As in a terminal: both get Ctrl-C
+AS_TORCHRUN = """
+import os, signal, subprocess, time
+rank = subprocess.Popen(["sleep", "60"], start_new_session=True)
+print(os.getpid(), rank.pid, flush=True)
+os.kill(os.getpid(), signal.SIGINT)
+os.kill(os.getppid(), signal.SIGINT)
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the ranks are found in /proc")
+def test_ctrl_c_leaves_no_command_of_the_demo_behind(ctrl_c, tmp_path, capfd):
+    (tmp_path / "torchrun.py").write_text(AS_TORCHRUN)
+    end_all_at_ctrl_c()
+    with pytest.raises(KeyboardInterrupt):
+        command("{file}", file=tmp_path / "torchrun.py")
+    printed, errors = capfd.readouterr()
+    assert errors == "" and RUNNING.pop().wait() == -signal.SIGKILL
+    for pid in printed.splitlines()[-1].split():
+        assert ends(pid), pid
+
+
+def ends(pid: str, seconds: float = 5.0) -> bool:
+    """Whether a process is gone, or waits for one that asks how it ended, in this time."""
+    for _ in range(int(50 * seconds)):
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.02)
+    return False
