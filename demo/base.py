@@ -55,7 +55,7 @@ class BaseConfig(Config):
     out: str = required("folder for all that the run writes")
     model: Path | None = option(None, "the weights to start from (default: DIR/model)")
     steps: int = option(1000, "optimizer steps", least=1)
-    seed: int = option(0, "of the data order")
+    seed: int = option(0, "of the data order", least=0)
     resume: bool = option(False, "go on with the run in --out")
 
 

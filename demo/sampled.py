@@ -18,6 +18,7 @@ from engine.files import write_json
 from engine.options import Config, option, parse_config, required
 from engine.policy import Ranks, load_model, start_ranks
 from engine.sampler import Sampler
+from engine.signals import one_line
 from grpo import sample_seeds
 from predict import text_reward
 
@@ -58,13 +59,20 @@ class SampledConfig(Config):
     data: str = required("folder of hico_20160224_det")
     out: Path = required("JSON file for the mean reward of each model")
     max_new_tokens: int = option(96, "longest answer", least=1)
-    seed: int = option(0, "of sampling")
+    seed: int = option(0, "of sampling", least=0)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write mean rewards of sampled answers; --help lists the options."""
     config = parse_config(SampledConfig, __doc__, argv, prog="python -m demo.sampled")
-    ranks, means = start_ranks(), []
+    with one_line():
+        measure(config, start_ranks())
+    dist.destroy_process_group()
+
+
+def measure(config: SampledConfig, ranks: Ranks) -> None:
+    """Write the mean reward of each model."""
+    means = []
     samples = [sample for sample in hicodet.load_split(config.data, "test") if sample.hois]
     prompt_text = partial(hicodet.prompt_text, task_description=False)
     options = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
@@ -76,7 +84,6 @@ def main(argv: list[str] | None = None) -> None:
         ranks.print(f"{folder}: mean reward at temperature 1 {means[-1]:.3f}")
     if ranks.rank == 0:
         write_json(config.out, {"reward": means, "answers": len(samples)})
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

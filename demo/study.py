@@ -26,8 +26,9 @@ from demo.blind import blind_table
 from demo.score_rules import rules_table
 from demo.show import figures
 from demo.tables import MORE_ANSWERS, OPEN_FLAGS, RATES, rates_picture, study_page
-from engine.files import write_json
+from engine.files import replace_file, write_json
 from engine.options import Config, option, parse_stage, required
+from engine.signals import one_line
 from hoi_r1 import DemoConfig
 
 FIGURES = Path(__file__).parent / "study"
@@ -205,14 +206,22 @@ STAGES = {"run": RunConfig, "write": WriteConfig, "blind": BlindConfig, "scores"
 def main(argv: list[str] | None = None) -> None:
     """Run cells, write the page, or print a table on the real annotations."""
     config = parse_stage(STAGES, __doc__, argv, prog="python -m demo.study")
+    again = "run the same command again to go on" if isinstance(config, RunConfig) else ""
+    with one_line("", again):
+        run_stage(config)
+
+
+def run_stage(config: Config) -> None:
+    """What the first word of the command line asks for."""
     if isinstance(config, RunConfig):
+        demo.run.end_all_at_ctrl_c()
         study = Study(Path(config.out).resolve(), FIGURES)
         for cell in cells_of(config.sections, config.seeds):
             study.run(cell)
     elif isinstance(config, WriteConfig):
         rows = [json.loads(file.read_text()) for file in sorted(FIGURES.glob("*.json"))]
-        PAGE.write_text(study_page(rows))
-        PICTURE.write_text(rates_picture(rows))
+        replace_file(PAGE, study_page(rows))
+        replace_file(PICTURE, rates_picture(rows))
     else:
         print((blind_table if isinstance(config, BlindConfig) else rules_table)(config.data))
 

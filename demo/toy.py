@@ -33,7 +33,9 @@ from transformers import (
 
 from demo.grounding import PROMPT, grounding_text
 from demo.scenes import GRID, KINDS, RARE, SIDE, Scene, draw_scene, make_scenes
+from engine.files import naming
 from engine.options import Config, option, parse_config, required
+from engine.signals import one_line
 from engine.traces import gerund, join_words, template_trace
 from hicodet import HOI, HOI_CLASSES, Box, format_completion, prompt_text
 
@@ -282,14 +284,14 @@ class ToyConfig(Config):
 
     GROUPS = {"what to write": "dir train test seed", "annotations": "pairs left_out complete"}
     dir: Path = required("folder to write data/ and model/ into", positional=True)
-    train: int = option(4000, "training images")
-    test: int = option(500, "test images")
+    train: int = option(4000, "training images", least=1)
+    test: int = option(500, "test images", least=1)
     pairs: int = option(2, "most pairs of an image, at most 3", least=1, below=MAX_PAIRS + 1)
     left_out: float = option(
         0.55, "share of the training half's further pairs that is not annotated", least=0
     )
     complete: bool = option(False, "annotate every pair, --left-out 0")
-    seed: int = option(0, "of scenes, colours and weights")
+    seed: int = option(0, "of scenes, colours and weights", least=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -300,10 +302,12 @@ class ToyConfig(Config):
 def main(argv: list[str] | None = None) -> None:
     """Write data, model and grounding texts; --help lists the options."""
     config = parse_config(ToyConfig, __doc__, argv, prog="python -m demo.toy")
-    write_data(config.dir / "data", config.train, config.test, config.seed, pairs=config.pairs,
-               left_out=0.0 if config.complete else config.left_out)
-    write_grounding(config.dir / "grounding.jsonl", config.train, config.seed, config.pairs)
-    write_model(config.dir / "model", config.seed)
+    left_out = 0.0 if config.complete else config.left_out
+    with one_line(), naming(config.dir):
+        write_data(config.dir / "data", config.train, config.test, config.seed, pairs=config.pairs,
+                   left_out=left_out)
+        write_grounding(config.dir / "grounding.jsonl", config.train, config.seed, config.pairs)
+        write_model(config.dir / "model", config.seed)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from engine.examples import Examples
 from engine.policy import Ranks, load_model
 from hicodet import HOI, InputError, Sample
 from tests.runs import metrics, weights
+from tests.test_disk_full import no_file_above
 
 MAINS = {"hoi_r1.py": hoi_r1, "teacher.py": teacher, "evaluate.py": evaluate, "demo.toy": toy,
          "demo.base": demo.base, "demo.sampled": sampled}
@@ -111,6 +112,33 @@ def test_a_sampled_reward_for_each_image_of_the_share(folder, monkeypatch):
     alone = sorted(rewards(0, 1))
     assert len(alone) == 4 and sorted(rewards(0, 3) + rewards(1, 3) + rewards(2, 3)) == alone
     assert sorted(rewards(0, 1, seed=1)) != alone
+
+
+def test_data_or_a_model_that_is_none_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(sampled, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
+    for model, data, said in (
+        (folder / "model", tmp_path, f"error: {tmp_path}/anno_bbox.mat is missing"),
+        (tmp_path, folder / "data", f"error: --model {tmp_path}: no "),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            sampled.main([str(model), "--data", str(data), "--out", str(tmp_path / "sampled.json")])
+        assert ended.value.code.startswith(said)
+
+
+@pytest.mark.parametrize("program, line", [
+    (toy, "d"), (demo.base, "d --out o"), (sampled, "m --data d --out o")
+])  # fmt: skip
+def test_a_seed_below_0_is_refused(program, line, capsys):
+    with pytest.raises(SystemExit) as ended:
+        program.main([*line.split(), "--seed", "-1"])
+    assert ended.value.code == 2
+    assert "error: --seed -1: must be at least 0" in capsys.readouterr().err
+
+
+def test_drawings_that_do_not_fit_are_one_line(tmp_path):
+    with no_file_above(100), pytest.raises(SystemExit) as ended:
+        toy.main([str(tmp_path), "--train", "1", "--test", "1"])
+    assert ended.value.code == f"error: [Errno 27] File too large: '{tmp_path}'"
 
 
 # all of it

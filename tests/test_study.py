@@ -65,6 +65,13 @@ def test_the_pages_of_help_fit_80_columns(stage, capsys, monkeypatch):
     assert max(map(len, page.splitlines())) <= 80 and "more options" not in page
 
 
+@pytest.mark.parametrize("stage", ["blind", "scores"])
+def test_a_folder_without_data_is_one_line(stage, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        main([stage, "--data", str(tmp_path)])
+    assert ended.value.code.startswith(f"error: {tmp_path}/anno_bbox.mat is missing")
+
+
 def test_cells_share_what_they_start_from(tmp_path, commands):
     study = Study(tmp_path / "runs", tmp_path / "figures")
     for cell in (Cell(0, grpo=""), Cell(0, grpo="--without iou"), Cell(0, left_out=0.0)):
