@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = 0.55  # share of the training half's further pairs that is not annotated
 BASE_SEED = 1000  # added to the seed: the base model learns from other drawings than SFT
 RUNNING: set[subprocess.Popen] = set()  # commands
-# A million weights want other learning rates than 3 billion; the rest of GRPO is Sec. 4.2's.
+# A million weights want other learning rates than 3 billion, and another second beta of AdamW (see
+# `train`); the rest of GRPO is Sec. 4.2's.
 RECIPE = {
     "sft": "--batch-size 16 --learning-rate 1.5e-3 --warmup-steps 20",
     "grpo": "--learning-rate 2e-4 --max-new-tokens 96",
