@@ -189,6 +189,7 @@ def ctrl_c(monkeypatch):
 def test_ctrl_c_outside_of_the_steps_is_one_line(program, line, said, ctrl_c, monkeypatch, capsys):
     """And under torchrun that of the first rank."""
     monkeypatch.setattr(sys, "argv", ["hoi"])
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # `python -m pytest` has one
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(BaseException) as ended:
