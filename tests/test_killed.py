@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file
 
 import hoi_r1
-import predict  # noqa: F401  so that processes begin with all that is imported
-import train  # noqa: F401
 
+# forked from a process that has all imported and has done nothing: not from this one, whose
+# threads, of tests before, a fork would lack
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["hoi_r1", "predict", "train"])
 FLAGS = {
     "sft": "--traces {folder}/traces.jsonl --untraced skip --batch-size 4 --max-steps 14",
     "grpo": "--batch-size 3 --max-steps 10 --max-new-tokens 12",
@@ -44,9 +46,9 @@ def command(stage, folder, out) -> list[str]:
     return [*line.split(), *(TRAINING.split() if stage != "predict" else ())]
 
 
-def start(line: list[str]) -> multiprocessing.Process:
+def start(line: list[str]) -> multiprocessing.process.BaseProcess:
     """The command line in a process of its own."""
-    process = multiprocessing.get_context("fork").Process(target=hoi_r1.main, args=(line,))
+    process = SERVER.Process(target=hoi_r1.main, args=(line,))
     process.start()
     return process
 
