@@ -125,7 +125,7 @@ def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -
     for place in range(len(batch)):
         ids = [torch.tensor(own) for at, own in completions if at == place]
         zeros = [torch.zeros(len(own)) for own in ids]
-        groups.append(Rollout(ids, zeros, torch.zeros(len(ids), dtype=torch.bool)))
+        groups.append(Rollout(ids, zeros, torch.zeros(len(ids), dtype=torch.bool), zeros))
     scored = [trainer.score(*pair) for pair in zip(batch, groups)]
     advantages = grpo.group_advantages(torch.tensor([[r["total"] for r in g] for g in scored]))
     sampled = trainer.distribution
