@@ -5,12 +5,10 @@
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,7 +19,6 @@ from hicodet import InputError
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_OUT = 0.55  # share of the training half's further pairs that is not annotated
 BASE_SEED = 1000  # added to the seed: the base model learns from other drawings than SFT
-RUNNING: set[subprocess.Popen] = set()  # commands
 # A million weights want other learning rates than 3 billion, and another second beta of AdamW (see
 # `train`); the rest of GRPO is Sec. 4.2's.
 RECIPE = {
@@ -47,7 +44,6 @@ def run_demo(
 
     Raises InputError if `out` exists, or `base` is no folder of a model.
     """
-    end_all_at_ctrl_c()
     out, started = Path(out).resolve(), time.perf_counter()
     if out.exists():
         raise InputError(f"{out} exists: remove it, or choose another --out")
@@ -130,30 +126,6 @@ def process_count() -> int:
     return min(2, torch.cuda.device_count() or os.cpu_count() or 1)
 
 
-def end_all_at_ctrl_c() -> None:
-    """Let Ctrl-C end the commands too, which do not get it: each would have its own last words."""
-
-    def end_all(*_) -> None:
-        for process in list(RUNNING):
-            end(process)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, end_all)
-
-
-def end(process: subprocess.Popen) -> None:
-    """Kill a command and, if it is torchrun, its ranks, which it would leave behind."""
-    if sys.platform != "linux":
-        return process.terminate()  # torchrun ends its ranks, in many words
-    process.send_signal(signal.SIGSTOP)  # it starts no more
-    lists = Path(f"/proc/{process.pid}/task").glob("*/children")
-    children = [int(pid) for found in lists for pid in found.read_text().split()]
-    process.kill()
-    for pid in children:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-
-
 def command(line: str, processes: int = 1, **paths: Path) -> None:
     """Show and run one of the project's programs; exits if it fails, as it has said why."""
     words = [word.format(**paths) for word in line.split()]  # paths may hold spaces
@@ -163,11 +135,11 @@ def command(line: str, processes: int = 1, **paths: Path) -> None:
     print(f"\n$ python {shlex.join(words)}", flush=True)
     # a million weights are too few to share: on a busy machine two threads wait for each other
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a child inherits
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment)
-    RUNNING.add(process)
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    code = process.wait()
-    RUNNING.remove(process)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:  # which the command got too; torchrun needs a moment to end its ranks
+        process.wait()
+        raise
     if code:
         sys.exit(f"the demo stopped at: python {shlex.join(words)} (exit status {code})")

@@ -214,7 +214,6 @@ def main(argv: list[str] | None = None) -> None:
 def run_stage(config: Config) -> None:
     """What the first word of the command line asks for."""
     if isinstance(config, RunConfig):
-        demo.run.end_all_at_ctrl_c()
         study = Study(Path(config.out).resolve(), FIGURES)
         for cell in cells_of(config.sections, config.seeds):
             study.run(cell)

@@ -121,7 +121,8 @@ this had been reckoned, and GRPO mends there. The pairs of a model are not perfe
 these bounds. Section 2's rate, 55 %, is next to the bound without the IoU reward, and its seeds
 differ most there.""",
     "5. What the paper leaves open": """\
-The paper claims nothing of these: here *reproduced* and *not reproduced* say that the seeds agree.""",
+The paper claims nothing of these: here *reproduced* and *not reproduced* say that the seeds
+agree.""",
 }
 
 

@@ -99,7 +99,7 @@ class Examples(Dataset):
         self.questions = read_from_model(questions, model, "chat template")
 
     def require_sizes(self, model: str) -> None:
-        """Raise InputError if the image processor fails, or cuts other patches than the model, or if
+        """Raise InputError if the image processor fails or cuts other patches than the model, or if
         the tokenizer has more tokens."""
         vision, ours = self.config.vision_config, self.processor
         for name, takes in {
