@@ -37,7 +37,8 @@ from engine.policy import Ranks
 from hicodet import InputError
 
 # options that --resume may change and that change what comes next: config.json says where
-NOTED_ON_RESUME = ("learning_rate", "max_steps", "skip_bad_images")
+LENGTH = ("max_steps", "epochs")
+NOTED_ON_RESUME = (*LENGTH, "learning_rate", "skip_bad_images")
 # these, and others on which the final weights do not depend, but for rounding
 FREE_ON_RESUME = {
     *NOTED_ON_RESUME,
@@ -235,8 +236,9 @@ def _write_settings(folder: Path, settings: dict, resume: bool) -> bool:
                     f"change only {', '.join(sorted(FREE_ON_RESUME))}"
                 )
         # an older result stays until a longer run replaces it: "finished" went as that began
-        done = stored.get("finished") and stored.get("max_steps") == mine.get("max_steps")
-        if done and any((folder / name).exists() for name in RESULTS):
+        as_long = all(stored.get(name) == mine.get(name) for name in LENGTH)
+        ready = any((folder / name).exists() for name in RESULTS)
+        if stored.get("finished") and as_long and ready:
             return True
         if changes := _changes(folder, stored, mine):
             mine["changes"] = changes

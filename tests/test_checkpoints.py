@@ -179,11 +179,13 @@ def test_a_finished_run_is_not_run_again(stage, result, folder, tmp_path, capsys
     assert (tmp_path / result).exists()
 
 
-def test_a_finished_run_that_is_made_longer_is_not_finished(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("length", ["max_steps", "epochs"])
+def test_a_finished_run_that_is_made_longer_is_not_finished(folder, tmp_path, monkeypatch, length):
     """Not even if it ends before the longer one's model takes the place of the first."""
-    config = config_of("sft", folder, tmp_path, max_steps=1, save_every=1)
+    options = {"max_steps": 0, length: 1, "batch_size": 20, "save_every": 1}
+    config = config_of("sft", folder, tmp_path, **options)
     run(config)
-    longer = replace(config, max_steps=2, resume=True)
+    longer = replace(config, resume=True, **{length: 2})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "export", interrupt)
         run(longer)
