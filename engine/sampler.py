@@ -174,7 +174,7 @@ class Sampler:
         at = (slots[:, None], members, counts.clamp(max=self.max_new_tokens - 1))
         if self.written is not None:
             written = self.written[slots].flatten(0, 1)
-            logits = penalise(logits, written, self.repetition_penalty)
+            logits = penalise(logits.float(), written, self.repetition_penalty)
         ids, logprobs, entropies = draw_tokens(
             logits,
             temperature=self.temperature,
@@ -186,7 +186,7 @@ class Sampler:
         self.logprobs[at] = torch.where(done, self.logprobs[at], logprobs)
         self.entropies[at] = torch.where(done, self.entropies[at], entropies.view_as(counts))
         if self.written is not None:
-            self.written[slots[:, None], members, ids] = True
+            self.written[slots[:, None], members, ids] |= ~done
         counts = counts + ~done
         self.counts[slots] = counts
         self.done[slots] = done | (ids == self.end_id) | (counts == self.max_new_tokens)

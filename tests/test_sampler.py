@@ -157,6 +157,34 @@ def test_a_prompt_arrives_as_soon_as_a_slot_is_free(model, prompts):
     assert asked.startswith("aad") and "aaddaaddaadd" != asked
 
 
+def test_a_step_of_rows_that_are_done_leaves_no_trace(model, prompts):
+    """A GPU's graph is recorded so, beside prompts that have begun."""
+    options = {"group_size": 1, "max_new_tokens": 9, "end_id": -1, "temperature": 0}
+    sampler = engine.sampler.Sampler(
+        model, slots=3, prompt_room=40, repetition_penalty=1.3, **options
+    )
+    names = ("ids", "logprobs", "entropies", "counts", "written")
+    with torch.no_grad():
+        sampler.prefill([0, 1, 2], [0, 1, 2], [(prompt, None) for prompt in prompts])
+        sampler.step(9)
+        before = {name: getattr(sampler, name).clone() for name in names}
+        sampler.done.fill_(True)
+        sampler.step(9)
+    assert all(torch.equal(getattr(sampler, name), kept) for name, kept in before.items())
+
+
+def test_logits_are_penalised_in_fp32(model):
+    """20 / 1.05 is more than 19, and in bf16 the same."""
+    options = {"slots": 1, "group_size": 1, "prompt_room": 4, "max_new_tokens": 3, "end_id": -1}
+    sampler = engine.sampler.Sampler(model, temperature=0, repetition_penalty=1.05, **options)
+    sampler.done.fill_(False)
+    logits = torch.zeros(1, model.config.text_config.vocab_size, dtype=torch.bfloat16)
+    logits[0, 3], logits[0, 5] = 19, 20
+    sampler.written[0, 0, 5] = True
+    sampler.draw(torch.tensor([0]), logits)
+    assert sampler.ids[0, 0, 0] == 5
+
+
 def test_a_prompt_that_is_too_long_is_refused(model, prompts):
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     options = {"slots": 3, "group_size": 1, "max_new_tokens": 3, "end_id": 7, "temperature": 0}
