@@ -181,11 +181,16 @@ def traces_of(path: str, data: str, samples: list[hicodet.Sample]) -> dict[str, 
     return thinks
 
 
+def step_count(config, images: int) -> int:
+    """How many steps a training on so many images has."""
+    return config.max_steps or config.epochs * math.ceil(images / config.batch_size)
+
+
 def loop_options(config, images: int) -> dict:
     """What `fit` takes of a config."""
     options = {name: getattr(config, name) for name in LOOP_OPTIONS}
-    steps = config.max_steps or config.epochs * math.ceil(images / config.batch_size)
-    return options | {"peak_learning_rate": config.learning_rate, "steps": steps}
+    options |= {"steps": step_count(config, images)}
+    return options | {"peak_learning_rate": config.learning_rate}
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,7 @@ def set_up(
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
     settings |= {"box_frame": examples.box_frame, "weights": weights_fingerprint(config.model)}
     settings |= {"stage": stage, "command": sys.argv}
+    settings |= {"steps": step_count(config, len(examples) - len(examples.left_out))}
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     if ranks.rank == 0:
         path = run.folder / "first_sample.png"
@@ -290,6 +296,8 @@ def fit(
         # a policy whose loss is not finite must not take the place of one before
         if (asked or due) and not values["skipped"]:
             run.save(parts.policy, optimizer.adamw, step + 1, keep)
+            # a signal that came meanwhile has ended the image workers: no further step
+            asked = asked or stop.on_any(ranks)
         if asked:
             bar.close()
             ranks.print(f"stopped after step {step + 1}; go on with: {resume_command()}")

@@ -142,7 +142,7 @@ def _fact(run: Run) -> str:
     titles = {"sft": "SFT", "grpo": "GRPO", "predict": "Prediction"}
     words = [titles.get(run.stage, "Run")]
     if run.metrics:
-        planned, done = run.config.get("max_steps"), run.metrics[-1]["step"]
+        planned, done = run.config.get("steps"), run.metrics[-1]["step"]
         words.append(f"{done} of {planned} steps" if planned else f"{done} steps")
         words.append(f"{sum(figures.phase_seconds(run).values()):.3g} s a step")
     for field, text in (

@@ -37,11 +37,11 @@ from engine.policy import Ranks
 from hicodet import InputError
 
 # options that --resume may change and that change what comes next: config.json says where
-LENGTH = ("max_steps", "epochs")
-NOTED_ON_RESUME = (*LENGTH, "learning_rate", "skip_bad_images")
+NOTED_ON_RESUME = ("learning_rate", "steps", "skip_bad_images")
 # these, and others on which the final weights do not depend, but for rounding
 FREE_ON_RESUME = {
     *NOTED_ON_RESUME,
+    *("max_steps", "epochs"),  # which `steps` is reckoned from
     *("resume", "out", "data", "traces", "workers", "dry_run", "slots", "timeout"),
     *("save_every", "keep", "export_every"),
     *("tokens_per_microbatch", "gradient_checkpointing", "offload"),
@@ -214,6 +214,7 @@ def _lock_folder(folder: Path, resume: bool) -> TextIO:
         file.truncate(0)
         file.write(secrets.token_hex(8))
         file.flush()
+        os.fsync(file.fileno())  # or another host may read an empty one
     return file
 
 
@@ -236,17 +237,19 @@ def _write_settings(folder: Path, settings: dict, resume: bool) -> bool:
                     f"change only {', '.join(sorted(FREE_ON_RESUME))}"
                 )
         # an older result stays until a longer run replaces it: "finished" went as that began
-        as_long = all(stored.get(name) == mine.get(name) for name in LENGTH)
-        ready = any((folder / name).exists() for name in RESULTS)
-        if stored.get("finished") and as_long and ready:
+        finished = stored.get("finished") and stored.get("steps") == mine.get("steps")
+        if finished and any((folder / name).exists() for name in RESULTS):
             return True
-        if changes := _changes(folder, stored, mine):
+        done = max(map(steps_of, checkpoints(folder)), default=0)
+        if (steps := mine.get("steps", done)) < done:
+            raise InputError(f"the run has done {done} steps, and only {steps} are asked for")
+        if changes := _changes(stored, mine, done):
             mine["changes"] = changes
     write_json(path, mine)
     return False
 
 
-def _changes(folder: Path, stored: dict, mine: dict) -> list[dict]:
+def _changes(stored: dict, mine: dict, done: int) -> list[dict]:
     """The changes of NOTED_ON_RESUME since the run began: the step, and old and new values."""
     names = [name for name in NOTED_ON_RESUME if name in mine and stored.get(name) != mine[name]]
     before = stored.get("changes", [])
@@ -254,5 +257,4 @@ def _changes(folder: Path, stored: dict, mine: dict) -> list[dict]:
         raise InputError("config.json is damaged (changes is no list); choose another folder")
     if not names:
         return before
-    done = max(map(steps_of, checkpoints(folder)), default=0)
     return [*before, {"step": done} | {name: [stored.get(name), mine[name]] for name in names}]

@@ -128,9 +128,9 @@ def test_a_changed_learning_rate_and_length_are_written_down(folder, tmp_path):
     changed = replace(config, resume=True, learning_rate=1e-4, max_steps=4)
     run(changed)
     run(replace(changed, max_steps=5))
-    change = {"step": 2, "learning_rate": [1e-3, 1e-4], "max_steps": [2, 4]}
+    change = {"step": 2, "learning_rate": [1e-3, 1e-4], "steps": [2, 4]}
     settings = json.loads((tmp_path / "config.json").read_text())
-    assert settings["changes"] == [change, {"step": 4, "max_steps": [4, 5]}]
+    assert settings["changes"] == [change, {"step": 4, "steps": [4, 5]}]
     assert settings["learning_rate"] == 1e-4
     rates = [row["learning_rate"] for row in metrics(tmp_path)]
     # cosine: 1e-3 from its start; 1e-4 half way of 4 steps and at 3/4; then of 5 steps at 4/5
@@ -192,6 +192,16 @@ def test_a_finished_run_that_is_made_longer_is_not_finished(folder, tmp_path, mo
     first = weights(tmp_path)
     run(longer)
     assert any(not torch.equal(first[name], w) for name, w in weights(tmp_path).items())
+
+
+def test_a_run_that_is_made_shorter_than_it_is_is_refused(folder, tmp_path):
+    """It would say of the longer run's model that it has had fewer steps."""
+    config = config_of("sft", folder, tmp_path, max_steps=3, save_every=1)
+    run(config)
+    before = (tmp_path / "config.json").read_text()
+    said = refusal(replace(config, max_steps=2, resume=True))
+    assert said == f"--out {tmp_path}: the run has done 3 steps, and only 2 are asked for"
+    assert (tmp_path / "config.json").read_text() == before
 
 
 def interrupt(*arguments):
