@@ -93,8 +93,8 @@ class Examples(Dataset):
             raise InputError(f"--model {model}: no tokenizer with {END_OF_TURN} and chat template")
         self.require_sizes(model)
 
-        def questions(_) -> dict[int, Tensor]:
-            return {think: self.question(prompt_text(thinking=think)) for think in (1, 0)}
+        def questions(_) -> dict[bool, Tensor]:
+            return {think: self.question(prompt_text(thinking=think)) for think in (True, False)}
 
         self.questions = read_from_model(questions, model, "chat template")
 

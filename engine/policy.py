@@ -307,9 +307,9 @@ def accumulate(
     the sum of each over micro-batches and ranks.
     """
     sums: dict[str, Tensor] = {}
-    for left, micro in zip(reversed(range(len(micro_batches))), micro_batches):
+    for number, micro in enumerate(micro_batches, start=1):
         if policy.gathered_once:
-            policy.set_reshard_after_backward(left == 0)
+            policy.set_reshard_after_backward(number == len(micro_batches))
         terms = terms_of(micro)
         (terms["loss"] * ranks.world).backward()  # FSDP takes the mean over ranks
         sums = {name: sums.get(name, 0.0) + term.detach() for name, term in terms.items()}
