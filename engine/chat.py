@@ -25,7 +25,11 @@ from hicodet import InputError, Sample
 OPENAI_URL = "https://api.openai.com/v1"
 # Model: USD per million tokens in and out; tokens billed for an image and, at high detail, for each
 # 512-pixel tile. From OpenAI's price list (openai.com/api/pricing) and its guide to vision.
-PRICES = {"gpt-4o-mini": (0.15, 0.60, 2833, 5667), "gpt-4o": (2.50, 10.00, 85, 170)}
+PRICES = {
+    "gpt-4o-mini": (0.15, 0.60, 2833, 5667),
+    "gpt-4o": (2.50, 10.00, 85, 170),
+    "gpt-4o-2024-05-13": (5.00, 15.00, 85, 170),
+}
 BATCH_DISCOUNT, BATCH_REQUESTS, BATCH_BYTES = 0.5, 50_000, 200_000_000  # of OpenAI's Batch API
 MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
 MAX_REPLY = 16 * 2**20  # bytes
@@ -81,8 +85,8 @@ def request_body(sample: Sample, teacher: Teacher) -> dict:
 
 
 def known_prices(model: str) -> tuple | None:
-    """The entry of PRICES for a model, dated versions ("gpt-4o-2024-08-06") included."""
-    return PRICES.get(re.sub("-[0-9-]+$", "", model))
+    """The entry of PRICES for a model; for a dated one without its own, that of its name."""
+    return PRICES.get(model) or PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
 
 
 def input_tokens(teacher: Teacher) -> int:

@@ -148,8 +148,15 @@ def test_input_tokens():
     assert engine.chat.input_tokens(make_teacher(prompt="prompt", max_side=1024)) == 22 + 25501
     # Qwen2.5-VL: 512 / 28 is 18.3, so 19 x 19 patches.
     assert engine.chat.input_tokens(make_teacher(prompt="prompt", model="Qwen")) == 22 + 361
-    assert engine.chat.known_prices("gpt-4o-mini-2024-07-18") == engine.chat.PRICES["gpt-4o-mini"]
-    assert engine.chat.known_prices("gpt-4o-min") is None
+
+
+@pytest.mark.parametrize("model, prices", [
+    ("gpt-4o", (2.5, 10)), ("gpt-4o-2024-08-06", (2.5, 10)), ("gpt-4o-2024-05-13", (5, 15)),
+    ("gpt-4o-mini-2024-07-18", (0.15, 0.6)),
+    ("gpt-4o-min", ()), ("gpt-4o-mini-2", ()), ("gpt-4o-0513", ()), ("gpt-4o-2024-08-06-x", ()),
+])
+def test_a_dated_model_has_its_own_price_or_that_of_its_name(model, prices):
+    assert (engine.chat.known_prices(model) or ())[:2] == prices
 
 
 def test_budget_reserves_before_it_spends():
