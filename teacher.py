@@ -151,8 +151,9 @@ def accept_trace(reply: dict) -> tuple[str | None, str]:
     text = text if isinstance(text, str) else ""  # None: the model declined
     if len(text) > MAX_CHARACTERS:
         return None, f"has more than {MAX_CHARACTERS} characters"
-    found = re.search("<think>(.*?)</think>", text, re.DOTALL)
-    think = found[1].strip() if found else ""
+    # The last one: a reasoning teacher's own thoughts stand before it, and may name the tags.
+    closed = [part.partition("<think>")[2].strip() for part in text.split("</think>")[:-1]]
+    think = next(filter(None, reversed(closed)), "")
     if choice.get("finish_reason") in ("length", "content_filter"):
         return None, f"cut off ({choice['finish_reason']})"
     if "<answer>" in text:

@@ -127,6 +127,18 @@ def test_replies_without_a_trace_are_refused(text, said):
     assert trace is None and said in reason
 
 
+@pytest.mark.parametrize("before", [
+    "It goes between <think> tags. Hmm, the man eats ... or is it a plate? Wait...</think>\n\n",
+    "It goes between <think> and </think>. A man eats, I think.</think>\n\n",
+    "<think>The man eats: from a plate?</think>\n",
+    "<think>\nIt goes between <think> and </think>. A man eats.\n</think>",
+])
+@pytest.mark.parametrize("behind", ["", "\nDone.", "</think>", "<think> </think>", "<think>"])
+def test_a_reasoning_teachers_own_thoughts_are_no_trace(before, behind):
+    text = f"{before}<think>{THINK}</think>{behind}"
+    assert teacher.accept_trace(reply(text)) == (THINK, "")
+
+
 @pytest.mark.parametrize("finish_reason", ["length", "content_filter"])
 def test_a_reply_cut_short_is_refused(finish_reason):
     trace, reason = teacher.accept_trace(reply(f"<think>{THINK}</think>", finish_reason))
