@@ -69,7 +69,7 @@ from engine.chat import (
 )
 from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
-from engine.traces import TAGS, TraceFile, gerund, read_lines, template_trace
+from engine.traces import DOING, PERSON, TAGS, THING, TraceFile, read_lines, template_trace
 from hicodet import InputError, Sample
 
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
@@ -82,17 +82,6 @@ object classes and verbs literally. No coordinates, no lists, no <answer>."""
 
 MIN_WORDS = 3  # of a trace
 MAX_CHARACTERS = 10_000  # of a reply's text: patterns take the square of its length
-# Who may be in an image, and everyday names of objects; each may have "s" or "es" behind it.
-PEOPLE = r"""person people \w*man \w*men child children boy girl kid baby babies toddler infant
-adult teenager lady ladies guy individual someone somebody anyone everyone he she him her his they
-them their who crowd group team family families couple friend mother father parent son daughter
-brother sister bride groom player athlete rider \w*cyclist biker surfer skier \w*boarder skater
-driver pilot passenger batter catcher pitcher umpire referee goalie jockey cowboy farmer chef worker
-officer soldier student teacher tourist pedestrian spectator customer vendor waiter waitress nurse
-doctor performer dancer sailor hiker runner swimmer \w*diver racer trainer owner visitor guest
-participant monk figure"""
-EVERYDAY = """bike motorbike plane sofa television ski knives hair dryer ball phone plant glass bat
-glove racket racquet bear table board fridge bag"""
 # What a teacher says instead of a trace, in small letters: that it will not, or saw no image.
 CANNOT = (
     r"(?:\bi (?:can ?not|can't|could not|couldn't|will not|won't|do not|don't)"
@@ -101,7 +90,6 @@ CANNOT = (
 REFUSALS = (
     rf"{CANNOT} (?:help\b(?! but)|assist|comply|continue|fulfil|provide|process|answer|describe)",
     rf"{CANNOT} (?:analy[sz]e|do (?:this|that)|have (?:access|the (?:ability|capability)))",
-    rf"{CANNOT} identify (?:\w+ )?(?:people|person|individual)",
     rf"{CANNOT} (?:see|view|access|open|interpret) (?:\w+ )?(?:image|picture|photo)",
     r"(?:^|[.!?]\s)\W*(?:(?:i'm |i am )?(?:very |so )?sorry|(?:my )?apologies|i apologi[sz]e)\b",
     r"\bas an ai\b|\blanguage model|\bi (?:must|have to) decline|\bi(?:'m| am) not comfortable",
@@ -110,20 +98,11 @@ REFUSALS = (
     r"\bno (?:image|picture|photo) (?:(?:was|is|has been) )?(?:provided|given|attached|uploaded)",
     r"\b(?:image|picture|photo) (?:could not|cannot|can't) be (?:loaded|displayed|opened)",
 )
+REFUSAL = re.compile("|".join(REFUSALS))
+UNIDENTIFIED = re.compile(rf"{CANNOT} identify (?:\w+ )?(?:people|person|individual)")
 
 
 # ---- is it a trace?
-
-
-def vocabulary() -> str:
-    """A pattern for a word on what a HICO image shows: people, an object, one of the verbs."""
-    heads = {verb.split()[0] for verb in hicodet.VERBS} - {"no"}
-    doing = [gerund(head) for head in heads] + [re.sub("y$", "(?:y|ie)", h) + "e?s" for h in heads]
-    nouns = "|".join([*PEOPLE.split(), *EVERYDAY.split(), *hicodet.OBJECTS])
-    return rf"\b(?:(?:{nouns})(?:s|es)?|{'|'.join(doing)})\b"
-
-
-REFUSAL, VOCABULARY = re.compile("|".join(REFUSALS)), re.compile(vocabulary())
 
 
 def trace_fault(think: str) -> str | None:
@@ -131,17 +110,21 @@ def trace_fault(think: str) -> str | None:
 
     An image without a trace is lost to SFT, so only that is refused which would hurt training:
     special tokens, refusals, fewer than three words, no word on what such an image shows. What
-    ends in a question mark does not count: it repeats the guidance.
+    ends in a question mark does not count: it repeats the guidance. Not to identify people is a
+    refusal where no verb with a thing is said beside it.
     """
     text = think.lower().replace("\u2019", "'")
     statements = re.sub(r"[^.!?\n]*\?", " ", text)
     if held := [tag for tag in TAGS if tag in think]:
         return f"holds {held[0]}"
-    if REFUSAL.search(text):
+    said = UNIDENTIFIED.sub(" ", statements)
+    unidentified = UNIDENTIFIED.search(text) and not (DOING.search(said) and THING.search(said))
+    if REFUSAL.search(text) or unidentified:
         return "is a refusal"
     if len(re.findall(r"\w+", statements)) < MIN_WORDS:
         return f"has fewer than {MIN_WORDS} words"
-    return None if VOCABULARY.search(statements) else "names no person, object or verb"
+    named = any(words.search(statements) for words in (PERSON, THING, DOING))
+    return None if named else "names no person, object or verb"
 
 
 def accept_trace(reply: dict) -> tuple[str | None, str]:

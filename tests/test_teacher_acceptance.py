@@ -48,6 +48,9 @@ The image shows an airplane at the gate and workers who load it.
 There are no people close to the train, only its driver.
 A skydiver hangs in the air and a wakeboarder looks up.
 Three monks stand under umbrellas.
+There is one person. I cannot identify the person, but they are riding a horse.
+I can't identify individual people, but a man is riding a bicycle.
+One person holds an umbrella. I am not able to identify the person.
 The dog is not comfortable, as a boy is hugging it.
 A m\u00e4dchen, that is a young girl, is flying a kite.
 """.splitlines()
@@ -63,6 +66,11 @@ As an AI language model, I do not look at people.
 I am not able to analyze the people in this image.
 Unfortunately, I won't be able to describe the person in the picture.
 I cannot identify the people in this image, such as the man with the horse.
+I'm sorry, but I can't identify people in images.
+I can't identify people in images.
+I can't identify people in this image, but I can describe what the person is wearing.
+I'm sorry, I can't identify the person who is riding the horse.
+I can't identify people. Shall I say who is riding the horse?
 I don't have access to the image, so the man may hold anything.
 I do not have the ability to see bicycles.
 I do not see any image of a person here.
