@@ -57,6 +57,7 @@ from engine.chat import (
     BATCH_DISCOUNT,
     OPENAI_URL,
     Budget,
+    Filtered,
     Stop,
     Teacher,
     Transient,
@@ -180,10 +181,10 @@ def ask(
         return Outcome(think, reason, attempt, dict(usage))
     except Stop as error:
         stop.set()  # here, before this thread takes the next image
-        return Outcome(reason=str(error), stopped=True)
+        return Outcome(reason=str(error) and f"{sample.file_name}: {error}", stopped=True)
     except Transient as error:
         return Outcome(reason=str(error), given_up=True)
-    except InputError as error:  # the image is broken
+    except (InputError, Filtered) as error:  # the image is broken, or not let through
         return Outcome(reason=str(error))
 
 

@@ -34,12 +34,18 @@ BATCH_DISCOUNT, BATCH_REQUESTS, BATCH_BYTES = 0.5, 50_000, 200_000_000  # of Ope
 MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
 MAX_REPLY = 16 * 2**20  # bytes
 MAX_TIMEOUTS = 10  # times --timeout: for a request as a whole, whose bytes may come one by one
+# In small letters, what OpenAI, Azure and proxies say of an image that they do not let through.
+FILTERED = re.compile(r"content[ _]?(?:management[ _])?(?:filter|policy)|moderation|safety system")
 MAX_TOKENS = 10_000_000  # of a request: what a server reports beyond is no count
 
 
 class Stop(Exception):
     """Ends the run: a wrong key, a refused request, the budget. Empty message: another thread
     already stopped the run."""
+
+
+class Filtered(Exception):
+    """The server's content filter refuses this image; others may pass."""
 
 
 class Transient(Exception):
@@ -142,7 +148,7 @@ class Budget:
 
 
 def post(teacher: Teacher, body: dict) -> dict:
-    """One chat completion. Raises Transient if another try may help, Stop if not."""
+    """One chat completion. Raises Transient if another try may help, else Filtered or Stop."""
     url, sent = urlsplit(teacher.base_url), False
     limit = min(MAX_TIMEOUTS * teacher.timeout, threading.TIMEOUT_MAX)
     secure = url.scheme == "https"
@@ -166,8 +172,7 @@ def post(teacher: Teacher, body: dict) -> dict:
     finally:
         server.close()
     if response.status != 200:
-        said = printable(text[:500])
-        raise refusal(response, f"{teacher.base_url}: {response.status}: {said}")
+        raise refusal(response, teacher.base_url, text)
     try:
         return checked_reply(json.loads(text))
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -211,12 +216,16 @@ def without_key(text: str, teacher: Teacher) -> str:
     return text.replace(teacher.key, "(key)") if teacher.key else text
 
 
-def refusal(response: http.client.HTTPResponse, reason: str) -> Exception:
-    """What a status other than 200 means: Transient for 408, 429 and 5xx, else Stop."""
+def refusal(response: http.client.HTTPResponse, url: str, said: str) -> Exception:
+    """What a status other than 200 means: Transient for 408, 429 and 5xx, Filtered for 400 and 403
+    of a content filter, else Stop."""
+    reason = f"{url}: {response.status}: {printable(said[:500])}"
     # OpenAI also says 429 to an account without money; waiting does not help that.
     if response.status in (408, 429) or response.status >= 500:
         if "insufficient_quota" not in reason:
             return Transient(reason, retry_after=seconds(response.getheader("Retry-After")))
+    if response.status in (400, 403) and FILTERED.search(said.lower()):
+        return Filtered(reason)
     return Stop(reason)
 
 
@@ -233,7 +242,7 @@ def seconds(retry_after: str | None) -> float:
 def complete(
     teacher: Teacher, body: dict, budget: Budget, stop: threading.Event
 ) -> tuple[dict, dict]:
-    """A chat completion and its usage, with retries. Raises the last Transient, or Stop."""
+    """A chat completion and its usage, with retries. Raises the last Transient, Filtered, Stop."""
     pause = 0.0
     for retry in range(teacher.retries + 1):
         if stop.wait(pause):
@@ -242,6 +251,9 @@ def complete(
         try:
             reply = post(teacher, body)
             return reply, budget.settle(bound, reply.get("usage"))
+        except Filtered:
+            budget.settle(bound, None)  # Azure bills it, output too
+            raise
         except Transient as error:
             budget.settle(bound, None, error.billed)
             failure = error

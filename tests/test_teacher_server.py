@@ -5,10 +5,12 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +23,7 @@ import engine.traces
 import hicodet
 import teacher
 from demo import toy
-from engine.chat import Teacher
+from engine.chat import Budget, Teacher
 from tests.faulty_server import FAULTS, THINK, USAGE, Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,12 +153,40 @@ def test_rejected_traces_are_asked_again_then_listed(data, tmp_path, capsys):
 @pytest.mark.parametrize("status", [400, 401, 404, 301])
 def test_other_statuses_stop_with_the_servers_words_but_not_the_key(
         status, data, tmp_path, capsys):
-    server = Server(lambda: (status, {"error": {"message": f"wrong key {KEY}"}},
-                             {"Location": "http://127.0.0.1:9/"}))
+    error = {"message": f"wrong key {KEY}", "code": "content_filter" if status == 404 else ""}
+    server = Server(lambda: (status, {"error": error}, {"Location": "http://127.0.0.1:9/"}))
     assert call(data, tmp_path / "t.jsonl", server, "--concurrency", 4) == 1
     printed = "".join(capsys.readouterr())
     assert str(status) in printed and "wrong key (key)" in printed and KEY not in printed
     assert 1 <= len(server.bodies) <= 4
+    assert re.search(r"\(HICO_train2015_\d+\.jpg: http", printed)  # the image it was asked for
+
+
+@pytest.mark.parametrize("status, error", [
+    (400, {"message": "Your input image may contain content that is not allowed by our safety "
+                      "system.", "code": None}),
+    (400, {"message": "The response was filtered due to the prompt triggering Azure OpenAI's "
+                      "content management policy.", "code": None}),
+    (400, {"message": "", "code": "content_filter"}), (403, {"code": "moderation_blocked"}),
+    (400, {"code": "content_policy_violation"}), (400, "litellm.ContentPolicyViolationError"),
+])
+def test_an_image_that_is_filtered_costs_itself_alone(status, error, data, tmp_path, capsys):
+    replies = iter([(status, {"error": error})])
+    server = Server(lambda: next(replies, f"<think>{THINK}</think>"))
+    out = tmp_path / "traces.jsonl"
+    assert call(data, out, server, "--limit", 3, "--concurrency", 1) == 1
+    assert len(lines(out)) == 2 and len(server.bodies) == 3  # it is asked for once
+    name, reason = capsys.readouterr().err.splitlines()[-1].split(": ", 1)
+    assert name not in out.read_text() and f": {status}: " in reason
+    assert call(data, out, server, "--limit", 3) == 0
+
+
+def test_an_image_that_is_filtered_is_reckoned_at_the_most():
+    server, budget = Server(lambda: (400, {"code": "content_filter"})), Budget((0.0, 1.0), 9.0)
+    one = Teacher("m", server.url, KEY, "p", 500_000, 9, timeout=9, retries=3, backoff=0)
+    with pytest.raises(engine.chat.Filtered):
+        engine.chat.complete(one, {}, budget, threading.Event())
+    assert (budget.spent, budget.reserved, len(server.bodies)) == (0.5, 0.0, 1)
 
 
 def test_a_server_that_is_gone_ends_the_run(data, tmp_path, capsys):
