@@ -226,6 +226,9 @@ def refusal(response: http.client.HTTPResponse, url: str, said: str) -> Exceptio
             return Transient(reason, retry_after=seconds(response.getheader("Retry-After")))
     if response.status in (400, 403) and FILTERED.search(said.lower()):
         return Filtered(reason)
+    if response.status == 400 and "max_completion_tokens" in said:
+        reason += "; a model that takes no max_tokens (OpenAI's o-series, gpt-5) cannot be the " \
+                  "teacher yet; --teacher gpt-4o-mini can"
     return Stop(reason)
 
 

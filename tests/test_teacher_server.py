@@ -162,6 +162,14 @@ def test_other_statuses_stop_with_the_servers_words_but_not_the_key(
     assert re.search(r"\(HICO_train2015_\d+\.jpg: http", printed)  # the image it was asked for
 
 
+def test_a_model_without_max_tokens_is_told_what_can_be_the_teacher():
+    said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    server = Server(lambda: (400, {"error": {"message": said}}))
+    one = Teacher("o4-mini", server.url, KEY, "p", 9, 9, timeout=9, retries=0, backoff=1)
+    with pytest.raises(engine.chat.Stop, match=f"{said}.*; .* --teacher gpt-4o-mini can$"):
+        engine.chat.post(one, {})
+
+
 @pytest.mark.parametrize("status, error", [
     (400, {"message": "Your input image may contain content that is not allowed by our safety "
                       "system.", "code": None}),
