@@ -40,6 +40,7 @@ is missing. Images without an accepted trace are listed at the end with the reas
 import json
 import math
 import os
+import random
 import re
 import sys
 import threading
@@ -47,6 +48,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -74,6 +76,9 @@ from engine.traces import DOING, PERSON, TAGS, THING, TraceFile, read_lines, tem
 from hicodet import InputError, Sample
 
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
+UNTRACED_IN_A_ROW = 30  # images, in the order asked: this teacher makes no traces
+NO_TRACES = ("{} images in a row without an acceptable trace, the last for {}; the teacher must "
+             "write <think> and </think> itself (vLLM: no --reasoning-parser); or take another one")
 PRICE_NOT_KNOWN = "price not known: give --input-price and --output-price"
 
 TASK = "Look at the image and reason about how its people interact with objects.\n"
@@ -157,7 +162,7 @@ class Outcome:
 
     think: str | None = None  # the accepted trace
     reason: str = ""  # why there is none
-    attempts: int = 0
+    attempts: int = 0  # that the server answered
     usage: dict = field(default_factory=dict)  # of all attempts
     given_up: bool = False  # the server did not serve
     stopped: bool = False  # the run ends; without a reason, another thread ended it
@@ -185,7 +190,14 @@ def ask(
     except Transient as error:
         return Outcome(reason=str(error), given_up=True)
     except (InputError, Filtered) as error:  # the image is broken, or not let through
-        return Outcome(reason=str(error))
+        return Outcome(reason=str(error), attempts=attempt)
+
+
+def in_a_row(untraced: dict[int, bool], number: int) -> int:
+    """How many images around this one, in the order asked, have no trace; one in flight is a gap,
+    or quick refusals would add up. untraced: by place; False neither counts nor is a gap."""
+    sides = count(number, -1), count(number + 1)
+    return sum(untraced[n] for side in sides for n in takewhile(untraced.__contains__, side))
 
 
 def ask_all(
@@ -197,13 +209,13 @@ def ask_all(
     Returns why images have none, by file name, and why the run ended early ("" if it did not);
     what is in flight then is still waited for.
     """
-    missing, ended, given_up, stop = {}, "", 0, threading.Event()
+    missing, untraced, ended, given_up, stop = {}, {}, "", 0, threading.Event()
     bar, pool = tqdm(total=len(samples), desc="traces"), ThreadPoolExecutor(concurrency)
     try:
-        jobs = {pool.submit(ask, sample, teacher, attempts, budget, stop): sample
-                for sample in samples}
+        jobs = {pool.submit(ask, sample, teacher, attempts, budget, stop): (number, sample)
+                for number, sample in enumerate(samples)}
         for job in as_completed(jobs):
-            sample, outcome = jobs.pop(job), job.result()
+            (number, sample), outcome = jobs.pop(job), job.result()
             if outcome.stopped:
                 ended = ended or outcome.reason
                 continue
@@ -211,9 +223,13 @@ def ask_all(
                 file.append(sample, outcome.think, teacher.model, outcome.attempts, outcome.usage)
             else:
                 missing[sample.file_name] = outcome.reason
+                untraced[number] = outcome.attempts > 0
             given_up = given_up + 1 if outcome.given_up else 0
             if given_up == GIVEN_UP_IN_A_ROW:
                 ended = f"{given_up} images given up in a row, the last for {outcome.reason}"
+            elif untraced.get(number) and (row := in_a_row(untraced, number)) >= UNTRACED_IN_A_ROW:
+                ended = ended or NO_TRACES.format(row, outcome.reason)
+            if ended:
                 stop.set()
             bar.set_postfix_str(f"rejected {len(missing)}, tokens {budget.tokens:,}, "
                                 f"${budget.spent:.4f}", refresh=False)
@@ -388,7 +404,8 @@ def make_traces(
         return write_requests(todo, teacher, args.out, budget)
     if not teacher.key and teacher.base_url == OPENAI_URL:
         raise InputError("OPENAI_API_KEY is not set: export it, or give a local --base-url")
-    return ask_all(todo, teacher, file, budget, args.attempts, args.concurrency)
+    shuffled = random.sample(todo, len(todo))  # or a rerun begins with all that were refused
+    return ask_all(shuffled, teacher, file, budget, args.attempts, args.concurrency)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -206,6 +206,18 @@ def test_a_server_that_is_gone_ends_the_run(data, tmp_path, capsys):
     assert "given up in a row" in printed.out and "Connection refused" in printed.err
 
 
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_teacher_without_an_acceptable_trace_ends_the_run(concurrency, data, tmp_path, capsys):
+    """As vLLM with --reasoning-parser, which leaves no text; the traces before stay."""
+    out, replies = tmp_path / "traces.jsonl", iter([f"<think>{THINK}</think>"] * 5)
+    server = Server(lambda: next(replies, ""))
+    assert call(data, out, server, "--concurrency", concurrency, "--attempts", 2) == 1
+    assert len(lines(out)) == 5 and 5 + 2 * 30 <= len(server.bodies) < 300
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert re.search(r"\(\d\d images in a row without an acceptable trace, the last for no text "
+                     r"within <think> </think>: ''; .*--reasoning-parser", last)
+
+
 def test_max_cost_is_not_passed_also_by_a_rerun(data, tmp_path, capsys):
     out, limit = tmp_path / "traces.jsonl", random.uniform(0.015, 0.04)
     replies = ["half a body", *[f"<think>{THINK}</think>"] * 9]
