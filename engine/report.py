@@ -242,32 +242,37 @@ def _classes(columns: Sequence[Column]) -> str:
     evaluated = [column for column in columns if column.run.result]
     if not evaluated:
         return ""
-    heads = [("HOI", "n"), ("Verb", ""), ("Object", ""), ("True pairs", "n")]
+    results = [column.run.result for column in evaluated]
+    pairs = [result.get("true_pairs") for result in results]
+    differ = any(counts != pairs[0] for counts in pairs)  # of other images: a column each
+    heads = [("HOI", "n"), ("Verb", ""), ("Object", "")] + [("True pairs", "n")] * (not differ)
     for column in evaluated:
         prefix = f"{column.name}: " if len(evaluated) > 1 else ""
-        heads += [(f"{prefix}{name}", "n") for name in (*SETTINGS.values(), "Best recall")]
+        names = ["True pairs"] * differ + [*SETTINGS.values(), "Best recall"]
+        heads += [(f"{prefix}{name}", "n") for name in names]
     head = "".join(
         f'<th class="{kind}"><button type="button">{escape(name)}</button></th>'
         for name, kind in heads
     )
-    results = [column.run.result for column in evaluated]
-    present = results[0].get("true_pairs")
-    order = sorted(range(len(HOI_CLASSES)), key=lambda hoi_id: _at(present, hoi_id) == 0)  # stable
-    rows = "".join(_class_row(hoi_id, results) for hoi_id in order)
+    absent = [all(_at(counts, i) == 0 for counts in pairs) for i in range(len(HOI_CLASSES))]
+    order = sorted(range(len(HOI_CLASSES)), key=absent.__getitem__)  # stable
+    rows = "".join(_class_row(hoi_id, results, differ) for hoi_id in order)
     table = f'<table class="sortable"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>'
     return _scroll("AP of each class", table, "scroll high")
 
 
-def _class_row(hoi_id: int, results: Sequence[dict]) -> str:
+def _class_row(hoi_id: int, results: Sequence[dict], differ: bool) -> str:
+    """A class in each result. differ: the results' true pairs do, and each shows its own."""
     verb, object_class = HOI_CLASSES[hoi_id]
-    pairs = number(_at(results[0].get("true_pairs"), hoi_id))
-    cells = [f"{pairs:.0f}" if math.isfinite(pairs) else "–"]
-    for result in results:
+    pairs = [number(_at(result.get("true_pairs"), hoi_id)) for result in results]
+    counts = [f"{count:.0f}" if math.isfinite(count) else "–" for count in pairs]
+    cells = [] if differ else counts[:1]
+    for result, count, shown in zip(results, pairs, counts):
         values = [result[setting]["ap"][hoi_id] for setting in SETTINGS]
-        values = values if pairs else [None] * len(values)
-        cells += [_percent(value) for value in (*values, _at(result.get("max_recall"), hoi_id))]
+        values.append(_at(result.get("max_recall"), hoi_id))
+        cells += [shown] * differ + [_percent(value if count else None) for value in values]
     numbers = "".join(f'<td class="n">{cell}</td>' for cell in cells)
-    kind = "" if pairs else ' class="none"'
+    kind = "" if any(pairs) else ' class="none"'
     names = f'<td class="n">{hoi_id + 1}</td><td>{verb}</td><td>{object_class}</td>'
     return f"<tr{kind}>{names}{numbers}</tr>"
 

@@ -146,15 +146,32 @@ def test_result_of_the_whole_test_set_is_compared(tmp_path):
     assert "not to be compared" not in page_of(folder)
 
 
+def figures_of_classes(page):
+    """The table of classes, a list a row, its heads first."""
+    table = page.partition('<table class="sortable">')[2].partition("</table>")[0]
+    return [re.findall(r">([^<>]+)<", row) for row in re.findall(r"<tr.*?</tr>", table)]
+
+
 def test_table_of_classes_has_600_rows_and_no_value_without_true_pairs(tmp_path):
-    page = page_of(write_prediction(tmp_path))
-    rows = re.findall(r"<tr.*?</tr>", page.partition('<table class="sortable">')[2])
-    rows = rows[1 : rows.index(next(row for row in rows if ">600<" in row)) + 1]
+    heads, *rows = figures_of_classes(page_of(write_prediction(tmp_path)))
     assert len(rows) == 600
-    assert re.findall(r">([^<>]+)<", rows[12]) == [
-        *("13", "inspect", "bicycle", "7", "1.20", "1.20", "50.00")
-    ]
-    assert re.findall(r">([^<>]+)<", rows[-1])[3:] == ["0", "–", "–", "–"]
+    assert rows[12] == ["13", "inspect", "bicycle", "7", "1.20", "1.20", "50.00"]
+    assert rows[-1][3:] == ["0", "–", "–", "–"]
+
+
+def test_an_ap_is_blank_by_the_true_pairs_of_its_own_run(tmp_path):
+    """The first run was evaluated on images without class 13."""
+    folders = write_prediction(tmp_path / "a"), write_prediction(tmp_path / "b")
+    fewer = run_folders.result(true_pairs=[7] * 12 + [0] + [7] * 586 + [0])
+    (folders[0] / "map.json").write_text(json.dumps(fewer))
+    page = figures_of_classes(page_of(*folders))
+    assert page[0][3::4] == ["a/test: True pairs", "b/test: True pairs"]
+    blank = ["0", "–", "–", "–"]
+    assert page[13] == ["13", "inspect", "bicycle", *blank, "7", "1.20", "1.20", "50.00"]
+    assert page[600][3:] == blank + blank
+    (folders[0] / "map.json").write_text(json.dumps(run_folders.result()))
+    page = page_of(*folders)
+    assert figures_of_classes(page)[0][3] == "True pairs" and page.count('<tr class="none">') == 1
 
 
 def test_advantages_by_hand():
