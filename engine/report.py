@@ -227,14 +227,16 @@ def _model(run: Run) -> str:
 
 def _scope(column: Column) -> str:
     """What keeps a result from being compared with the paper's; "" if nothing does."""
-    result = column.run.result
+    result, notes = column.run.result, []
     images, classes = result.get("num_images"), result.get("classes")
-    if images == TEST_IMAGES and classes == "all":
-        return ""
-    pairs = result.get("true_pairs")
-    present = sum(count != 0 for count in pairs) if isinstance(pairs, list) else "some"
-    over = "all 600 classes" if classes == "all" else f"the {present} classes with true pairs"
-    return f"{column.name}: over {over} in {images} images, not to be compared with the paper's."
+    if images != TEST_IMAGES or classes != "all":
+        pairs = result.get("true_pairs")
+        present = sum(count != 0 for count in pairs) if isinstance(pairs, list) else "some"
+        over = "all 600 classes" if classes == "all" else f"the {present} classes with true pairs"
+        notes.append(f"over {over} in {images} images, not to be compared with the paper's")
+    if (scores := column.run.config.get("scores", "rank")) != "rank":
+        notes.append(f"scored by --scores {scores}; the paper's by rank")
+    return f"{column.name}: {'; '.join(notes)}." if notes else ""
 
 
 def _classes(columns: Sequence[Column]) -> str:

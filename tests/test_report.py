@@ -146,6 +146,15 @@ def test_result_of_the_whole_test_set_is_compared(tmp_path):
     assert "not to be compared" not in page_of(folder)
 
 
+def test_result_of_other_scores_than_the_papers_says_so(tmp_path):
+    run = read_run(write_prediction(tmp_path))
+    whole = dataclasses.replace(run, result=run_folders.result(classes="all", num_images=9658))
+    for scores, words in (("rank", 0), ("ones", 1), ("likelihood", 1)):
+        scored = dataclasses.replace(whole, config=run.config | {"scores": scores})
+        note = f"test: scored by --scores {scores}; the paper&#x27;s by rank."
+        assert report.page([scored]).count(note) == words
+
+
 def figures_of_classes(page):
     """The table of classes, a list a row, its heads first."""
     table = page.partition('<table class="sortable">')[2].partition("</table>")[0]
