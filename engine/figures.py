@@ -17,13 +17,12 @@ from PIL import Image
 from engine import health, panels
 from engine.charts import Line, line_chart, short
 from engine.health import number
-from engine.records import REWARDS, Answer, Example, Group, Run
+from engine.records import REWARDS, Answer, Example, Group, Run, largest_rewards
 
 PICTURES = 72  # of a page; with several runs each has its share
 GROUP_PICTURES = 8
 PICTURE_WIDTH, JPEG_QUALITY = 400, 78  # about 30 KB each
 MAX_TEXT = 6000  # characters of a completion that are shown
-LARGEST = {"format": 0.8, "object": 1.0, "verb": 1.0, "iou": 1.0}  # rewards, with 0.2 as weights
 REWARD_TITLES = {"format": "Format", "object": "Object label", "verb": "Verb label", "iou": "IoU"}
 PHASES = ("sample", "reward", "update", "waiting")  # of a step; what is left is the rest
 TRAINING = (  # field, title, unit, factor, limit
@@ -153,15 +152,19 @@ def reward_parts(columns: Sequence[Column]) -> str:
     """The rewards of sampled completions by part, with the spread within a group; their shares."""
     charts = []
     for part, title in {"total": "Total", **REWARD_TITLES}.items():
-        lines = []
+        lines, bounds = [], set()
         for column in columns:
             x, y = logged(column.run, f"reward_{part}")
             spread = logged(column.run, f"reward_{part}_std")[1]
-            if x:
+            largest = largest_rewards(column.run.config)
+            bound = largest.get(part, sum(largest.values()))
+            if x and bound:  # no line of a part that is left out
                 band = spread if len(spread) == len(y) else None
                 lines.append(Line(column.name, x, y, column.tone, band))
-        largest = LARGEST.get(part, sum(LARGEST.values()))
-        charts.append(_figure(lines, title, f"at most {largest:g}", y_range=(0.0, largest)))
+                bounds.add(bound)
+        at_most = " or ".join(f"{bound:g}" for bound in sorted(bounds))
+        y_range = 0.0, max(bounds, default=0.0)
+        charts.append(_figure(lines, title, f"at most {at_most}", y_range=y_range))
     told = [column for column in columns if logged(column.run, "advantage_format")[0]]
     charts += [_shares(column, named=len(told) > 1) for column in told]
     return _charts(charts, columns, ["reward_total"])
@@ -265,9 +268,9 @@ def _group(column: Column, group: Group, share: int) -> str:
     ranked = sorted(group.answers, key=lambda answer: -answer.rewards.get("total", -math.inf))
     scored = all("total" in answer.rewards for answer in ranked)
     gains = advantages([answer.rewards["total"] for answer in ranked]) if scored else []
-    shown = min(GROUP_PICTURES, share)
+    shown, most = min(GROUP_PICTURES, share), sum(largest_rewards(column.run.config).values())
     rows = [
-        _answer(answer, gains[i] if scored else None, group.image, f"Completion {i + 1}")
+        _answer(answer, gains[i] if scored else None, group.image, f"Completion {i + 1}", most)
         for i, answer in enumerate(ranked[:shown])
     ]
     more = f", the best {shown} of {len(ranked)}" if len(ranked) > shown else ""
@@ -277,29 +280,30 @@ def _group(column: Column, group: Group, share: int) -> str:
     return f'<h3>{escape(title)}</h3>{keys(parts)}<div class="answers">{"".join(rows)}</div>'
 
 
-def _answer(answer: Answer, gain: float | None, image: Image.Image | None, title: str) -> str:
+def _answer(
+    answer: Answer, gain: float | None, image: Image.Image | None, title: str, most: float
+) -> str:
     picture = "<div></div>"
     if image:
         drawn = panels.draw_pairs(image, answer.hois, range(len(answer.hois)), width=PICTURE_WIDTH)
         picture = f"<div>{_img(drawn, _labels(answer.hois))}</div>"
     gained = "" if gain is None else f", advantage {_signed(gain)}"
     text = f"<pre>{escape(_cut(answer.text))}</pre>"
-    about = f"<h3>{title}{gained}</h3>{_reward_bar(answer.rewards)}"
+    about = f"<h3>{title}{gained}</h3>{_reward_bar(answer.rewards, most)}"
     return f'<div class="answer">{picture}<div>{about}{text}</div></div>'
 
 
-def _reward_bar(rewards: dict[str, float]) -> str:
-    """The rewards of one answer, stacked by part, and in numbers."""
+def _reward_bar(rewards: dict[str, float], most: float) -> str:
+    """The rewards of one answer, of the most that it can earn, stacked by part, and in numbers."""
     if not rewards:
         return '<p class="note">No rewards were logged.</p>'
-    largest = sum(LARGEST.values())
     parts = [(name, rewards[name]) for name in REWARDS if name in rewards]
     cells = [
-        (f"var(--p{REWARDS.index(name)})", value / largest, f"{REWARD_TITLES[name]} {value:.2f}")
+        (f"var(--p{REWARDS.index(name)})", value / most, f"{REWARD_TITLES[name]} {value:.2f}")
         for name, value in parts
     ]
     numbers = " · ".join(f"{REWARD_TITLES[name]} {value:.2f}" for name, value in parts)
-    total = f"<b>{rewards['total']:.2f}</b> of {largest:g}"
+    total = f"<b>{rewards['total']:.2f}</b> of {most:g}"
     line = f'<div class="numbers">{total} <span class="soft">{numbers}</span></div>'
     return _bar(cells, "bar small") + line
 

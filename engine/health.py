@@ -33,10 +33,14 @@ class Verdict:
         return f"{line}. {self.advice}" if self.status == "look" else line
 
 
-def verdicts(metrics: Sequence[dict]) -> list[Verdict]:
-    """All that can be said of a run. metrics: a dict a step; a value may be missing or None."""
-    checks = (_rewards, _zero_variance, _truncated, _logprob_gap, _kl, _entropy, _waiting, _skipped)
-    return [verdict for check in checks if (verdict := check(metrics))]
+def verdicts(metrics: Sequence[dict], most: float = 3.8) -> list[Verdict]:
+    """All that can be said of a run. metrics: a dict a step; a value may be missing or None.
+
+    most: the largest reward that the run can earn.
+    """
+    checks = (_zero_variance, _truncated, _logprob_gap, _kl, _entropy, _waiting, _skipped)
+    found = [_rewards(metrics, most), *(check(metrics) for check in checks)]
+    return [verdict for verdict in found if verdict]
 
 
 def summary(found: Sequence[Verdict]) -> str:
@@ -88,7 +92,7 @@ def _limited(
     return Verdict(name, status, figure.format(scale * value), bound, advice)
 
 
-def _rewards(metrics) -> Verdict | None:
+def _rewards(metrics, most: float) -> Verdict | None:
     """Flat if the last RECENT steps are not above the RECENT before by more than the noise.
 
     The noise is the standard error of the difference of the two means.
@@ -108,8 +112,8 @@ def _rewards(metrics) -> Verdict | None:
         "good" if rise > noise else "look",
         f"{rise:+.3f} in {2 * RECENT} steps, to {means[1]:.3f}",
         f"limit: above the noise, {noise:.3f}",
-        "Flat. Expected near 3.8 and where the learning rate has come down to 0; otherwise raise "
-        "--learning-rate, or look in rollouts.jsonl for a part that is never earned.",
+        f"Flat. Expected near {most:g} and where the learning rate has come down to 0; otherwise "
+        "raise --learning-rate, or look in rollouts.jsonl for a part that is never earned.",
     )
 
 

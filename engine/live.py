@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engine import health
 from engine.card import model_card
-from engine.records import read_lines, read_run
+from engine.records import largest_rewards, read_config, read_lines, read_run
 from engine.report import write_page
 
 EVERY = 10.0  # seconds between two pages, at least
@@ -75,7 +75,8 @@ class LiveView:
 
 
 def _verdicts(folder: Path) -> str:
-    return health.as_text(health.verdicts(read_lines(folder / "metrics.jsonl")))
+    most = sum(largest_rewards(read_config(folder)).values())
+    return health.as_text(health.verdicts(read_lines(folder / "metrics.jsonl"), most))
 
 
 def open_events(folder: Path, step: int):

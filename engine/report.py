@@ -19,7 +19,7 @@ from engine import figures, health
 from engine.figures import Column
 from engine.files import naming
 from engine.health import number
-from engine.records import Run, read_run
+from engine.records import Run, largest_rewards, read_run
 from hicodet import HOI_CLASSES
 
 TEMPLATES, FILES = Path(__file__).with_suffix(""), ("html", "css", "js")
@@ -171,7 +171,8 @@ def _percent(value: object) -> str:
 def _health(columns: Sequence[Column]) -> str:
     parts = []
     for column in columns:
-        found = health.verdicts(column.run.metrics or [column.run.summary or {}])
+        run, most = column.run, sum(largest_rewards(column.run.config).values())
+        found = health.verdicts(run.metrics or [run.summary or {}], most)
         title = f"{column.name}: " if len(columns) > 1 else ""
         parts.append(f"<h3>{escape(title)}{health.summary(found)}</h3>")
         rows = "".join(_verdict(verdict) for verdict in found)

@@ -12,7 +12,7 @@ import pytest
 import hoi_r1
 from engine import live
 from engine.live import LiveView
-from tests.run_folders import write_training
+from tests.run_folders import write_lines, write_training
 from tests.runs import config_of, run
 
 
@@ -134,6 +134,13 @@ def test_card_and_verdicts_are_of_the_folder(tmp_path):
     # 20 steps with the KL rising to 0.2, below 0.5
     first, *rest = view.verdicts().splitlines()
     assert first.startswith("Is this run healthy? ") and len(rest) == 8
+
+
+def test_a_flat_reward_is_judged_by_what_the_run_can_earn(tmp_path):
+    folder = write_training(tmp_path)  # --without iou
+    rows = [{"step": step, "reward_total": 1.0} for step in range(1, 21)]
+    write_lines(folder / "metrics.jsonl", rows)
+    assert "Flat. Expected near 2.8 and" in LiveView(folder, active=True).verdicts()
 
 
 def test_training_leaves_page_card_and_command(folder, tmp_path, monkeypatch, capfd):

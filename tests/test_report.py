@@ -262,7 +262,7 @@ def test_curve_of_rl_goes_on_where_sft_ended(tmp_path):
 def test_shares_are_a_line_a_part_for_each_run_that_logged_them(tmp_path):
     run = read_run(write_training(tmp_path))
     other = dataclasses.replace(run, folder=tmp_path / "<other>")
-    (figure,) = re.findall("<figure>.*?</figure>", figures.reward_parts([column(run)]))[5:]
+    (figure,) = re.findall("<figure>.*?</figure>", figures.reward_parts([column(run)]))[4:]
     names = re.findall("<g><title>(.*?)</title>", figure)
     assert names == ["Format", "Object label", "Verb label", "IoU"]
     assert "<title>IoU, 20: 0.7</title>" in figure and "<title>Format, 1: −0.1</title>" in figure
@@ -271,6 +271,20 @@ def test_shares_are_a_line_a_part_for_each_run_that_logged_them(tmp_path):
     rows = [{name: v for name, v in row.items() if "advantage" not in name} for row in run.metrics]
     without = dataclasses.replace(run, metrics=tuple(rows))
     assert "Share in" not in figures.reward_parts([column(without)])
+
+
+def test_rewards_are_shown_of_the_most_that_the_run_can_earn(tmp_path):
+    """Without labels that is 0.8 + 1, of the format and the IoU."""
+    run = read_run(write_training(tmp_path))
+    other = dataclasses.replace(run, folder=tmp_path / "all", config=run.config | {"without": []})
+    flat = tuple(row | {"reward_total": 1.0} for row in run.metrics)
+    run = dataclasses.replace(run, config=run.config | {"without": ["label"]}, metrics=flat)
+    page = report.page([run])
+    assert re.findall("<small>at most ([^<]*)<", page) == ["1.8", "0.8", "1"]  # no labels
+    assert page.count("</b> of 1.8 <") == 2  # completions of the group
+    assert "Flat. Expected near 1.8 and" in page
+    both = figures.reward_parts([column(run), column(other)])
+    assert re.findall("<small>at most ([^<]*)<", both) == ["1.8 or 3.8", "0.8", "1", "1", "1"]
 
 
 def test_ground_truth_is_dashed_beside_what_is_written(tmp_path):
