@@ -85,12 +85,14 @@ def predict_photographs(config) -> None:
     slots = slots_that_fit(examples, ranks, config.slots, len(samples), config.max_new_tokens)
     model, indices = load_model(config.model, ranks.device), list(range(len(samples)))
     rows = predict_rows(model, examples, indices, ranks, slots=slots, **row_options(config))
-    rows = sorted(ranks.gather(list(rows)), key=lambda row: row["index"])
-    if ranks.rank:
-        return
+    mine = []
+    with closing(rows):
+        for row in rows:  # drawn at once: a crash takes no picture of an answer
+            with aside(paths[row["index"]]) as new:
+                draw(samples[row["index"]], row["line"]).save(new, format="PNG")
+            mine.append(row)
+    rows = sorted(ranks.gather(mine), key=lambda row: row["index"])
     for sample, path, row in zip(samples, paths, rows, strict=True):
-        with aside(path) as new:
-            draw(sample, row["line"]).save(new, format="PNG")
         cut = "" if row["finished"] else "The answer was cut at --max-new-tokens.\n"
         ranks.print(f"\n{as_text(sample, row['line'])}\n{cut}picture: {path}")
 

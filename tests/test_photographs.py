@@ -88,6 +88,15 @@ def test_untrained_model_answers_without_a_data_set(folder, sideways, tmp_path, 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["phone_hois.png"]
 
 
+def test_pictures_of_what_was_answered_outlive_a_crash(folder, sideways, tmp_path, monkeypatch):
+    Image.new("RGB", (60, 60)).save(tmp_path / "plain.png")
+    texts = iter(["<think> Nobody. </think>"])  # and none for the second
+    monkeypatch.setattr(engine.examples.Examples, "decode", lambda self, ids: next(texts))
+    with pytest.raises(RuntimeError):  # StopIteration in a generator
+        run(config_of(folder, sideways, tmp_path / "plain.png", out=tmp_path / "out", slots=1))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["phone_hois.png"]
+
+
 def test_dry_run_shows_the_prompt_alone(folder, sideways, tmp_path, capsys):
     run(config_of(folder, sideways, out=tmp_path / "out", dry_run=True))
     printed = capsys.readouterr().out
