@@ -174,10 +174,13 @@ class Examples(Dataset):
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, from the sizes of the images, before any is read."""
-        patches = self.processor.get_number_of_image_patches
-        most = max(patches(height=s.height, width=s.width) for s in self.samples)
         text = max(len(ids) - 1 for ids in self.questions.values())  # less the placeholder
-        return text + most // self.processor.merge_size**2
+        return text + self.most_patches() // self.processor.merge_size**2
+
+    def most_patches(self) -> int:
+        """Patches of the largest image, likewise."""
+        patches = self.processor.get_number_of_image_patches
+        return max(patches(height=s.height, width=s.width) for s in self.samples)
 
     def token_ids(self, text: str) -> Tensor:
         """(C,) ids of a text."""

@@ -70,20 +70,43 @@ def activation_bytes(text, dtype: torch.dtype) -> int:
     return 3 * (text.hidden_size + text.intermediate_size) * dtype.itemsize
 
 
+def vision_bytes(vision, dtype: torch.dtype) -> int:
+    """Bytes of an image's patch at the peak of the vision tower, where it turns keys by position.
+
+    There are the residual, the attention's input, queries, keys and values; in fp32 queries, keys,
+    turned queries and three of their size for turned keys; angles; the pixels, also in fp32. In
+    bf16 with Qwen2.5-VL's widths they are 40 bytes a number of the hidden size, 51,216.
+    """
+    pixels = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+    angles = 2 * 4 * vision.hidden_size // vision.num_heads
+    widths = 5 * dtype.itemsize + 6 * 4
+    return widths * vision.hidden_size + angles + (dtype.itemsize + 4) * pixels
+
+
 def unpacking_bytes(text) -> int:
     """Bytes in which the largest layer of a packed model is unpacked: twice in 4 bytes a weight."""
     return 2 * 4 * text.hidden_size * text.intermediate_size
 
 
 def reckon(
-    config, dtype: torch.dtype, *, prompt_room: int, max_new_tokens: int, prefill_prompts: int
+    config,
+    dtype: torch.dtype,
+    *,
+    prompt_room: int,
+    patches: int,
+    max_new_tokens: int,
+    prefill_prompts: int,
 ) -> Need:
-    """What greedy prediction with this model needs. prompt_room: tokens of the longest prompt."""
+    """What greedy prediction with this model needs.
+
+    prompt_room: tokens of the longest prompt, of which the image has so many patches.
+    """
     text, weights = config.text_config, weight_bytes(config, dtype)
+    seen = patches * vision_bytes(config.vision_config, dtype)  # all of a prefill at once
     return Need(
         weights=weights,
         slot=(whole_blocks(prompt_room) + whole_blocks(max_new_tokens)) * cache_bytes(text, dtype),
-        prompt=prompt_room * activation_bytes(text, dtype),
+        prompt=max(prompt_room * activation_bytes(text, dtype), seen),
         prefill_prompts=prefill_prompts,
         unpacking=unpacking_bytes(text) if is_packed(config) else 0,
     )
@@ -124,6 +147,7 @@ def slots_that_fit(
         return asked or MOST_SLOTS
     options = {
         "prompt_room": examples.longest_prompt(),
+        "patches": examples.most_patches(),
         "max_new_tokens": max_new_tokens,
         "prefill_prompts": PREFILL_PROMPTS,
     }

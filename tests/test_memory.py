@@ -8,18 +8,21 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Qwen2_5_VLConfig
+from torch.utils._pytree import tree_leaves
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import engine.memory
 import hicodet
 import predict
 from demo import toy
+from engine.attention import use_group_attention
 from engine.memory import (
     Need,
     cache_bytes,
     choose_slots,
     reckon,
     unpacking_bytes,
+    vision_bytes,
     weight_bytes,
 )
 from engine.quantized import PackedLinear
@@ -30,6 +33,7 @@ from tests.runs import config_of, examples_of, refusal, run
 QUANTIZATION = {
     "bits": 4, "group_size": 128, "quant_method": "awq", "version": "gemm", "zero_point": True}
 SIZES = {  # of the Hub's folders: width, layers, heads, width of the MLP
+    "3B": (2048, 36, 16, 11008),
     "32B": (5120, 64, 40, 27648),
     "72B": (8192, 80, 64, 29568),
     "72B, padded": (8192, 80, 64, 29696),  # as Qwen pads the MLP of its AWQ folders of 72B
@@ -51,6 +55,11 @@ def model_config(name: str, packed: bool = True) -> Qwen2_5_VLConfig:
     return config
 
 
+def need_of(config, **changes):
+    options = {"prompt_room": 100, "patches": 0, "max_new_tokens": 1, "prefill_prompts": 16}
+    return reckon(config, torch.bfloat16, **options | changes)
+
+
 @pytest.mark.parametrize("name, gigabytes", PACKED_GIGABYTES)
 def test_weights_of_the_packed_models(name, gigabytes):
     found = weight_bytes(model_config(name), torch.bfloat16)
@@ -69,19 +78,23 @@ def test_weights_of_a_plain_model_are_counted_once_where_they_are_tied():
 def test_keys_and_values(name, a_token, gigabytes):
     config = model_config(name)
     assert cache_bytes(config.text_config, torch.bfloat16) == a_token
-    need = reckon(
-        config, torch.bfloat16, prompt_room=2500, max_new_tokens=2048, prefill_prompts=16)
+    need = need_of(config, prompt_room=2500, max_new_tokens=2048)
     assert need.slot == (20 * 128 + 16 * 128) * a_token  # whole blocks of keys
     assert need.slot / 1e9 == pytest.approx(gigabytes, abs=0.005)
 
 
 def test_a_prefill_of_a_packed_model():
     config = model_config("72B")
-    need = reckon(config, torch.bfloat16, prompt_room=100, max_new_tokens=1, prefill_prompts=16)
+    need = need_of(config)
     assert need.prompt == 100 * 3 * (8192 + 29568) * 2  # bytes of bf16
     assert need.unpacking == 2 * 4 * 8192 * 29568
     assert need.prefill(4) == 4 * need.prompt + need.unpacking
     assert need.prefill(64) == 16 * need.prompt + need.unpacking
+
+
+def storages(values):
+    tensors = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+    return {t.untyped_storage()._cdata: t.untyped_storage() for t in tensors}
 
 
 class AliveBytes(TorchDispatchMode):
@@ -92,9 +105,11 @@ class AliveBytes(TorchDispatchMode):
         self.made, self.most = {}, 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        given = storages(arguments).keys() - self.made.keys()  # what is a view of these is not made
         result = function(*arguments, **(options or {}))
-        storage = result.untyped_storage()
-        self.made[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        for at, storage in storages(result).items():
+            if at not in given:
+                self.made[at] = StorageWeakRef(storage), storage.nbytes()
         self.made = {at: pair for at, pair in self.made.items() if not pair[0].expired()}
         self.most = max(self.most, sum(size for _, size in self.made.values()))
         return result
@@ -110,9 +125,33 @@ def test_unpacking_a_layer_takes_what_is_reckoned():
     assert unpacking_bytes(config) <= alive.most < unpacking_bytes(config) * 1.1
 
 
+def test_the_vision_tower_takes_what_is_reckoned():
+    """One layer of two heads of 80, as Qwen2.5-VL's 16 are."""
+    config = toy.tiny_model().config
+    vision = config.vision_config
+    vision.hidden_size, vision.num_heads, vision.intermediate_size = 160, 2, 432
+    vision.depth, vision.fullatt_block_indexes = 1, [0]
+    model = use_group_attention(Qwen2_5_VLForConditionalGeneration(config).to(torch.bfloat16))
+    with torch.no_grad(), AliveBytes() as alive:
+        pixels = torch.zeros(256, 3 * 2 * 14 * 14)
+        model.get_image_features(pixels, torch.tensor([[1, 16, 16]]))
+    assert alive.most == pytest.approx(256 * vision_bytes(vision, torch.bfloat16), rel=0.01)
+
+
+# 1,970 tokens of text. 3 * (2048 + 11008) * 2 = 78,336 bytes a token; 5 * 2 + 6 * 4 = 34 a number
+# of the vision tower's 1,280, 640 of angles and 6 * 1176 of pixels are 51,216 a patch
+@pytest.mark.parametrize("image_tokens, expected", [
+    (524, 2494 * 78336),  # the widest of HICO-DET's
+    (15000, 4 * 15000 * 51216)])  # a phone's, of 12 megapixels
+def test_a_prefill_takes_the_larger_of_text_and_vision(image_tokens, expected):
+    config = model_config("3B", packed=False)
+    need = need_of(config, prompt_room=1970 + image_tokens, patches=4 * image_tokens)
+    assert need.prompt == expected
+
+
 def test_a_plain_model_is_not_unpacked():
     config = model_config("32B", packed=False)
-    need = reckon(config, torch.bfloat16, prompt_room=100, max_new_tokens=1, prefill_prompts=16)
+    need = need_of(config)
     assert need.unpacking == 0
     assert need.weights / 1e9 == pytest.approx(66.9, abs=0.1)  # 33.45 billion in bf16
 
@@ -174,11 +213,12 @@ def room_for(folder, monkeypatch):
     """Let `predict` find memory for so many slots, and no more, of a config."""
 
     def find(slots, config):
-        samples = hicodet.load_split(config.data, config.split)
+        examples = examples_of(config, hicodet.load_split(config.data, config.split))
         need = reckon(
             toy.tiny_model(3).config,
             torch.float32,
-            prompt_room=examples_of(config, samples).longest_prompt(),
+            prompt_room=examples.longest_prompt(),
+            patches=examples.most_patches(),
             max_new_tokens=config.max_new_tokens,
             prefill_prompts=PREFILL_PROMPTS,
         )
