@@ -15,9 +15,9 @@ from PIL import Image, ImageOps
 
 from hicodet import InputError, Sample
 
-# what Pillow raises for broken, hostile and huge files
+# what Pillow raises for broken, hostile and huge files; TypeError for EXIF data
 UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, RuntimeError, AttributeError, struct.error),
+    *(OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, struct.error),
     Image.DecompressionBombError,
 )
 

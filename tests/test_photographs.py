@@ -114,7 +114,13 @@ def test_picture_never_takes_the_place_of_a_photograph(tmp_path):
 def test_what_is_no_photograph_is_one_line(tmp_path):
     (tmp_path / "notes.jpg").write_text("mine")
     Image.new("RGB", (402, 2)).save(tmp_path / "long.png")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x011A] = 6, 72.0  # turned; dots an inch, a fraction that becomes a text
+    Image.new("RGB", (9, 9)).save(tmp_path / "damaged.jpg", exif=exif)
+    stored = (tmp_path / "damaged.jpg").read_bytes()
+    (tmp_path / "damaged.jpg").write_bytes(stored.replace(b"\x01\x1a\0\x05", b"\x01\x1a\0\x02"))
     for name, words in (("notes.jpg", "not a readable image"), ("absent.jpg", "No such file"),
+                        ("damaged.jpg", "not a readable image .bad operand"),
                         ("long.png", "more than 200 times")):
         with pytest.raises(InputError, match=words) as refused:
             photographs.photographs([str(tmp_path / name)])
