@@ -95,11 +95,19 @@ def page(runs: Sequence[Run]) -> str:
         Column(name, f"var(--c{i % TONES})", run)
         for i, (name, run) in enumerate(zip(unique_names(runs), runs))
     ]
-    makers = (
-        (_health, _table1, figures.progress, figures.reward_parts, figures.training)
-        + (figures.phases, figures.groups, figures.examples, _classes, _options)
-    )
-    parts = [(*about, make(columns)) for about, make in zip(SECTIONS, makers, strict=True)]
+    makers = {
+        "health": _health,
+        "table1": _table1,
+        "progress": figures.progress,
+        "rewards": figures.reward_parts,
+        "training": figures.training,
+        "seconds": figures.phases,
+        "group": figures.groups,
+        "examples": figures.examples,
+        "classes": _classes,
+        "options": _options,
+    }
+    parts = [(ident, *words, makers[ident](columns)) for ident, *words in SECTIONS]
     parts = [part for part in parts if part[-1]]
     html, style, script = ((TEMPLATES / f"page.{kind}").read_text() for kind in FILES)
     return string.Template(html).substitute(
