@@ -321,17 +321,17 @@ def _share(columns: Sequence[Column]) -> int:
 
 
 def _examples(column: Column, count: int) -> str:
-    run = column.run
-    halves = {"best": run.examples[: count - count // 2]}
-    if count // 2:
-        halves["worst"] = run.examples[len(run.examples) - count // 2 :]
+    run, half = column.run, count // 2
     if run.examples_by == "file":
         halves = {"first in the file; their rewards are not known": run.examples[:count]}
-    by = "" if run.examples_by == "file" else f" by {run.examples_by}"
+    else:
+        halves = {f"best by {run.examples_by}": run.examples[: count - half]}
+        if half:
+            halves[f"worst by {run.examples_by}"] = run.examples[len(run.examples) - half :]
     parts = []
     for which, found in halves.items():
         cards = "".join(_example(example) for example in found)
-        title = escape(f"{column.name}: the {len(found)} {which}{by}")
+        title = escape(f"{column.name}: the {len(found)} {which}")
         parts.append(f'<h3>{title}</h3><div class="examples">{cards}</div>')
     return "".join(parts)
 

@@ -85,8 +85,8 @@ def draw_pairs(
     ]
     for boxes, tone in zip(pairs, tones, strict=True):
         _draw_pair(draw, *boxes, tone, thick=max(3, width // 200))
-    texts = [f"{', '.join(h.verbs)} {h.object_class}" for h in hois]
-    texts = [text + note for text, note in zip(texts, notes or [""] * len(texts), strict=True)]
+    noted = zip(hois, notes or [""] * len(hois), strict=True)
+    texts = [f"{', '.join(hoi.verbs)} {hoi.object_class}{note}" for hoi, note in noted]
     # labels last, so that no line crosses one
     smaller = (min(boxes, key=_area) for boxes in pairs)  # several pairs may share the larger one
     left_out = _draw_labels(draw, size, font, zip(texts, smaller, tones))
