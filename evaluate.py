@@ -160,7 +160,9 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def overlaps(detections: PairArrays, truth: PairArrays, *, same_class: bool) -> Overlaps:
     """Each detection beside each true pair of its image, and of its class if `same_class`."""
     num_images = max(detections.image.max(initial=-1), truth.image.max(initial=-1)) + 1
-    group, true_group = (p.hoi_id * same_class * num_images + p.image for p in (detections, truth))
+    group, true_group = (
+        p.hoi_id * num_images + p.image if same_class else p.image for p in (detections, truth)
+    )
     by_group = np.argsort(true_group, kind="stable")
     start = np.searchsorted(true_group[by_group], group, side="left")
     count = np.searchsorted(true_group[by_group], group, side="right") - start

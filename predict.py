@@ -130,7 +130,7 @@ def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
             raise hicodet.InputError(f"{where}: not written by a prediction; remove the line")
         rows.append(row)
     # behind the last: a crash may have come before each rank had begun its part
-    number = max((int(part.stem.split("-")[1]) + 1 for part in parts), default=0)
+    number = max((int(part.stem[5:]) + 1 for part in parts), default=0)
     return {row["index"]: row for row in rows if "unread" not in row}, number
 
 
