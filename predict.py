@@ -87,7 +87,7 @@ def predict_photographs(config) -> None:
     rows = predict_rows(model, examples, indices, ranks, slots=slots, **row_options(config))
     mine = []
     with closing(rows):
-        for row in rows:  # drawn at once: a crash takes no picture of an answer
+        for row in rows:  # drawn as it comes: a crash leaves the pictures before it
             with aside(paths[row["index"]]) as new:
                 draw(samples[row["index"]], row["line"]).save(new, format="PNG")
             mine.append(row)
