@@ -43,7 +43,7 @@ class RunConfig(Config):
     seed: int = option(0, "of data order and sampling", least=0)
     # of a switch that is on, the text is of its --no-...
     thinking: bool = option(True, "prompt without the Thinking Process (Table 2)")
-    task_description: bool = option(True, "prompt without the valid classes (Table 2)")
+    task_description: bool = option(True, "prompt without the role and the valid classes (Table 2)")
     box_frame: typing.Literal["model", "original"] | None = option(
         None,
         "pixels that boxes in text count: of the resized image that the model sees, or of the "
@@ -194,7 +194,9 @@ class PredictConfig(RunConfig):
     data: str = option("", "folder of hico_20160224_det: anno_bbox.mat, images/")
     image: tuple[str, ...] = option((), "photographs to predict, instead of --data", metavar="FILE")
     split: typing.Literal["train", "test"] = option("test", "images to predict")
-    limit: int = option(0, "only the first so many images, in evaluate.py too; 0: all", least=0)
+    limit: int = option(
+        0, "only the first so many images (evaluate.py needs the same --limit); 0: all", least=0
+    )
     max_new_tokens: int = option(2048, "longest completion, in tokens", least=1)
     slots: int = option(0, "images decoded at once on a rank; 0: as many as fit, up to 64", least=0)
     scores: typing.Literal["rank", "ones", "likelihood"] = option(
@@ -221,8 +223,8 @@ class DemoConfig(Config):
 
     Draws people and objects in HICO-DET's format and takes a Qwen2.5-VL of a million weights
     through a base training, SFT, GRPO, prediction and mAP, by the commands of a real run. It ends
-    with a table and pictures, after some 15 minutes on two CPU cores. The second line shows only
-    that everything runs: a hundredth of the steps teaches nothing.
+    with a table, pictures and a page, after some 12 minutes on two CPU cores. The second line shows
+    only that everything runs: a hundredth of the steps teaches nothing.
 
         python hoi_r1.py demo
         python hoi_r1.py demo --steps-scale 0.01 --test-images 20 --out runs/small
@@ -238,7 +240,7 @@ class DemoConfig(Config):
     train_images: int = option(10000, "drawn training images", least=1)
     test_images: int = option(1000, "drawn held-out images", least=1)
     base_steps: int = option(1000, "steps that make the base model", least=1)
-    sft_steps: int = option(1500, "steps of SFT", least=1)
+    sft_steps: int = option(1200, "steps of SFT", least=1)
     grpo_steps: int = option(40, "steps of GRPO", least=1)
     base: str = option("", "folder of a base model made before, such as runs/demo/base/model")
     complete: bool = option(False, "annotate every pair of the training images")

@@ -46,7 +46,7 @@ def run_demo(
     """
     out, started = Path(out).resolve(), time.perf_counter()
     if out.exists():
-        raise InputError(f"{out} exists: remove it, or choose another --out")
+        raise InputError(f"{out} exists: choose another --out, or remove it")
     if base and not (Path(base) / "config.json").is_file():
         raise InputError(f"--base {base}: no folder of a model, as the model/ of demo.base is")
     asked = train_images, base_steps, sft_steps, grpo_steps
@@ -64,6 +64,7 @@ def run_demo(
         models.append(model)
         predict(out, name, model, number)
     sample(out, out / "sampled.json", models, seed, number)
+    report(out)
     print(table(out, ("base", "sft", "grpo")))
     draw(out, count=6)
     print(f"\npictures: {out / 'pictures'}\n{(time.perf_counter() - started) / 60:.1f} minutes")
@@ -119,6 +120,13 @@ def sample(out: Path, file: Path, models: list[Path], seed: int, processes: int)
     folders = " ".join(f"{{{name}}}" for name in paths)
     flags = f"--data {{out}}/data --max-new-tokens 96 --seed {seed} --out {{file}}"
     command(f"-m demo.sampled {folders} {flags}", processes, out=out, file=file, **paths)
+
+
+def report(out: Path) -> None:
+    """One page of the trainings and predictions, with their curves and Table 1."""
+    names = ("sft", "grpo", "test_base", "test_sft", "test_grpo")
+    runs = " ".join(f"{{out}}/{name}" for name in names)
+    command(f"hoi_r1.py report {runs} --out {{out}}/report.html", out=out)
 
 
 def process_count() -> int:

@@ -35,7 +35,7 @@ FIGURES = Path(__file__).parent / "study"
 PAGE = Path(__file__).parent / "STUDY.md"
 PICTURE = Path(__file__).parents[1] / "assets" / "left_out.svg"
 SIZES = DemoConfig()
-EXPORT_EVERY = 200  # steps of SFT between models that GRPO may start from
+SFT_STEPS = 1500  # of most cells; the demo, which has its minutes to keep, takes fewer
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Cell:
 
     seed: int
     left_out: float = demo.run.LEFT_OUT  # as in demo.toy
-    sft: int = SIZES.sft_steps  # steps of SFT, of a run of as many as the demo's; 0: the base
+    sft: int = SFT_STEPS  # steps of SFT; 0: the base
     grpo: str | None = None  # options of GRPO beside the demo's; None: no GRPO
     scores: str = "rank"  # of predict
 
@@ -63,9 +63,10 @@ class Cell:
 
 # What each section compares; a cell may stand in several. The first is the demo itself.
 SECTIONS = {
-    "demo": (range(5), [{"sft": 0}, {}, {"grpo": ""}]),
-    "1": (range(3), [{"sft": 400}, {"sft": 1000}, {"sft": 400, "grpo": ""},
-                     {"sft": 1000, "grpo": ""}]),
+    "demo": (range(5), [{"sft": 0}, {"sft": SIZES.sft_steps},
+                        {"sft": SIZES.sft_steps, "grpo": ""}]),
+    "1": (range(3), [{"sft": steps, **more} for steps in (400, 1000, SFT_STEPS)
+                     for more in ({}, {"grpo": ""})]),
     "2": (range(3), [{"grpo": "--without label"}, {"grpo": "--without iou"}]),
     "3": (range(2), [{"left_out": rate, **more} for rate in RATES
                      for more in ({}, {"grpo": ""})]
@@ -112,10 +113,8 @@ class Study:
             return self.trained(run, "grpo", cell.start, flags)
         base = Cell(cell.seed, sft=0)
         if cell.sft:
-            flags = f"--max-steps {sizes.sft_steps} --seed {cell.seed}"
-            flags += f" --export-every {EXPORT_EVERY}"
-            last = self.trained(data / "sft", "sft", base, flags)
-            return last if cell.sft == sizes.sft_steps else last.parent / f"model-{cell.sft:06d}"
+            flags = f"--max-steps {cell.sft} --seed {cell.seed}"
+            return self.trained(data / f"sft{cell.sft}", "sft", base, flags)
         data = self.data(base)
         if not (data / "base" / "model").is_dir():
             for folder in ("grounding", "base"):

@@ -145,7 +145,7 @@ def test_drawings_that_do_not_fit_are_one_line(tmp_path):
 
 
 def test_demo_small(tmp_path, capsys):
-    """Every command, the table and the pictures."""
+    """Every command, the page, the table and the pictures."""
     out = tmp_path / "demo"
     run_demo(out, "--base-steps", "2")
     printed = capsys.readouterr().out
@@ -154,6 +154,8 @@ def test_demo_small(tmp_path, capsys):
     assert all(len(row.split()) == 12 for row in rows)
     assert len(list((out / "pictures").glob("HICO_*.png"))) == 6
     assert (out / "pictures" / "best_and_worst.png").is_file()
+    page = (out / "report.html").read_text()
+    assert all(re.search(rf"test_{name}: over the \d+ classes", page) for name in ("base", "grpo"))
     for name in ("base", "sft", "grpo"):
         assert json.loads((out / f"test_{name}" / "map.json").read_text())["num_images"] == 7
     assert len(metrics(out / "base")) == 2
@@ -171,7 +173,7 @@ def test_options_of_the_demo_reach_its_commands(folder, tmp_path, monkeypatch):
     assert lines[0][0] == "-m demo.toy {out} --train 5000 --test 1000 --left-out 0.0 --seed 4"
     assert not any("demo.base" in line for line, _ in lines)
     stages = [(line, paths) for line, paths in lines if "--max-steps" in line]
-    assert "hoi_r1.py sft" in stages[0][0] and "--max-steps 750 --seed 4" in stages[0][0]
+    assert "hoi_r1.py sft" in stages[0][0] and "--max-steps 600 --seed 4" in stages[0][0]
     assert "hoi_r1.py grpo" in stages[1][0] and "--max-steps 20 --seed 4" in stages[1][0]
     assert stages[0][1]["model"] == folder / "model"
     assert stages[1][1]["model"] == tmp_path / "demo" / "sft" / "model"

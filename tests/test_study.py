@@ -95,7 +95,7 @@ def test_a_cell_that_is_there_is_not_run_again(tmp_path, commands):
 def test_what_was_cut_short_is_done_again(tmp_path, commands):
     study = Study(tmp_path / "runs", tmp_path / "figures")
     data = study.data(Cell(0))
-    for name in ("sft", "base"):
+    for name in ("sft1500", "base"):
         (data / name).mkdir()  # without a model
     (tmp_path / "runs" / "seed3_left-out0.55.tmp").mkdir()  # drawings that were cut short
     study.run(Cell(0))
@@ -136,8 +136,9 @@ def test_a_claim_without_cells_is_open():
 def test_a_row_is_mean_and_spread_over_seeds():
     lines = tables.table([tables.SFT, tables.GRPO], [cell(0, 0.3), cell(1, 0.4)])
     assert len(lines) == 3  # no cell of GRPO
-    assert "| SFT | 2 | 35.0 ± 7.1 | - | 35.0 ± 7.1 | 2.00 ± 0.00 |" in lines[2]
-    assert lines[2].endswith("| 16.77 |")
+    assert "| SFT, 1,500 steps | 2 | 35.0 ± 7.1 | - | 35.0 ± 7.1 | 2.00 ± 0.00 |" in lines[2]
+    paper = tables.table([tables.DEMO_SFT], [cell(0, 0.3) | {"sft": 1200}])
+    assert paper[0].endswith("| the paper's Full |") and paper[2].endswith("| 16.77 |")
 
 
 def test_the_picture_shows_the_rates_that_were_run():
