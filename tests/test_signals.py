@@ -1,7 +1,9 @@
 """A run that is ended from outside: what it leaves, and how it goes on."""
 
 import fcntl
+import inspect
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -12,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.launcher.api
 
 import evaluate
 import hoi_r1
 import teacher
 from demo.run import command
+from engine.run import Run
 from engine.signals import resume_command
-from tests.runs import metrics, weights
+from tests.runs import config_of, metrics, run, weights
 from tests.test_ranks_agree import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,6 +117,25 @@ def test_a_signal_saves_and_says_how_to_go_on(number, code, folder, whole, tmp_p
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{done:06d}"]
     subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=True)
     assert all(torch.equal(whole[name], found) for name, found in weights(tmp_path).items())
+
+
+def test_a_signal_while_a_checkpoint_is_written_stops_behind_it(folder, tmp_path, monkeypatch):
+    """A step more would wait for images of workers that have got the signal too."""
+    save = Run.save
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(*arguments)
+
+    monkeypatch.setattr(Run, "save", interrupted)
+    run(config_of("sft", folder, tmp_path, max_steps=3, save_every=2))  # ends with exit 0
+    assert len(metrics(tmp_path)) == 2 and (tmp_path / "checkpoint-000002").is_dir()
+
+
+def test_torchrun_has_the_variable_of_the_readme():
+    """Which gives its ranks longer than 30 seconds to save after a signal."""
+    name = re.search(r"export (TORCH_ELASTIC_\w+)=", (ROOT / "README.md").read_text()).group(1)
+    assert f'"{name}"' in inspect.getsource(torch.distributed.launcher.api)
 
 
 @pytest.mark.slow
