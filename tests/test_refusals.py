@@ -92,7 +92,7 @@ def test_a_resumed_run_has_the_same_data_and_traces(folder, tmp_path):
 FREE = {
     *("resume", "out", "data", "traces", "workers", "dry_run", "slots", "timeout"),
     *("save_every", "keep", "export_every"),
-    *("learning_rate", "max_steps", "skip_bad_images"),
+    *("learning_rate", "max_steps", "epochs", "skip_bad_images"),
     *("tokens_per_microbatch", "gradient_checkpointing", "offload"),
     *("eval_every", "eval_images", "eval_max_new_tokens"),
     *("stage", "command"),  # how it was started, to be looked at
