@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image, ImageOps
 
 from hicodet import InputError, Sample
 
+LOCK_SECONDS = 3.0  # that image workers of a trainer that was just killed may need to end
 # what Pillow raises for broken, hostile and huge files; TypeError for EXIF data
 UNREADABLE = (
     *(OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, struct.error),
@@ -23,13 +25,18 @@ UNREADABLE = (
 
 
 def lock(file: IO) -> None:
-    """Keep other processes from a file until it is closed. Raises InputError if one has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"{file.name} is being written by another process: let it finish, or give another --out"
-        ) from None
+    """Keep other processes from a file until it is closed. Raises InputError if one keeps it."""
+    last = time.monotonic() + LOCK_SECONDS
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= last:
+                raise InputError(
+                    f"{file.name} is being written by another process: let it finish, or give "
+                    "another --out"
+                ) from None
+        time.sleep(0.05)
 
 
 @contextmanager

@@ -49,6 +49,16 @@ def sharded_in_parts():
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def locked_means_locked():
+    """Tests do not wait for a lock that nobody will free; nor in processes that they fork."""
+    import engine.files
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.files, "LOCK_SECONDS", 0.0)
+        yield
+
+
 @pytest.fixture
 def ranks():
     """A process group of this process alone."""

@@ -179,13 +179,12 @@ def test_a_finished_run_is_not_run_again(stage, result, folder, tmp_path, capsys
     assert (tmp_path / result).exists()
 
 
-@pytest.mark.parametrize("length", ["max_steps", "epochs"])
-def test_a_finished_run_that_is_made_longer_is_not_finished(folder, tmp_path, monkeypatch, length):
+def test_a_finished_run_that_is_made_longer_is_not_finished(folder, tmp_path, monkeypatch):
     """Not even if it ends before the longer one's model takes the place of the first."""
-    options = {"max_steps": 0, length: 1, "batch_size": 20, "save_every": 1}
+    options = {"max_steps": 0, "epochs": 1, "batch_size": 20, "save_every": 1}
     config = config_of("sft", folder, tmp_path, **options)
     run(config)
-    longer = replace(config, resume=True, **{length: 2})
+    longer = replace(config, resume=True, epochs=2)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "export", interrupt)
         run(longer)

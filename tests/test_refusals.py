@@ -1,17 +1,20 @@
 """hoi_r1.py: what a user gets wrong is one line that names it, and nothing of theirs is lost."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+import engine.files
 import engine.run
 import hicodet
 import hoi_r1
@@ -55,6 +58,15 @@ def test_a_folder_is_written_by_one_process(folder, tmp_path):
         holder.kill()
         holder.wait()
     run(replace(config, resume=True))
+
+
+def test_a_lock_that_is_freed_in_a_moment_is_waited_for(tmp_path, monkeypatch):
+    """Image workers of a trainer that was just killed hold it until they have ended."""
+    monkeypatch.setattr(engine.files, "LOCK_SECONDS", 60.0)
+    with open(tmp_path / "lock", "w") as worker, open(tmp_path / "lock") as mine:
+        fcntl.flock(worker, fcntl.LOCK_EX)
+        threading.Timer(0.2, worker.close).start()
+        engine.files.lock(mine)
 
 
 def test_a_run_that_failed_before_its_first_result_can_be_begun_again(folder, tmp_path):
