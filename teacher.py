@@ -60,6 +60,7 @@ from engine.chat import (
     OPENAI_URL,
     Budget,
     Filtered,
+    Refused,
     Stop,
     Teacher,
     Transient,
@@ -105,7 +106,9 @@ REFUSALS = (
     r"\b(?:image|picture|photo) (?:could not|cannot|can't) be (?:loaded|displayed|opened)",
 )
 REFUSAL = re.compile("|".join(REFUSALS))
-UNIDENTIFIED = re.compile(rf"{CANNOT} identify (?:\w+ )?(?:people|person|individual)")
+UNIDENTIFIED = re.compile(  # with the rest of its clause, which says who, not what is done
+    rf"{CANNOT} identify (?:\w+ )?(?:people|person|individual)(?:(?!\bbut\b)[^,.;!?])*"
+)
 
 
 # ---- is it a trace?
@@ -186,7 +189,8 @@ def ask(
         return Outcome(think, reason, attempt, dict(usage))
     except Stop as error:
         stop.set()  # here, before this thread takes the next image
-        return Outcome(reason=str(error) and f"{sample.file_name}: {error}", stopped=True)
+        named = f"{sample.file_name}: " if isinstance(error, Refused) else ""
+        return Outcome(reason=f"{named}{error}", stopped=True)
     except Transient as error:
         return Outcome(reason=str(error), given_up=True)
     except (InputError, Filtered) as error:  # the image is broken, or not let through

@@ -40,8 +40,12 @@ MAX_TOKENS = 10_000_000  # of a request: what a server reports beyond is no coun
 
 
 class Stop(Exception):
-    """Ends the run: a wrong key, a refused request, the budget. Empty message: another thread
-    already stopped the run."""
+    """Ends the run: what the server refuses, the budget. Empty message: another thread already
+    stopped the run."""
+
+
+class Refused(Stop):
+    """A wrong key, or a request that the server does not take."""
 
 
 class Filtered(Exception):
@@ -218,7 +222,7 @@ def without_key(text: str, teacher: Teacher) -> str:
 
 def refusal(response: http.client.HTTPResponse, url: str, said: str) -> Exception:
     """What a status other than 200 means: Transient for 408, 429 and 5xx, Filtered for 400 and 403
-    of a content filter, else Stop."""
+    of a content filter, else Refused."""
     reason = f"{url}: {response.status}: {printable(said[:500])}"
     # OpenAI also says 429 to an account without money; waiting does not help that.
     if response.status in (408, 429) or response.status >= 500:
@@ -229,7 +233,7 @@ def refusal(response: http.client.HTTPResponse, url: str, said: str) -> Exceptio
     if response.status == 400 and "max_completion_tokens" in said:
         reason += "; a model that takes no max_tokens (OpenAI's o-series, gpt-5) cannot be the " \
                   "teacher yet; --teacher gpt-4o-mini can"
-    return Stop(reason)
+    return Refused(reason)
 
 
 def seconds(retry_after: str | None) -> float:

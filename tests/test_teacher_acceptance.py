@@ -50,6 +50,7 @@ A skydiver hangs in the air and a wakeboarder looks up.
 Three monks stand under umbrellas.
 There is one person. I cannot identify the person, but they are riding a horse.
 I can't identify individual people, but a man is riding a bicycle.
+I can't identify the people but two of them are riding a horse.
 One person holds an umbrella. I am not able to identify the person.
 The dog is not comfortable, as a boy is hugging it.
 A m\u00e4dchen, that is a young girl, is flying a kite.
@@ -71,6 +72,9 @@ I can't identify people in images.
 I can't identify people in this image, but I can describe what the person is wearing.
 I'm sorry, I can't identify the person who is riding the horse.
 I can't identify people. Shall I say who is riding the horse?
+I can't identify the person who is riding the horse.
+I am not able to identify the person holding the umbrella in this image.
+I cannot identify people sitting on the bench.
 I don't have access to the image, so the man may hold anything.
 I do not have the ability to see bicycles.
 I do not see any image of a person here.
