@@ -234,15 +234,17 @@ def _write_settings(folder: Path, settings: dict, resume: bool) -> bool:
             if stored.get(name) != mine[name]:
                 raise InputError(
                     f"the run has {name} = {stored.get(name)!r}, not {mine[name]!r}; --resume may "
-                    f"change only {', '.join(sorted(FREE_ON_RESUME))}"
+                    f"change only {', '.join(sorted(FREE_ON_RESUME - {'steps'}))}"
                 )
         # an older result stays until a longer run replaces it: "finished" went as that began
         finished = stored.get("finished") and stored.get("steps") == mine.get("steps")
         if finished and any((folder / name).exists() for name in RESULTS):
             return True
         done = max(map(steps_of, checkpoints(folder)), default=0)
-        if (steps := mine.get("steps", done)) < done:
-            raise InputError(f"the run has done {done} steps, and only {steps} are asked for")
+        # a finished run's last checkpoint may be older than its model
+        had = max(done, stored.get("steps", 0) if stored.get("finished") else 0)
+        if (steps := mine.get("steps", had)) < had:
+            raise InputError(f"the run has done {had} steps, and only {steps} are asked for")
         if changes := _changes(stored, mine, done):
             mine["changes"] = changes
     write_json(path, mine)

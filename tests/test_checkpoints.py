@@ -193,9 +193,10 @@ def test_a_finished_run_that_is_made_longer_is_not_finished(folder, tmp_path, mo
     assert any(not torch.equal(first[name], w) for name, w in weights(tmp_path).items())
 
 
-def test_a_run_that_is_made_shorter_than_it_is_is_refused(folder, tmp_path):
-    """It would say of the longer run's model that it has had fewer steps."""
-    config = config_of("sft", folder, tmp_path, max_steps=3, save_every=1)
+@pytest.mark.parametrize("save_every", [1, 2, 0])
+def test_a_run_that_is_made_shorter_than_it_is_is_refused(folder, tmp_path, save_every):
+    """It would say of the longer run's model that it has had fewer steps, or lose it."""
+    config = config_of("sft", folder, tmp_path, max_steps=3, save_every=save_every)
     run(config)
     before = (tmp_path / "config.json").read_text()
     said = refusal(replace(config, max_steps=2, resume=True))
