@@ -63,9 +63,9 @@ class Cell:
 
 # What each section compares; a cell may stand in several. The first is the demo itself.
 SECTIONS = {
-    "demo": (range(5), [{"sft": 0}, {"sft": SIZES.sft_steps},
-                        {"sft": SIZES.sft_steps, "grpo": ""}]),
-    "1": (range(3), [{"sft": steps, **more} for steps in (400, 1000, SFT_STEPS)
+    "demo": (range(5), [{"sft": 0}] + [{"sft": steps, **more}
+                     for steps in (SIZES.sft_steps, SFT_STEPS) for more in ({}, {"grpo": ""})]),
+    "1": (range(3), [{"sft": steps, **more} for steps in (400, 1000)
                      for more in ({}, {"grpo": ""})]),
     "2": (range(3), [{"grpo": "--without label"}, {"grpo": "--without iou"}]),
     "3": (range(2), [{"left_out": rate, **more} for rate in RATES

@@ -70,7 +70,7 @@ RATE_MORE = Model(f"or GRPO, `{MORE_ANSWERS}`", grpo=MORE_ANSWERS, left_out=RATE
 OPEN_FLAGS = ("--kl-coef 0", "--kl-coef 0.001", "--group-size 8", "--group-size 16",
               "--duplicate-rule pair", "--duplicates-earn nothing", "--ratio sequence")
 OPEN = [
-    Model("as in the demo", grpo=""),
+    Model("the demo's options of GRPO", grpo=""),
     *[Model(f"`{flags}`", grpo=flags) for flags in OPEN_FLAGS],
     *[Model(f"`--scores {rule}`", grpo="", scores=rule) for rule in ("ones", "likelihood")],
 ]
