@@ -55,6 +55,7 @@ from typing import Literal
 from tqdm import tqdm
 
 import hicodet
+from engine.acceptance import accept_trace
 from engine.chat import (
     BATCH_DISCOUNT,
     OPENAI_URL,
@@ -73,7 +74,7 @@ from engine.chat import (
 )
 from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
-from engine.traces import DOING, PERSON, TAGS, THING, TraceFile, read_lines, template_trace
+from engine.traces import TraceFile, read_lines, template_trace
 from hicodet import InputError, Sample
 
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
@@ -86,74 +87,6 @@ TASK = "Look at the image and reason about how its people interact with objects.
 REQUEST = """\
 Answer the four questions in order, in a few plain sentences, between <think> and </think>. Name \
 object classes and verbs literally. No coordinates, no lists, no <answer>."""
-
-MIN_WORDS = 3  # of a trace
-MAX_CHARACTERS = 10_000  # of a reply's text: patterns take the square of its length
-# What a teacher says instead of a trace, in small letters: that it will not, or saw no image.
-CANNOT = (
-    r"(?:\bi (?:can ?not|can't|could not|couldn't|will not|won't|do not|don't)"
-    r"|(?:\bi am |\bi'm |^|[.!?]\s)(?:unable|not able|not allowed) to)(?: be able to)?"
-)
-REFUSALS = (
-    rf"{CANNOT} (?:help\b(?! but)|assist|comply|continue|fulfil|provide|process|answer|describe)",
-    rf"{CANNOT} (?:analy[sz]e|do (?:this|that)|have (?:access|the (?:ability|capability)))",
-    rf"{CANNOT} (?:see|view|access|open|interpret) (?:\w+ )?(?:image|picture|photo)",
-    r"(?:^|[.!?]\s)\W*(?:(?:i'm |i am )?(?:very |so )?sorry|(?:my )?apologies|i apologi[sz]e)\b",
-    r"\bas an ai\b|\blanguage model|\bi (?:must|have to) decline|\bi(?:'m| am) not comfortable",
-    r"\b(?:against|violates?) (?:\w+ )?(?:guidelines|polic)|\bhow can i (?:help|assist)",
-    r"\bplease (?:provide|upload|share|attach|send) (?:\w+ ){0,2}(?:image|picture|photo)",
-    r"\bno (?:image|picture|photo) (?:(?:was|is|has been) )?(?:provided|given|attached|uploaded)",
-    r"\b(?:image|picture|photo) (?:could not|cannot|can't) be (?:loaded|displayed|opened)",
-)
-REFUSAL = re.compile("|".join(REFUSALS))
-UNIDENTIFIED = re.compile(  # with the rest of its clause, which says who, not what is done
-    rf"{CANNOT} identify (?:\w+ )?(?:people|person|individual)(?:(?!\bbut\b)[^,.;!?])*"
-)
-
-
-# ---- is it a trace?
-
-
-def trace_fault(think: str) -> str | None:
-    """What is wrong with the text of a trace, or None.
-
-    An image without a trace is lost to SFT, so only that is refused which would hurt training:
-    special tokens, refusals, fewer than three words, no word on what such an image shows. What
-    ends in a question mark does not count: it repeats the guidance. Not to identify people is a
-    refusal where no verb with a thing is said beside it.
-    """
-    text = think.lower().replace("\u2019", "'")
-    statements = re.sub(r"[^.!?\n]*\?", " ", text)
-    if held := [tag for tag in TAGS if tag in think]:
-        return f"holds {held[0]}"
-    said = UNIDENTIFIED.sub(" ", statements)
-    unidentified = UNIDENTIFIED.search(text) and not (DOING.search(said) and THING.search(said))
-    if REFUSAL.search(text) or unidentified:
-        return "is a refusal"
-    if len(re.findall(r"\w+", statements)) < MIN_WORDS:
-        return f"has fewer than {MIN_WORDS} words"
-    named = any(words.search(statements) for words in (PERSON, THING, DOING))
-    return None if named else "names no person, object or verb"
-
-
-def accept_trace(reply: dict) -> tuple[str | None, str]:
-    """The accepted trace of a chat completion and "", or None and why it was refused."""
-    choice = reply["choices"][0]
-    text = choice["message"].get("content")
-    text = text if isinstance(text, str) else ""  # None: the model declined
-    if len(text) > MAX_CHARACTERS:
-        return None, f"has more than {MAX_CHARACTERS} characters"
-    # The last one: a reasoning teacher's own thoughts stand before it, and may name the tags.
-    closed = [part.partition("<think>")[2].strip() for part in text.split("</think>")[:-1]]
-    think = next(filter(None, reversed(closed)), "")
-    if choice.get("finish_reason") in ("length", "content_filter"):
-        return None, f"cut off ({choice['finish_reason']})"
-    if "<answer>" in text:
-        return None, "holds an <answer>"
-    if not think:
-        return None, f"no text within <think> </think>: {text[:60]!r}"
-    fault = trace_fault(think)
-    return (None, f"{fault}: {think[:60]!r}") if fault else (think, "")
 
 
 # ---- asking the teacher

@@ -2,27 +2,15 @@
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from engine.files import json_lines, lock, naming
-from hicodet import HOI, OBJECTS, VERBS, Box, InputError, Sample, iou
+from hicodet import HOI, Box, InputError, Sample, iou
 
 MAX_COST = 1e6  # USD of a trace: what stands for more is no cost
 SAME_PERSON_IOU = 0.5  # as in merging: one person is annotated anew for every verb
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
-# Who may be in an image, and everyday names of objects.
-PEOPLE = r"""person people \w*man \w*men child children boy girl kid baby babies toddler infant
-adult teenager lady ladies guy individual someone somebody anyone everyone he she him her his they
-them their who crowd group team family families couple friend mother father parent son daughter
-brother sister bride groom player athlete rider \w*cyclist biker surfer skier \w*boarder skater
-driver pilot passenger batter catcher pitcher umpire referee goalie jockey cowboy farmer chef worker
-officer soldier student teacher tourist pedestrian spectator customer vendor waiter waitress nurse
-doctor performer dancer sailor hiker runner swimmer \w*diver racer trainer owner visitor guest
-participant monk figure"""
-EVERYDAY = """bike motorbike plane sofa television ski knives hair dryer ball phone plant glass bat
-glove racket racquet bear table board fridge bag"""
 
 
 def read_lines(path: str | Path) -> Iterator[dict]:
@@ -117,23 +105,6 @@ def gerund(verb: str) -> str:
         # One vowel between consonants doubles the last: hop -> hopping, but lift -> lifting.
         head = head if head in ("open", "exit") else head + head[-1]
     return f"{head}ing {rest}".rstrip()
-
-
-def any_of(words: Iterable[str]) -> re.Pattern:
-    """A pattern for one of these words, which are patterns of small letters themselves."""
-    return re.compile(rf"\b(?:{'|'.join(words)})\b")
-
-
-def doing() -> Iterator[str]:
-    """The 117 verbs as words of a sentence: "riding", "rides"."""
-    for head in {verb.split()[0] for verb in VERBS} - {"no"}:
-        yield from (gerund(head), re.sub("y$", "(?:y|ie)", head) + "e?s")
-
-
-# Words on what a HICO image shows: who, a thing of the other 79 classes, what is done with it.
-PERSON = any_of(f"{word}(?:s|es)?" for word in PEOPLE.split())
-THING = any_of(f"{word}(?:s|es)?" for word in {*EVERYDAY.split(), *OBJECTS} - {"person"})
-DOING = any_of(doing())
 
 
 def join_words(words: Sequence[str]) -> str:

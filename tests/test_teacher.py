@@ -11,6 +11,7 @@ import engine.chat
 import engine.traces
 import hicodet
 import teacher
+from engine.acceptance import trace_fault
 from engine.chat import MAX_RETRY_AFTER
 from hicodet import HOI, Sample
 from tests.replies import THINK, USAGE, make_samples, make_teacher, reply, write
@@ -51,7 +52,7 @@ def test_every_pair_makes_a_trace_that_would_be_accepted():
         trace = engine.traces.template_trace([HOI(MAN, CAR, name, (verb,))])
         assert not any(tag in trace for tag in engine.traces.TAGS)
         assert 18 <= len(trace.split()) <= 40
-        assert teacher.trace_fault(trace) is None, trace
+        assert trace_fault(trace) is None, trace
 
 
 def test_a_crowd_does_not_make_a_long_trace():

@@ -3,7 +3,7 @@
 import pytest
 
 import hicodet
-import teacher
+from engine.acceptance import accept_trace
 from tests.replies import THINK, reply
 
 ACCEPTED = """\
@@ -118,12 +118,12 @@ def test_the_tables_are_large_and_balanced():
 @pytest.mark.parametrize("think", ACCEPTED)
 def test_accepted(think):
     text = f"Sure: <think>\n{think} </think>"
-    assert teacher.accept_trace(reply(text)) == (think, "")
+    assert accept_trace(reply(text)) == (think, "")
 
 
 @pytest.mark.parametrize("think, said", [(t, said) for said in REFUSED for t in REFUSED[said]])
 def test_refused(think, said):
-    trace, reason = teacher.accept_trace(reply(f"<think>\n{think}</think>"))
+    trace, reason = accept_trace(reply(f"<think>\n{think}</think>"))
     assert trace is None and said in reason
 
 
@@ -135,7 +135,7 @@ def test_refused(think, said):
     (f"<think>{THINK}<answer></think>", "<answer>"),
 ])
 def test_replies_without_a_trace_are_refused(text, said):
-    trace, reason = teacher.accept_trace(reply(text))
+    trace, reason = accept_trace(reply(text))
     assert trace is None and said in reason
 
 
@@ -148,10 +148,10 @@ def test_replies_without_a_trace_are_refused(text, said):
 @pytest.mark.parametrize("behind", ["", "\nDone.", "</think>", "<think> </think>", "<think>"])
 def test_a_reasoning_teachers_own_thoughts_are_no_trace(before, behind):
     text = f"{before}<think>{THINK}</think>{behind}"
-    assert teacher.accept_trace(reply(text)) == (THINK, "")
+    assert accept_trace(reply(text)) == (THINK, "")
 
 
 @pytest.mark.parametrize("finish_reason", ["length", "content_filter"])
 def test_a_reply_cut_short_is_refused(finish_reason):
-    trace, reason = teacher.accept_trace(reply(f"<think>{THINK}</think>", finish_reason))
+    trace, reason = accept_trace(reply(f"<think>{THINK}</think>", finish_reason))
     assert trace is None and finish_reason in reason

@@ -10,8 +10,10 @@ import time
 
 import pytest
 
+import engine.acceptance
 import engine.chat
 import teacher
+from engine.acceptance import accept_trace
 from engine.chat import Budget, Stop, Transient
 from tests.replies import THINK, make_samples, make_teacher, reply, write
 
@@ -148,16 +150,16 @@ def test_a_last_line_of_deep_nesting_is_dropped(tmp_path):
 def test_a_very_long_text_is_no_trace():
     """The patterns take the square of its length: minutes for a megabyte."""
     longest = "<think>" + "person " * 1425 + "</think>"  # 7 + 9975 + 8 characters
-    assert teacher.accept_trace(reply(longest))[0] is not None
-    assert teacher.accept_trace(reply(longest + "." * 11)) == (
+    assert accept_trace(reply(longest))[0] is not None
+    assert accept_trace(reply(longest + "." * 11)) == (
         None, "has more than 10000 characters")
 
 
 @pytest.mark.parametrize("part", ["<think>", "</think>", "<think> </think>", "<", "a"])
 def test_the_tags_of_a_megabyte_are_found_at_once(part, monkeypatch):
     """A pattern that takes the square of the length would need minutes."""
-    monkeypatch.setattr(teacher, "MAX_CHARACTERS", 1_000_000)
-    assert "no text within" in teacher.accept_trace(reply(part * (999_999 // len(part))))[1]
+    monkeypatch.setattr(engine.acceptance, "MAX_CHARACTERS", 1_000_000)
+    assert "no text within" in accept_trace(reply(part * (999_999 // len(part))))[1]
 
 
 def test_deep_nesting_and_lone_surrogates_are_no_reply():
