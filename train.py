@@ -75,7 +75,7 @@ def sft(config) -> None:
         replace_file(parts.run.folder / "untraced.txt", text)
     stage = SFT(parts.policy, parts.optimizer, ranks, config.tokens_per_microbatch)
     with Stop() as stop:
-        fit(stage, parts, examples, ranks, stop, **loop_options(config, len(samples) - len(bad)))
+        fit(stage, parts, examples, ranks, stop, **loop_options(config))
 
 
 def grpo(config) -> None:
@@ -107,7 +107,7 @@ def grpo(config) -> None:
         rewards=reward_options,
     )
     with Stop() as stop:
-        fit(stage, parts, examples, ranks, stop, **loop_options(config, len(samples) - len(bad)))
+        fit(stage, parts, examples, ranks, stop, **loop_options(config))
 
 
 def annotated_samples(data: str, ranks: Ranks) -> list[hicodet.Sample]:
@@ -186,10 +186,9 @@ def step_count(config, images: int) -> int:
     return config.max_steps or config.epochs * math.ceil(images / config.batch_size)
 
 
-def loop_options(config, images: int) -> dict:
+def loop_options(config) -> dict:
     """What `fit` takes of a config."""
     options = {name: getattr(config, name) for name in LOOP_OPTIONS}
-    options |= {"steps": step_count(config, images)}
     return options | {"peak_learning_rate": config.learning_rate}
 
 
@@ -202,7 +201,8 @@ class Parts:
     optimizer: ClippedAdamW
     replica: object | None  # in the dtype of computation, for sampling
     evaluation: "Evaluation | None"
-    done: int  # steps of the run that is resumed
+    steps: int  # of the whole run
+    done: int  # of them, before this process
 
 
 def set_up(
@@ -214,8 +214,8 @@ def set_up(
     held_out = held_out_examples(config) if config.eval_every else None
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
     settings |= {"box_frame": examples.box_frame, "weights": weights_fingerprint(config.model)}
-    settings |= {"stage": stage, "command": sys.argv}
-    settings |= {"steps": step_count(config, len(examples) - len(examples.left_out))}
+    steps = step_count(config, len(examples) - len(examples.left_out))
+    settings |= {"stage": stage, "command": sys.argv, "steps": steps}
     run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
     if ranks.rank == 0:
         path = run.folder / "first_sample.png"
@@ -241,7 +241,7 @@ def set_up(
     if held_out:
         counts, limit = hicodet.training_counts(config.data), config.eval_max_new_tokens
         evaluation = Evaluation(held_out, replica, counts, ranks, max_new_tokens=limit)
-    return Parts(run, policy, optimizer, replica, evaluation, done)
+    return Parts(run, policy, optimizer, replica, evaluation, steps, done)
 
 
 def fit(
@@ -251,7 +251,6 @@ def fit(
     ranks: Ranks,
     stop: Stop,
     *,
-    steps: int,
     batch_size: int,
     seed: int,
     workers: int,
@@ -263,7 +262,7 @@ def fit(
     eval_every: int = 0,
 ) -> None:
     """The training loop. stage: SFT or GRPO, whose `update` does one batch."""
-    run, optimizer, done = parts.run, parts.optimizer, parts.done
+    run, optimizer, steps, done = parts.run, parts.optimizer, parts.steps, parts.done
     view = LiveView(run.folder, active=ranks.rank == 0)
     order = {"batch_size": batch_size, "steps": steps, "seed": seed, "workers": workers}
     bar = tqdm(
@@ -281,13 +280,7 @@ def fit(
             values |= {"bad_images": len(examples.left_out)}
         if eval_every and (step + 1) % eval_every == 0:
             values |= parts.evaluation(parts.policy)
-        if rollout:
-            run.log("rollouts", step + 1, rollout)
-        run.log("metrics", step + 1, values)
-        view.log(step + 1, values)
-        view.refresh()
-        bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
-        bar.update()
+        log_step(run, view, bar, step + 1, values, rollout)
         # before the checkpoint: a run that is killed here comes to this step again
         if export_every and (step + 1) % export_every == 0:
             export(run, parts.policy, examples, f"model-{step + 1:06d}", view.card())
@@ -308,6 +301,17 @@ def fit(
     ranks.print(f"report: {run.folder / 'report.html'}\nmodel: {run.folder / 'model'}")
     ranks.print(view.verdicts())
     run.finish()
+
+
+def log_step(run: Run, view: LiveView, bar: tqdm, step: int, values: dict, rollout) -> None:
+    """Write a step into the run's logs and its page, and show it. rollout: None in SFT."""
+    if rollout:
+        run.log("rollouts", step, rollout)
+    run.log("metrics", step, values)
+    view.log(step, values)
+    view.refresh()
+    bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
+    bar.update()
 
 
 def export(run: Run, policy, examples: Examples, name: str, card: str) -> None:

@@ -73,11 +73,11 @@ def make_base(config: BaseConfig, ranks: Ranks) -> None:
     with Stop() as stop:
         fit(
             SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH),
-            Parts(run, policy, optimizer, replica=None, evaluation=None, done=done),
+            Parts(run, policy, optimizer, replica=None, evaluation=None,
+                  steps=config.steps, done=done),
             examples,
             ranks,
             stop,
-            steps=config.steps,
             batch_size=16,
             seed=config.seed,
             workers=0,

@@ -61,7 +61,7 @@ class Cell:
         return dataclasses.replace(self, grpo=None, scores="rank")
 
 
-# What each section compares; a cell may stand in several. The first is the demo itself.
+# What each section compares; a cell may stand in several. The first has the demo itself.
 SECTIONS = {
     "demo": (range(5), [{"sft": 0}] + [{"sft": steps, **more}
                      for steps in (SIZES.sft_steps, SFT_STEPS) for more in ({}, {"grpo": ""})]),
