@@ -17,6 +17,7 @@ GPU in bf16 with PyTorch's flash attention over rows of unequal lengths; tests/B
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from inspect import signature
@@ -74,7 +75,8 @@ class GroupLayout:
         if has_flash(q):
             keys, *ends = self.sequences
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            k, v = k.index_select(0, keys), v.index_select(0, keys)
+            # from fp32, so that backward adds up the gradients of a prompt's keys in fp32
+            k, v = (x.float().index_select(0, keys).to(x.dtype) for x in (k, v))
             causal = {"window_size": (-1, 0), "scale": scaling, **GROUPED}
             return varlen_attn(q, k, v, *ends, **causal).transpose(0, 1)[None]
         sizes = [s + sum(c) for s, c in zip(self.prompt_lengths, self.completion_lengths)]
@@ -287,27 +289,30 @@ def head_logprobs(
     In chunks, and where there are several backward computes each again: of logits in fp32 no more
     than (HEAD_CHUNK, V) exist at a time.
     """
-    chunk_logprobs = _fused_chunk_logprobs() if ids.is_cuda else _chunk_logprobs
+    chunk = chunk_logprobs(temperature, compiled=ids.is_cuda)
     if len(ids) <= HEAD_CHUNK:
-        return chunk_logprobs(head, hidden, ids, temperature, banned)
+        return chunk(head, hidden, ids, banned)
     chunks = zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK))
-    options = (temperature, banned)
-    return torch.cat(
-        [checkpoint(chunk_logprobs, head, *c, *options, use_reentrant=False) for c in chunks]
-    )
-
-
-def _chunk_logprobs(head, hidden, ids, temperature, banned):
-    logits = head(hidden).float()
-    if banned is not None:
-        logits = logits.masked_fill(banned, -torch.inf)
-    return torch.log_softmax(logits / temperature, dim=-1).gather(1, ids[:, None])[:, 0]
+    return torch.cat([checkpoint(chunk, head, *c, banned, use_reentrant=False) for c in chunks])
 
 
 @cache
-def _fused_chunk_logprobs():
-    """`_chunk_logprobs` in fewer passes over the logits, in one graph for chunks of any size."""
-    return torch.compile(_chunk_logprobs, dynamic=True)
+def chunk_logprobs(temperature: float, *, compiled: bool) -> Callable[..., Tensor]:
+    """`head_logprobs` of one chunk, at this temperature.
+
+    compiled: one graph for chunks of any size, with fewer passes over the logits. The temperature
+    is a constant in it: as an argument it is a CPU scalar, whose code needs a C++ compiler.
+    """
+    scale = str(temperature)  # Dynamo would make an input of a float, and takes a string as it is
+
+    def logprobs(head, hidden, ids, banned):
+        logits = head(hidden).float() / float(scale)
+        if banned is not None:
+            logits = logits.masked_fill(banned, -torch.inf)
+        # not log_softmax: it would write all of (chunk, V) only to gather from it
+        return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
+
+    return torch.compile(logprobs, dynamic=True) if compiled else logprobs
 
 
 def hidden_states(model, batch, cache):
