@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import hicodet
-from engine.attention import PackedBatch, pack, to_device, token_logprobs
+from engine.attention import PackedBatch, pack, to_device
 from engine.examples import Example, Examples
 from engine.policy import ClippedAdamW, Ranks, accumulate, micro_batches, refresh
 from engine.sampler import Rollout, Sampler
@@ -290,7 +290,7 @@ class GRPO:
         completions = [groups[i].completion_ids for i in places]
         packed = pack(self.policy, prompts, completions, self.ranks.device)
         if self.reference:
-            reference = token_logprobs(self.reference, packed, **self.distribution)
+            reference = self.reference.token_logprobs(packed, **self.distribution)
         return MicroBatch(
             packed,
             to(advantages[places].flatten()),

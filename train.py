@@ -31,6 +31,7 @@ from engine.policy import (
     load_reference,
     refresh,
     start_ranks,
+    use_all_cores,
     weights_fingerprint,
 )
 from engine.quantized import is_packed
@@ -93,7 +94,9 @@ def grpo(config) -> None:
         parts.policy,
         parts.optimizer,
         parts.replica,
-        load_reference(config.model, ranks.device) if config.kl_coef else None,
+        load_reference(config.model, ranks.device, offload=config.offload)
+        if config.kl_coef
+        else None,
         examples,
         ranks,
         slots=min(config.slots, math.ceil(config.batch_size / ranks.world)),
@@ -211,6 +214,8 @@ def set_up(
     """The run's folder, the policy and its optimizer, restored where a run is resumed."""
     if config.offload and ranks.device.type == "cpu":
         raise InputError("--offload: it spares a GPU's memory, and torch finds no GPU here")
+    if config.offload:
+        use_all_cores()
     held_out = held_out_examples(config) if config.eval_every else None
     settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
     settings |= {"box_frame": examples.box_frame, "weights": weights_fingerprint(config.model)}

@@ -13,15 +13,18 @@ FREE_ON_A_RANK = {"model", "data", "traces", "out", "workers", "host", "command"
 CONTENTS = {"lock file": ("out",), "examples": ("data", "traces"), "weights": ("model",)}
 
 
-def on_first(ranks: Ranks, where: str, act: Callable):
-    """act() on the first rank, whose refusal ends all ranks; None on the others."""
+def on_first(ranks: Ranks, where: str, act: Callable, group=None):
+    """act() on the first rank, whose refusal ends all ranks; None on the others.
+
+    group: in which the others wait, within its timeout.
+    """
     result, refusal = None, ""
     if ranks.rank == 0:
         try:
             result = act()
         except (InputError, OSError) as error:
             refusal = f"{where}{error}"
-    if refusal := ranks.gather([refusal])[0]:
+    if refusal := ranks.gather([refusal], group)[0]:
         if ranks.rank:
             sys.exit(1)  # the first rank says why
         raise InputError(refusal)

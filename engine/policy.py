@@ -55,10 +55,10 @@ class Ranks:
         mine = batch[self.rank :: self.world]
         return (mine, [1.0] * len(mine)) if mine else (batch[:1], [0.0])
 
-    def gather(self, rows: list) -> list:
-        """The rows of all ranks, rank after rank, on every rank."""
+    def gather(self, rows: list, group=None) -> list:
+        """The rows of all ranks, rank after rank, on every rank. group: see `patient_group`."""
         parts = [None] * self.world
-        dist.all_gather_object(parts, rows)
+        dist.all_gather_object(parts, rows, group)
         return [row for part in parts for row in part]
 
     def numbers(self, value: float) -> list[float]:
@@ -78,6 +78,26 @@ class Ranks:
             print(*values, flush=True)
 
 
+def require_flash(device: torch.device) -> None:
+    """Raise InputError for a GPU on which PyTorch's flash attention, in bf16, does not run."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}."
+            f"{capability[1]}; this needs 8.0 or newer, as A100, RTX 3090, 4090 and H100 have"
+        )
+
+
+def use_all_cores() -> None:
+    """Let AdamW on the host (`--offload`) use this rank's share of the cores.
+
+    torchrun sets OMP_NUM_THREADS=1 for each rank. Any other value is the user's, and stays.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(cores // ranks, 1))
+
+
 def start_ranks(timeout: timedelta = timedelta(weeks=1)) -> Ranks:
     """Join torchrun's process group, or open one of a single process.
 
@@ -87,6 +107,7 @@ def start_ranks(timeout: timedelta = timedelta(weeks=1)) -> Ranks:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
     if cuda:
+        require_flash(device)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     if "RANK" in os.environ:
@@ -94,6 +115,11 @@ def start_ranks(timeout: timedelta = timedelta(weeks=1)) -> Ranks:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def patient_group():
+    """A process group that waits for weeks, for ranks that wait while the first one writes."""
+    return dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
 
 
 # The three policies
@@ -141,13 +167,6 @@ def _hash_first_values(path: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def load_reference(path: str, device: torch.device):
-    """pi_ref, the policy that RL starts from."""
-    reference = load_model(path, device)
-    compile_layers(reference, device)
-    return reference
-
-
 def checkpoint_activations(model) -> None:
     """Recompute activations in backward; under this name from transformers 5.23 on."""
     enable = getattr(model, "activation_checkpointing_enable", None)
@@ -186,6 +205,34 @@ def sharded_parts(policy) -> list:
     return [p for p in parts if sum(x.numel() for x in p.parameters()) >= SMALLEST_PART]
 
 
+def shard(model, device: torch.device, offload: bool, **options) -> None:
+    """Shard a model over all ranks, part by part. options: of fully_shard.
+
+    offload: parameters and gradients stay in pinned memory of the host.
+    """
+    options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+    options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for part in [*sharded_parts(model), model]:
+        fully_shard(part, **options)  # moves it to the device, all but offloaded parameters
+    # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
+    model.token_logprobs = types.MethodType(token_logprobs, model)
+    register_fsdp_forward_method(model, "token_logprobs")
+
+
+def load_reference(path: str, device: torch.device, *, offload: bool = False):
+    """pi_ref, the policy that RL starts from: frozen, in compute_dtype, sharded over all ranks."""
+    model = load_model(path, torch.device("cpu"), compute_dtype(device))
+    return shard_reference(model, device, offload=offload)
+
+
+def shard_reference(reference, device: torch.device, *, offload: bool = False):
+    """pi_ref from a model, which it changes: frozen, sharded, on the device."""
+    compile_layers(reference.requires_grad_(False), device)
+    # True: the root too, which has no backward after which it would be freed
+    shard(reference, device, offload, reshard_after_forward=True)
+    return reference
+
+
 def shard_policy(
     policy, device: torch.device, *, gradient_checkpointing: bool = True, offload: bool = False
 ):
@@ -199,21 +246,14 @@ def shard_policy(
     if gradient_checkpointing:
         checkpoint_activations(policy)
     compile_layers(policy, device)
-    mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     # inputs stay as they are: cast, the vision tower's rotary angles would be coarser than pi_old's
     precision = MixedPrecisionPolicy(
         param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    options = {"mesh": mesh, "mp_policy": precision}
-    options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
     policy.gathered_once = not gradient_checkpointing and not offload
     # None: after all parts but the root
-    options["reshard_after_forward"] = False if policy.gathered_once else None
-    for part in [*sharded_parts(policy), policy]:
-        fully_shard(part, **options)  # moves it to the device, all but offloaded parameters
-    # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
-    policy.token_logprobs = types.MethodType(token_logprobs, policy)
-    register_fsdp_forward_method(policy, "token_logprobs")
+    reshard = False if policy.gathered_once else None
+    shard(policy, device, offload, mp_policy=precision, reshard_after_forward=reshard)
     return policy.train()
 
 

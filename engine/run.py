@@ -33,7 +33,7 @@ from engine.files import (
     replace_file,
     write_json,
 )
-from engine.policy import Ranks
+from engine.policy import Ranks, patient_group
 from hicodet import InputError
 
 # options that --resume may change and that change what comes next: config.json says where
@@ -147,7 +147,8 @@ class Run:
             full = parameter.full_tensor()  # from all ranks, so all of them pass here
             if self.ranks.rank == 0:
                 state[key] = full.detach().cpu()
-        on_first(self.ranks, "", lambda: self._write_model(policy, state, name, parts, notes))
+        write = partial(self._write_model, policy, state, name, parts, notes)
+        on_first(self.ranks, "", write, patient_group())  # --timeout is too short for slow disks
 
     def _write_model(self, policy, state: dict, name: str, parts: list, notes: dict) -> None:
         with aside(self.folder / name) as new:

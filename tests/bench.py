@@ -30,10 +30,10 @@ from engine.options import Config, option, parse_config, required
 from engine.policy import (
     ClippedAdamW,
     checkpoint_activations,
-    compile_layers,
     compute_dtype,
     refresh,
     shard_policy,
+    shard_reference,
     start_ranks,
 )
 from engine.sampler import Sampler
@@ -243,8 +243,7 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
         gradient_checkpointing=config.gradient_checkpointing, offload=config.offload)
     replica, reference = random_model(size, device, compute_dtype(device)), None
     if config.kl_coef:
-        reference = random_model(size, device, compute_dtype(device))
-        compile_layers(reference, device)
+        reference = shard_reference(random_model(size, device, compute_dtype(device)), device)
     optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
     same = ("group_size", "max_new_tokens", "temperature", "seed", "updates_per_batch",
             "tokens_per_microbatch")

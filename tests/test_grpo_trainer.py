@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 import evaluate
 import grpo
@@ -13,7 +14,7 @@ import hicodet
 import predict
 import train
 from engine.attention import token_logprobs
-from engine.policy import load_model
+from engine.policy import load_model, load_reference
 from engine.sampler import Rollout
 from sft import supervised_text
 from tests.runs import (
@@ -36,7 +37,8 @@ def make_trainer(folder, ranks):
         config = config_of("grpo", folder, "unused")
         examples = training_examples(config)
         policy = policy_of(config, ranks)
-        replica, reference = (load_model(config.model, ranks.device) for _ in range(2))
+        replica = load_model(config.model, ranks.device)
+        reference = load_reference(config.model, ranks.device)
         values = {
             "slots": 3,
             "group_size": 2,
@@ -71,7 +73,9 @@ def random_groups(*lengths, vocabulary=200):
 def library_copy(model, folder):
     """The same weights in a model that runs as the library made it."""
     plain = load_model(str(folder / "model"), torch.device("cpu"))
-    plain.load_state_dict(model.state_dict())
+    state = model.state_dict().items()
+    state = {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in state}
+    plain.load_state_dict(state)
     plain.set_attn_implementation("sdpa")
     return plain
 
