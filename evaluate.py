@@ -14,7 +14,7 @@ predictions.jsonl (`hoi_r1.py predict` writes it) has one line for every image o
 Boxes are x1, y1, x2, y2 in 0-based pixels of the original image, and each verb has its score. An
 image without predictions has an empty list of instances. Other keys, such as "text", are ignored.
 
-What --breakdown, --ties bracket and --official-mat do is defined at the top of engine/breakdown.py,
+What --breakdown, --ties bracket and --official-mat do is defined at the top of engine/scoring/breakdown.py,
 pair_scores.py, ties.py and official_mat.py; none of them changes the official result.
 The official MATLAB code does the following, and so does this one:
 1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
@@ -41,13 +41,13 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-import engine.breakdown
-import engine.official_mat
-import engine.pair_scores
-import engine.ties
+import engine.scoring.breakdown
+import engine.scoring.official_mat
+import engine.scoring.pair_scores
+import engine.scoring.ties
 from engine.files import replace_file
 from engine.options import Config, option, parse_config, required
-from engine.predictions import read_predictions
+from engine.scoring.predictions import read_predictions
 from engine.signals import one_line
 from hicodet import (
     HOI_CLASSES,
@@ -299,8 +299,8 @@ def _break_down(
     args = detections, truth, overlaps(detections, truth, same_class=False)
     right, images = true_positives(matched), len(split.known)
     return {
-        "breakdown": engine.breakdown.breakdown(*args, matched, right, full_map, min_iou=MIN_IOU),
-        "pair_scores": engine.pair_scores.pair_scores(*args, images, min_iou=MIN_IOU),
+        "breakdown": engine.scoring.breakdown.breakdown(*args, matched, right, full_map, min_iou=MIN_IOU),
+        "pair_scores": engine.scoring.pair_scores.pair_scores(*args, images, min_iou=MIN_IOU),
     }
 
 
@@ -312,7 +312,7 @@ def _bracket_ties(detections: PairArrays, matched: np.ndarray, split: Split) -> 
         return measure(detections.hoi_id[order], detections.image[order], right, split)
 
     right = true_positives(matched)
-    return engine.ties.bracket(detections.hoi_id, detections.score, matched, right, in_order)
+    return engine.scoring.ties.bracket(detections.hoi_id, detections.score, matched, right, in_order)
 
 
 def evaluate(
@@ -348,11 +348,11 @@ def table(result: dict) -> str:
     names = " ".join(["    Full     Rare Non-Rare"] * 2)
     lines = [header, names, _row(result)]
     if "ties" in result:
-        named = engine.ties.ROWS.items()
+        named = engine.scoring.ties.ROWS.items()
         lines += [f"{_row(result['ties'][row])}  {name}" for row, name in named]
     if "breakdown" in result:
-        lines += ["", engine.breakdown.table(result["breakdown"])]
-        lines += ["", engine.pair_scores.table(result["pair_scores"])]
+        lines += ["", engine.scoring.breakdown.table(result["breakdown"])]
+        lines += ["", engine.scoring.pair_scores.table(result["pair_scores"])]
     return "\n".join(lines)
 
 
@@ -418,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
             replace_file(config.json, json.dumps(result, allow_nan=False) + "\n")
         if config.official_mat:
             rows = detection_arrays(predictions, samples)
-            engine.official_mat.write_official(config.official_mat, rows, len(samples))
+            engine.scoring.official_mat.write_official(config.official_mat, rows, len(samples))
 
 
 if __name__ == "__main__":

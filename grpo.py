@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 import hicodet
-from engine.attention import PackedBatch, pack, to_device
-from engine.examples import Example, Examples
-from engine.policy import ClippedAdamW, Ranks, accumulate, micro_batches, refresh
-from engine.sampler import Rollout, Sampler
+from engine.model.attention import PackedBatch, pack, to_device
+from engine.data.examples import Example, Examples
+from engine.model.policy import ClippedAdamW, Ranks, accumulate, micro_batches, refresh
+from engine.sampling.sampler import Rollout, Sampler
 from rewards import total_reward
 
 LOG_RATIO_LIMIT = 20.0  # e^20 is half a billion; more would overflow or take over all gradients

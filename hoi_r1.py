@@ -351,18 +351,18 @@ def run_stage(config) -> None:
 
         return run_demo(**dataclasses.asdict(config))
     if isinstance(config, ReportConfig):
-        from engine.report import write_page
+        from engine.report.page import write_page
 
         return print(write_page(config.runs, config.out))
     if isinstance(config, ShowConfig):
-        from engine.show import show
+        from engine.report.pictures import show
         from rewards import total_reward
 
         for line in show(**dataclasses.asdict(config), total_reward=total_reward):
             print(line, flush=True)
         return
     if isinstance(config, CheckConfig):
-        from engine.check import check
+        from engine.data.image_check import check
 
         for line in check(**dataclasses.asdict(config)):
             print(line, flush=True)

@@ -24,14 +24,14 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hicodet
-from engine.examples import Example, Examples, describe, read_ahead
+from engine.data.examples import Example, Examples, describe, read_ahead
 from engine.files import aside, json_lines, naming, replace_file, write_json
-from engine.live import LiveView
-from engine.memory import slots_that_fit
-from engine.photographs import as_text, draw, photographs, picture_paths
-from engine.policy import Ranks, load_model, start_ranks, weights_fingerprint
-from engine.run import open_run
-from engine.sampler import Sampler
+from engine.report.live import LiveView
+from engine.sampling.slots import slots_that_fit
+from engine.report.photographs import as_text, draw, photographs, picture_paths
+from engine.model.policy import Ranks, load_model, start_ranks, weights_fingerprint
+from engine.runs.run_folder import open_run
+from engine.sampling.sampler import Sampler
 from rewards import total_reward
 
 

@@ -8,9 +8,9 @@ import time
 import torch
 from torch import Tensor
 
-from engine.attention import pack
-from engine.examples import END_OF_TURN, Example
-from engine.policy import ClippedAdamW, Ranks, accumulate, micro_batches
+from engine.model.attention import pack
+from engine.data.examples import END_OF_TURN, Example
+from engine.model.policy import ClippedAdamW, Ranks, accumulate, micro_batches
 from hicodet import HOI, Sample, format_completion
 
 

@@ -55,8 +55,8 @@ from typing import Literal
 from tqdm import tqdm
 
 import hicodet
-from engine.acceptance import accept_trace
-from engine.chat import (
+from engine.traces.acceptance import accept_trace
+from engine.traces.openai_chat import (
     BATCH_DISCOUNT,
     OPENAI_URL,
     Budget,
@@ -74,7 +74,7 @@ from engine.chat import (
 )
 from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
-from engine.traces import TraceFile, read_lines, template_trace
+from engine.traces.trace_file import TraceFile, read_lines, template_trace
 from hicodet import InputError, Sample
 
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 import evaluate
 import hicodet
-from engine.check import bad_images, odd_boxes
-from engine.examples import FRAME_FILE, Examples, batches, describe, picture
+from engine.data.image_check import bad_images, odd_boxes
+from engine.data.examples import FRAME_FILE, Examples, batches, describe, picture
 from engine.files import naming, read_object, replace_file, write_json
-from engine.live import LiveView
-from engine.policy import (
+from engine.report.live import LiveView
+from engine.model.policy import (
     ClippedAdamW,
     Ranks,
     learning_rate,
@@ -34,10 +34,10 @@ from engine.policy import (
     use_all_cores,
     weights_fingerprint,
 )
-from engine.quantized import is_packed
-from engine.run import BAD_IMAGES, Run, open_run
+from engine.model.quantized import is_packed
+from engine.runs.run_folder import BAD_IMAGES, Run, open_run
 from engine.signals import Stop, exit_code, resume_command
-from engine.traces import read_traces
+from engine.traces.trace_file import read_traces
 from grpo import GRPO
 from hicodet import InputError
 from predict import predict_rows, prompt_options, summarise, text_reward

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 import hicodet
-from engine.examples import Examples, read_ahead, usable
+from engine.data.examples import Examples, read_ahead, usable
 from engine.files import write_json
 from engine.options import Config, option, parse_config, required
-from engine.policy import Ranks, load_model, start_ranks
-from engine.sampler import Sampler
+from engine.model.policy import Ranks, load_model, start_ranks
+from engine.sampling.sampler import Sampler
 from engine.signals import one_line
 from grpo import sample_seeds
 from predict import text_reward

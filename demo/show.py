@@ -6,9 +6,9 @@ from pathlib import Path
 from PIL import Image
 
 import hicodet
-from engine import panels
+from engine.report import drawing
 from engine.files import aside, open_image
-from engine.records import line_hois
+from engine.report.records import line_hois
 from predict import stored_rows
 
 MAPS = ("full", "rare", "non_rare")
@@ -87,13 +87,13 @@ def answers(sample: hicodet.Sample, rows: dict[str, dict]) -> Image.Image:
     """One drawing in a row of panels: its ground truth, then each model's answer and reward."""
     image, truth = open_image(sample.path), sample.hois
     own = range(len(truth))
-    panes = [panels.draw_pairs(image, truth, own, caption="ground truth", width=WIDTH)]
+    panes = [drawing.draw_pairs(image, truth, own, caption="ground truth", width=WIDTH)]
     for name, row in rows.items():
         hois = line_hois(row["line"])
         caption = f"{name.upper()}, reward {row['reward']['total']:.2f}"
-        colours = panels.match_pairs(truth, hois)
-        panes.append(panels.draw_pairs(image, hois, colours, caption=caption, width=WIDTH))
-    return panels.side_by_side(panes)
+        colours = drawing.match_pairs(truth, hois)
+        panes.append(drawing.draw_pairs(image, hois, colours, caption=caption, width=WIDTH))
+    return drawing.side_by_side(panes)
 
 
 def stack(rows: list[Image.Image]) -> Image.Image:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from engine.charts import Line, line_chart
+from engine.report.charts import Line, line_chart
 
 PAPER = "the paper's Full"
 COLUMNS: dict[str, tuple[Callable[[dict], float | None], int]] = {  # value, decimals

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 from hicodet import InputError
 
 if TYPE_CHECKING:
-    from engine.policy import Ranks
+    from engine.model.policy import Ranks
 
 SAME = 1.0  # seconds; a batch system and torchrun send the same signal, one after the other
 

@@ -24,10 +24,10 @@ import torch
 import grpo
 import hicodet
 import hoi_r1
-from engine.attention import head_logprobs, pack, token_logprobs, use_group_attention
-from engine.examples import Example
+from engine.model.attention import head_logprobs, pack, token_logprobs, use_group_attention
+from engine.data.examples import Example
 from engine.options import Config, option, parse_config, required
-from engine.policy import (
+from engine.model.policy import (
     ClippedAdamW,
     checkpoint_activations,
     compute_dtype,
@@ -36,7 +36,7 @@ from engine.policy import (
     shard_reference,
     start_ranks,
 )
-from engine.sampler import Sampler
+from engine.sampling.sampler import Sampler
 from tests import bench_cpu
 from tests.bench_fits import bench_fits
 from tests.bench_guard import guard

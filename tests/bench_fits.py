@@ -15,9 +15,9 @@ from itertools import product
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from engine.attention import HEAD_CHUNK
-from engine.memory import HEADROOM, activation_bytes, cache_bytes
-from engine.sampler import PREFILL_PROMPTS
+from engine.model.attention import HEAD_CHUNK
+from engine.sampling.slots import HEADROOM, activation_bytes, cache_bytes
+from engine.sampling.sampler import PREFILL_PROMPTS
 from tests.bench_models import SIZES, model_config
 
 GIGABYTES = (24, 48, 80, 141)

@@ -23,9 +23,9 @@ import grpo
 import hicodet
 import rewards
 from demo import toy
-from engine.examples import Example, Examples
-from engine.policy import ClippedAdamW, load_model, load_policy, load_reference, start_ranks
-from engine.sampler import Rollout
+from engine.data.examples import Example, Examples
+from engine.model.policy import ClippedAdamW, load_model, load_policy, load_reference, start_ranks
+from engine.sampling.sampler import Rollout
 from tests import bench_cpu
 from tests.bench_measure import Result, Runs, measure, result
 from tests.bench_models import Size

@@ -42,10 +42,10 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="session", autouse=True)
 def sharded_in_parts():
     """The tests' small models are sharded as large ones are; not in processes that tests start."""
-    import engine.policy
+    import engine.model.policy
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.policy, "SMALLEST_PART", 0)
+        patch.setattr(engine.model.policy, "SMALLEST_PART", 0)
         yield
 
 
@@ -64,9 +64,9 @@ def ranks():
     """A process group of this process alone."""
     import torch
 
-    import engine.policy
+    import engine.model.policy
 
-    ranks = engine.policy.start_ranks()
+    ranks = engine.model.policy.start_ranks()
     yield ranks
     torch.distributed.destroy_process_group()
 
@@ -82,7 +82,7 @@ def seed():
 def model(seed):
     """The tiny model with group attention."""
     from demo.toy import tiny_model
-    from engine.attention import use_group_attention
+    from engine.model.attention import use_group_attention
 
     return use_group_attention(tiny_model(seed))
 

@@ -2,7 +2,7 @@
 
     python -m tests.picture runs/demo/test_grpo/report.html assets/report.png health progress
 
-Sections are the page's own names (engine/report.py: SECTIONS); without any it is the whole page.
+Sections are the page's own names (engine/report/page.py: SECTIONS); without any it is the whole page.
 """
 
 import argparse

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-import engine.examples
-import engine.policy
-import engine.traces
+import engine.data.examples
+import engine.model.policy
+import engine.traces.trace_file
 import hicodet
 import hoi_r1
 import sft
@@ -26,7 +26,7 @@ def write_toy(folder):
 def write_traces(folder, count=None):
     """traces.jsonl from the ground truth of the first `count` training images."""
     samples = hicodet.load_split(folder / "data", "train")[:count]
-    think = engine.traces.template_trace
+    think = engine.traces.trace_file.template_trace
     rows = [{"file_name": s.file_name, "think": think(s.hois)} for s in samples]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -73,7 +73,7 @@ def refusal(config) -> str:
 
 def examples_of(config, samples, thinks=None):
     """The samples as a stage reads them; with traces as SFT does."""
-    return engine.examples.Examples(
+    return engine.data.examples.Examples(
         config.model,
         samples,
         thinking=config.thinking,
@@ -89,20 +89,20 @@ def training_examples(config):
     samples = [s for s in hicodet.load_split(config.data, "train") if s.hois]
     if not hasattr(config, "traces"):
         return examples_of(config, samples)
-    thinks = engine.traces.read_traces(config.traces)
+    thinks = engine.traces.trace_file.read_traces(config.traces)
     return examples_of(config, [s for s in samples if s.file_name in thinks], thinks)
 
 
 def policy_of(config, ranks):
     checkpointing = config.gradient_checkpointing
-    return engine.policy.load_policy(
+    return engine.model.policy.load_policy(
         config.model, ranks.device, gradient_checkpointing=checkpointing
     )
 
 
 def optimizer_of(policy, config):
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
-    return engine.policy.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
+    return engine.model.policy.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
 
 
 def weights(out):

@@ -1,4 +1,4 @@
-"""engine/breakdown.py: cases worked by hand, and a slow reference on random data."""
+"""engine/scoring/breakdown.py: cases worked by hand, and a slow reference on random data."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 
 import evaluate
 import hicodet
-from engine import breakdown
+from engine.scoring import breakdown
 from tests.pairs import (
     BOX,
     FAR,

@@ -2,8 +2,8 @@
 
 import json
 
-from engine.card import model_card
-from engine.records import read_run
+from engine.report.card import model_card
+from engine.report.records import read_run
 from tests.run_folders import write_lines, write_training
 
 

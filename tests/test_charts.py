@@ -5,8 +5,8 @@ import re
 import numpy as np
 import pytest
 
-from engine import charts
-from engine.charts import Line, line_chart
+from engine.report import charts
+from engine.report.charts import Line, line_chart
 
 NAN = float("nan")
 

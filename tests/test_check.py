@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.check
+import engine.data.image_check
 import hicodet
 import hoi_r1
 import teacher
-from engine.check import check, odd_boxes
-from engine.examples import batch_order
+from engine.data.image_check import check, odd_boxes
+from engine.data.examples import batch_order
 from engine.files import open_image, read_image
-from engine.policy import Ranks
-from engine.run import BAD_IMAGES
+from engine.model.policy import Ranks
+from engine.runs.run_folder import BAD_IMAGES
 from hicodet import HOI, InputError, Sample
 from tests.runs import config_of, metrics, refusal, run, weights
 from tests.test_hicodet import image, write
@@ -149,7 +149,7 @@ def test_ranks_share_the_reading_and_its_outcome(folder, data, tmp_path):
 
 def test_a_resumed_run_leaves_out_what_it_left_out_first(folder, data, tmp_path, monkeypatch):
     """Also once the image is there again: the order of the run is that of its first list."""
-    monkeypatch.setattr(engine.check, "fault", None)  # nothing is read again
+    monkeypatch.setattr(engine.data.image_check, "fault", None)  # nothing is read again
     (tmp_path / BAD_IMAGES).write_text('{"a.jpg": "cut"}')
     config = config_of("grpo", folder, tmp_path, data=str(data), resume=True)
     for skip in (True, False):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import sft
-from engine.run import Run
+from engine.runs.run_folder import Run
 from tests.runs import config_of, metrics, refusal, run, weights
 
 

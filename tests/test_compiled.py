@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import Module
 
-import engine.attention
-import engine.policy
-import engine.sampler
+import engine.model.attention
+import engine.model.policy
+import engine.sampling.sampler
 from demo.toy import tiny_model
-from engine.attention import pack, token_logprobs, use_group_attention
+from engine.model.attention import pack, token_logprobs, use_group_attention
 from tests.tiny import make_prompt, text_ids
 
 pytestmark = pytest.mark.slow
@@ -45,9 +45,9 @@ def graphs(monkeypatch):
     def counted(module, **options):
         compile_module(module, backend=graphs, **options)
 
-    monkeypatch.setattr(engine.attention, "has_flash", lambda x: True)
-    monkeypatch.setattr(engine.attention, "varlen_attn", masked_varlen)
-    monkeypatch.setattr(engine.attention, "GROUPED", {"enable_gqa": True})
+    monkeypatch.setattr(engine.model.attention, "has_flash", lambda x: True)
+    monkeypatch.setattr(engine.model.attention, "varlen_attn", masked_varlen)
+    monkeypatch.setattr(engine.model.attention, "GROUPED", {"enable_gqa": True})
     monkeypatch.setattr(Module, "compile", counted)
     torch._dynamo.reset()
     yield graphs
@@ -56,17 +56,17 @@ def graphs(monkeypatch):
 
 def test_the_head_is_one_graph_for_all_chunks(model, graphs, monkeypatch):
     """Completions in one chunk, and in several under checkpointing; and equal gradients."""
-    plain = engine.attention._chunk_logprobs
+    plain = engine.model.attention._chunk_logprobs
     fused = torch.compile(plain, dynamic=True, backend=graphs)
     vocabulary, width = model.lm_head.weight.shape
     banned = torch.arange(vocabulary) % 5 == 1
-    monkeypatch.setattr(engine.attention, "HEAD_CHUNK", 12)
+    monkeypatch.setattr(engine.model.attention, "HEAD_CHUNK", 12)
     for count in (11, 7, 40, 12):  # 40 are chunks of 12, 12, 12 and 4
         ids, values, found = torch.arange(count) * 5, torch.randn(count, width), []
         for chunk_logprobs in (fused, plain):
-            monkeypatch.setattr(engine.attention, "_chunk_logprobs", chunk_logprobs)
+            monkeypatch.setattr(engine.model.attention, "_chunk_logprobs", chunk_logprobs)
             hidden, weight = values.clone().requires_grad_(), model.lm_head.weight
-            logprobs = engine.attention.head_logprobs(model.lm_head, hidden, ids, 0.7, banned)
+            logprobs = engine.model.attention.head_logprobs(model.lm_head, hidden, ids, 0.7, banned)
             gradients = torch.autograd.grad(logprobs.square().sum(), (hidden, weight))
             found.append((logprobs, *gradients))
         for mine, other in zip(*found, strict=True):
@@ -77,7 +77,7 @@ def test_the_head_is_one_graph_for_all_chunks(model, graphs, monkeypatch):
 def test_vision_blocks_compile_without_a_break_for_any_grid(model, graphs):
     """Five grids: blocks of windows and of whole images, each for the first grid and for any."""
     compiled = copy.deepcopy(model)
-    engine.policy.compile_layers(compiled, torch.device("cuda"))
+    engine.model.policy.compile_layers(compiled, torch.device("cuda"))
     generator, found = torch.Generator().manual_seed(0), []
     with torch.no_grad():
         for size in ((5, 3), (2, 7), (4, 4), (9, 6), (13, 3)):
@@ -114,13 +114,13 @@ def test_layers_of_both_policies_compile_for_rows_of_any_lengths(ranks, graphs, 
     generator = torch.Generator().manual_seed(0)
     reference = use_group_attention(tiny_model(0))
     plain, policy = (
-        engine.policy.shard_policy(
+        engine.model.policy.shard_policy(
             copy.deepcopy(reference), torch.device("cpu"), gradient_checkpointing=checkpoints
         )
         for checkpoints in (False, checkpointing)
     )
     for model in (policy, reference):
-        engine.policy.compile_layers(model, torch.device("cuda"))
+        engine.model.policy.compile_layers(model, torch.device("cuda"))
     counts, memory = [], []
     for step, groups in enumerate((1, 3, 2, 4)):
         sizes = [(2 + step % 3, 1 + i + step, 2 + i, 3) for i in range(groups)]
@@ -146,7 +146,7 @@ def test_a_second_sampler_of_the_same_shapes_compiles_nothing(model, graphs):
     """As each evaluation in training makes one; and a step is one graph."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
     for _ in range(2):
-        sampler = engine.sampler.Sampler(model, **options)
+        sampler = engine.sampling.sampler.Sampler(model, **options)
         step = torch.compile(sampler.step, dynamic=False, fullgraph=True, backend=graphs)
         with torch.no_grad():
             step(9), step(9)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import engine.policy
-from engine.attention import pack, token_logprobs
-from engine.policy import SMALLEST_PART, shard_policy
+import engine.model.policy
+from engine.model.attention import pack, token_logprobs
+from engine.model.policy import SMALLEST_PART, shard_policy
 from tests.runs import config_of, metrics, run, weights
 from tests.tiny import make_prompt, sample
 
@@ -87,7 +87,7 @@ def test_a_compiled_policy_has_the_gradient_of_the_cpu(
 ):
     """Sharded in parts or whole, both towers and the head compiled; after two rows nothing is
     compiled anew."""
-    monkeypatch.setattr(engine.policy, "SMALLEST_PART", smallest_part)
+    monkeypatch.setattr(engine.model.policy, "SMALLEST_PART", smallest_part)
     policy = shard_policy(copy.deepcopy(model), ranks.device, gradient_checkpointing=checkpointing)
     plain, graphs = copy.deepcopy(model), []
     for places in ((0,), (0, 1, 2), (1, 2), (2,), (0, 2)):

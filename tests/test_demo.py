@@ -15,8 +15,8 @@ import hoi_r1
 import teacher
 from demo import sampled, show, toy
 from demo.grounding import PROMPT
-from engine.examples import Examples
-from engine.policy import Ranks, load_model
+from engine.data.examples import Examples
+from engine.model.policy import Ranks, load_model
 from hicodet import HOI, InputError, Sample
 from tests.runs import metrics, weights
 from tests.test_disk_full import no_file_above

@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 import demo.show
 import predict
 from engine.files import write_json
-from engine.report import write_page
-from engine.run import Run
-from engine.show import show
+from engine.report.page import write_page
+from engine.runs.run_folder import Run
+from engine.report.pictures import show
 from hicodet import load_split
 from tests.run_folders import write_prediction
 from tests.runs import config_of, refusal, run, weights

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 import hicodet
 import hoi_r1
 from demo import toy
-from engine.policy import SMALLEST_PART  # before the tests set it to 0
+from engine.model.policy import SMALLEST_PART  # before the tests set it to 0
 from tests.runs import metrics, write_traces
 
 ROOT = Path(__file__).resolve().parents[1]

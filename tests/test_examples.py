@@ -17,14 +17,14 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import engine.traces
+import engine.traces.trace_file
 import hicodet
 import predict
 import sft
 import train
-from engine.attention import pack, token_logprobs
-from engine.examples import read_image
-from engine.policy import load_model
+from engine.model.attention import pack, token_logprobs
+from engine.data.examples import read_image
+from engine.model.policy import load_model
 from tests.runs import config_of, examples_of, refusal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -79,7 +79,7 @@ def test_only_the_target_is_in_the_loss(folder):
     """The packed loss equals cross-entropy with labels on the target's tokens alone (Eq. 1)."""
     config = config_of("sft", folder, "unused")
     samples = hicodet.load_split(folder / "data", "train")[:3]
-    thinks = {s.file_name: engine.traces.template_trace(s.hois) for s in samples}
+    thinks = {s.file_name: engine.traces.trace_file.template_trace(s.hois) for s in samples}
     examples = examples_of(config, samples, thinks)
     model = load_model(config.model, torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
@@ -115,7 +115,7 @@ def test_eq1_sft_loss():
 def test_images_without_a_trace(folder, tmp_path):
     """Left out, or asked for the answer alone; four of the 24 training images have none."""
     samples = hicodet.load_split(folder / "data", "train")
-    thinks = engine.traces.read_traces(folder / "traces.jsonl")
+    thinks = engine.traces.trace_file.read_traces(folder / "traces.jsonl")
     assert len(samples) == 24
     assert sft.traced_samples(samples, thinks, "skip") == samples[:20]
     assert sft.traced_samples(samples, thinks, "answer") == samples

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-import engine.attention
-import engine.decode
-import engine.sampler
+import engine.model.attention
+import engine.sampling.decode_step
+import engine.sampling.sampler
 from tests.test_blocks import flex_of_a_copy
 from tests.test_grpo import (  # noqa: F401  tests that hold for it as well
     test_gradients_equal_separate_forwards,
@@ -55,9 +55,9 @@ def flash(monkeypatch):
         calls.append(args)
         return slow_varlen(*args, **options)
 
-    for module in (engine.attention, engine.decode):
+    for module in (engine.model.attention, engine.sampling.decode_step):
         monkeypatch.setattr(module, "has_flash", lambda x: True)
-    monkeypatch.setattr(engine.attention, "varlen_attn", varlen)
+    monkeypatch.setattr(engine.model.attention, "varlen_attn", varlen)
     yield
     assert calls
 
@@ -67,13 +67,13 @@ def flash(monkeypatch):
 def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkeypatch, backend):
     """As a GPU runs it: flash attention, shared products, trial steps, no break in the graph."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
-    plain = collect(engine.sampler.Sampler(model, **options), prompts, list(range(6)))
+    plain = collect(engine.sampling.sampler.Sampler(model, **options), prompts, list(range(6)))
 
-    monkeypatch.setattr(engine.decode, "flex_attention", flex_of_a_copy)
+    monkeypatch.setattr(engine.sampling.decode_step, "flex_attention", flex_of_a_copy)
     replica = copy.deepcopy(model)
-    engine.decode.prepare_for_decoding(replica)
-    engine.decode.prepare_for_decoding(replica)  # a second sampler on the same model
-    sampler = engine.sampler.Sampler(replica, **options)
+    engine.sampling.decode_step.prepare_for_decoding(replica)
+    engine.sampling.decode_step.prepare_for_decoding(replica)  # a second sampler on the same model
+    sampler = engine.sampling.sampler.Sampler(replica, **options)
     step = torch.compile(sampler.step, dynamic=False, fullgraph=True, backend=backend)
 
     def with_trial(room):
@@ -95,15 +95,15 @@ def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkey
 
 def test_shared_products_follow_the_weights_that_are_copied_in(model, prompts, completions):
     replica, other = copy.deepcopy(model), copy.deepcopy(model)
-    engine.decode.prepare_for_decoding(replica)
+    engine.sampling.decode_step.prepare_for_decoding(replica)
     with torch.no_grad():
         for mine, new in zip(replica.parameters(), other.parameters(), strict=True):
             new.add_(0.1 * torch.randn_like(new))
             mine.copy_(new)
-        packed = engine.attention.pack(model, prompts, completions)
-        expected = engine.attention.token_logprobs(other, packed)
-        torch.testing.assert_close(engine.attention.token_logprobs(replica, packed), expected)
-        assert not torch.allclose(engine.attention.token_logprobs(model, packed), expected)
+        packed = engine.model.attention.pack(model, prompts, completions)
+        expected = engine.model.attention.token_logprobs(other, packed)
+        torch.testing.assert_close(engine.model.attention.token_logprobs(replica, packed), expected)
+        assert not torch.allclose(engine.model.attention.token_logprobs(model, packed), expected)
     assert list(replica.state_dict()) == list(other.state_dict())
 
 
@@ -112,11 +112,11 @@ def test_steps_beyond_the_end_change_nothing(model, prompts, monkeypatch):
     """A GPU looks once in many steps which rows are done: they go on and must not be written."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
     banned = torch.arange(model.config.text_config.vocab_size) >= 20
-    sampler = engine.sampler.Sampler(model, banned=banned, **options)
-    plain = engine.sampler.Sampler(model, banned=banned, **options)
+    sampler = engine.sampling.sampler.Sampler(model, banned=banned, **options)
+    plain = engine.sampling.sampler.Sampler(model, banned=banned, **options)
 
     def decode(compact):
-        for _ in range(engine.sampler.LOOK_EVERY):
+        for _ in range(engine.sampling.sampler.LOOK_EVERY):
             sampler.step(sampler.max_new_tokens)
 
     monkeypatch.setattr(sampler, "decode", decode)
@@ -145,7 +145,7 @@ def test_quantised_layers_are_left_alone(model, prompts):
     for layer in replica.model.language_model.layers:
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
-    engine.decode.prepare_for_decoding(replica)
+    engine.sampling.decode_step.prepare_for_decoding(replica)
     options = {"group_size": 1, "max_new_tokens": 5, "end_id": -1, "temperature": 0}
     mine, other = (sample(m, prompts, **options) for m in (replica, model))
     assert [ids.tolist() for ids in mine.completion_ids] == [

@@ -1,4 +1,4 @@
-"""grpo.py: Eqs. 2-5 by hand; engine/attention.py against plain forwards."""
+"""grpo.py: Eqs. 2-5 by hand; engine/model/attention.py against plain forwards."""
 
 import copy
 import math
@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import engine.attention
+import engine.model.attention
 import grpo
-from engine.attention import GroupLayout, mask_from_lengths, pack, token_logprobs
-from engine.policy import checkpoint_activations
+from engine.model.attention import GroupLayout, mask_from_lengths, pack, token_logprobs
+from engine.model.policy import checkpoint_activations
 from tests.tiny import plain_logprobs
 
 CLIP = 0.2
@@ -204,7 +204,7 @@ def test_token_logprobs_equal_separate_forwards(model, reference, prompts, compl
 
 def test_gradients_equal_separate_forwards(model, reference, prompts, completions, monkeypatch):
     """Every parameter's gradient, vision tower included, with the head in several chunks."""
-    monkeypatch.setattr(engine.attention, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(engine.model.attention, "HEAD_CHUNK", 4)
     weights = torch.randn(7)
     rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
     model.zero_grad(), reference.zero_grad()

@@ -13,9 +13,9 @@ import grpo
 import hicodet
 import predict
 import train
-from engine.attention import token_logprobs
-from engine.policy import load_model, load_reference
-from engine.sampler import Rollout
+from engine.model.attention import token_logprobs
+from engine.model.policy import load_model, load_reference
+from engine.sampling.sampler import Rollout
 from sft import supervised_text
 from tests.runs import (
     config_of,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from engine import health
+from engine.report import health
 
 
 def rows(**columns):

@@ -9,12 +9,12 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import distribute_tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import engine.policy
+import engine.model.policy
 import grpo
 import hoi_r1
-from engine.attention import pack, token_logprobs
-from engine.examples import batch_order
-from engine.policy import accumulate
+from engine.model.attention import pack, token_logprobs
+from engine.data.examples import batch_order
+from engine.model.policy import accumulate
 from hicodet import InputError
 from tests.runs import config_of, optimizer_of, policy_of, training_examples
 
@@ -32,10 +32,10 @@ def test_flags_are_checked_before_anything_is_read(capsys):
 
 def test_bf16_policy_is_the_same_function_as_its_replica(folder, ranks, monkeypatch):
     """As on a GPU: the sharded fp32 policy computing in bf16, and pi_old stored in bf16."""
-    monkeypatch.setattr(engine.policy, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(engine.model.policy, "compute_dtype", lambda device: torch.bfloat16)
     config = config_of("sft", folder, "x")
     policy = policy_of(config, ranks)
-    replica = engine.policy.load_model(config.model, ranks.device)
+    replica = engine.model.policy.load_model(config.model, ranks.device)
     examples = training_examples(config)
     batch = [examples[i] for i in range(3)]
     packed = pack(policy, [e.prompt for e in batch], [[e.target_ids] * 2 for e in batch])
@@ -50,14 +50,14 @@ def test_bf16_policy_is_the_same_function_as_its_replica(folder, ranks, monkeypa
 
 def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
     """One rank has nothing to add, so this is what FSDP is told for each part it shards."""
-    told, fully_shard = [], engine.policy.fully_shard
+    told, fully_shard = [], engine.model.policy.fully_shard
 
     def noted(part, **options):
         told.append(options["mp_policy"])
         return fully_shard(part, **options)
 
-    monkeypatch.setattr(engine.policy, "fully_shard", noted)
-    monkeypatch.setattr(engine.policy, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(engine.model.policy, "fully_shard", noted)
+    monkeypatch.setattr(engine.model.policy, "compute_dtype", lambda device: torch.bfloat16)
     policy_of(config_of("sft", folder, "x"), ranks)
     assert len(told) == 4  # the vision tower, two layers, the rest
     assert {(p.param_dtype, p.reduce_dtype) for p in told} == {(torch.bfloat16, torch.float32)}
@@ -65,16 +65,16 @@ def test_gradients_of_all_ranks_are_added_in_fp32(folder, ranks, monkeypatch):
 
 def test_parts_of_few_parameters_are_sharded_with_the_rest(folder, ranks, monkeypatch):
     """A layer here has 30,976, and the vision tower 80,480."""
-    told, fully_shard = [], engine.policy.fully_shard
+    told, fully_shard = [], engine.model.policy.fully_shard
 
     def noted(part, **options):
         told.append(type(part).__name__)
         return fully_shard(part, **options)
 
-    monkeypatch.setattr(engine.policy, "fully_shard", noted)
+    monkeypatch.setattr(engine.model.policy, "fully_shard", noted)
     tower, whole = "Qwen2_5_VisionTransformerPretrainedModel", "Qwen2_5_VLForConditionalGeneration"
     for least, parts in ((80_480, [tower, whole]), (80_481, [whole])):
-        monkeypatch.setattr(engine.policy, "SMALLEST_PART", least)
+        monkeypatch.setattr(engine.model.policy, "SMALLEST_PART", least)
         policy_of(config_of("sft", folder, "x"), ranks)
         assert told == parts
         told.clear()
@@ -103,26 +103,26 @@ def test_without_checkpointing_parameters_are_gathered_once_a_step(folder, ranks
 
 def test_offloaded_parameters_take_the_same_step(folder, ranks, monkeypatch):
     """As with a GPU, but for its pinned memory: the CPU is both the device and the host."""
-    told, fully_shard = [], engine.policy.fully_shard
+    told, fully_shard = [], engine.model.policy.fully_shard
 
     def noted(part, **options):
         told.append(type(options["offload_policy"]))
         return fully_shard(part, **options)
 
-    monkeypatch.setattr(engine.policy, "fully_shard", noted)
-    offload = engine.policy.CPUOffloadPolicy
-    monkeypatch.setattr(engine.policy, "CPUOffloadPolicy", lambda: offload(pin_memory=False))
+    monkeypatch.setattr(engine.model.policy, "fully_shard", noted)
+    offload = engine.model.policy.CPUOffloadPolicy
+    monkeypatch.setattr(engine.model.policy, "CPUOffloadPolicy", lambda: offload(pin_memory=False))
     config = config_of("sft", folder, "x")
     examples, policies = training_examples(config), []
     batch = [examples[i] for i in range(2)]
     for offloaded in (False, True):
-        policies.append(engine.policy.load_policy(config.model, ranks.device, offload=offloaded))
+        policies.append(engine.model.policy.load_policy(config.model, ranks.device, offload=offloaded))
         optimizer = optimizer_of(policies[-1], config)
         for example in batch:  # the second gradient is added to the first, on the host
             packed = pack(policies[-1], [example.prompt], [[example.target_ids]], ranks.device)
             policies[-1].token_logprobs(packed).sum().backward()
         optimizer.step(1e-3, 0.0)
-    assert told[:4] == [engine.policy.OffloadPolicy] * 4 and told[4:] == [offload] * 4
+    assert told[:4] == [engine.model.policy.OffloadPolicy] * 4 and told[4:] == [offload] * 4
     for mine, other in zip(*(policy.parameters() for policy in policies), strict=True):
         assert torch.equal(mine.full_tensor(), other.full_tensor())
 
@@ -169,26 +169,26 @@ def test_rollout_metrics_by_hand():
 
 
 def test_learning_rates():
-    rates = [engine.policy.learning_rate(step, 4, 1.0, 0, "cosine") for step in range(4)]
+    rates = [engine.model.policy.learning_rate(step, 4, 1.0, 0, "cosine") for step in range(4)]
     # (1 + cos(pi k / 4)) / 2
     assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
-    rates = [engine.policy.learning_rate(step, 4, 1.0, 0, "linear") for step in range(4)]
+    rates = [engine.model.policy.learning_rate(step, 4, 1.0, 0, "linear") for step in range(4)]
     assert rates == [1.0, 0.75, 0.5, 0.25]
-    rates = [engine.policy.learning_rate(step, 4, 1.0, 2, "linear") for step in range(4)]
+    rates = [engine.model.policy.learning_rate(step, 4, 1.0, 2, "linear") for step in range(4)]
     assert rates == [0.5, 1.0, 1.0, 0.5]
 
 
 def test_micro_batches(ranks):
-    parts = engine.policy.micro_batches([3, 9, 4, 20, 1], [1.0, 1.0, 0.0, 1.0, 1.0], 10, ranks)
+    parts = engine.model.policy.micro_batches([3, 9, 4, 20, 1], [1.0, 1.0, 0.0, 1.0, 1.0], 10, ranks)
     assert parts == [([3], [1.0]), ([1], [1.0]), ([2, 0, 4], [0.0, 1.0, 1.0])]
     lengths = np.random.default_rng().integers(1, 40, 30).tolist()
-    parts = engine.policy.micro_batches(lengths, [1.0] * 30, 50, ranks)
+    parts = engine.model.policy.micro_batches(lengths, [1.0] * 30, 50, ranks)
     assert sorted(i for part, _ in parts for i in part) == list(range(30))
     assert all(sum(lengths[i] for i in part) <= 50 for part, _ in parts)
 
 
 def test_a_rank_without_a_part_weighs_nothing():
-    share = engine.policy.Ranks(2, 4, torch.device("cpu")).share
+    share = engine.model.policy.Ranks(2, 4, torch.device("cpu")).share
     assert share([7, 8, 9, 10, 11, 12, 13]) == ([9, 13], [1.0, 1.0])
     assert share([7, 8]) == ([7], [0.0])
 

@@ -1,4 +1,4 @@
-"""engine/memory.py: figures of the public models, and slots for given memory."""
+"""engine/sampling/slots.py: figures of the public models, and slots for given memory."""
 
 import json
 import shutil
@@ -11,12 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-import engine.memory
+import engine.sampling.slots
 import hicodet
 import predict
 from demo import toy
-from engine.attention import use_group_attention
-from engine.memory import (
+from engine.model.attention import use_group_attention
+from engine.sampling.slots import (
     Need,
     cache_bytes,
     choose_slots,
@@ -25,8 +25,8 @@ from engine.memory import (
     vision_bytes,
     weight_bytes,
 )
-from engine.quantized import PackedLinear
-from engine.sampler import PREFILL_PROMPTS
+from engine.model.quantized import PackedLinear
+from engine.sampling.sampler import PREFILL_PROMPTS
 from hicodet import InputError
 from tests.runs import config_of, examples_of, refusal, run
 
@@ -223,7 +223,7 @@ def room_for(folder, monkeypatch):
             prefill_prompts=PREFILL_PROMPTS,
         )
         free = need.total(slots) * 100 // 95 + 1
-        monkeypatch.setattr(engine.memory, "free_memory", lambda device: free)
+        monkeypatch.setattr(engine.sampling.slots, "free_memory", lambda device: free)
 
     return find
 
@@ -275,6 +275,6 @@ def test_packed_weights_that_cannot_be_read_are_refused_before_they_are_read(
     values = json.loads((model / "config.json").read_text())
     values["quantization_config"] = QUANTIZATION | {"quant_method": "gptq"}
     (model / "config.json").write_text(json.dumps(values))
-    monkeypatch.setattr(engine.memory, "free_memory", lambda device: 10**12)
+    monkeypatch.setattr(engine.sampling.slots, "free_memory", lambda device: 10**12)
     found = refusal(config_of("predict", folder, tmp_path / "run", model=str(model)))
     assert f"--model {model}: " in found and "quant_method is gptq; only awq can be read" in found

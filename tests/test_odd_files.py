@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import predict
-from engine.examples import box_frame_of
-from engine.policy import Ranks
-from engine.run import Run, open_run
+from engine.data.examples import box_frame_of
+from engine.model.policy import Ranks
+from engine.runs.run_folder import Run, open_run
 from hicodet import InputError
 from tests.runs import config_of, examples_of
 

@@ -1,4 +1,4 @@
-"""engine/official_mat.py: read back with SciPy and, where it is installed, GNU Octave."""
+"""engine/scoring/official_mat.py: read back with SciPy and, where it is installed, GNU Octave."""
 
 import json
 import random
@@ -12,7 +12,7 @@ from scipy.io import loadmat
 
 import evaluate
 import hicodet
-from engine.official_mat import write_official
+from engine.scoring.official_mat import write_official
 from tests.pairs import (
     BOX,
     FAR,

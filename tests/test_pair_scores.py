@@ -1,4 +1,4 @@
-"""engine/pair_scores.py: cases worked by hand, and a slow reference on random data."""
+"""engine/scoring/pair_scores.py: cases worked by hand, and a slow reference on random data."""
 
 import random
 
@@ -7,7 +7,7 @@ import pytest
 
 import evaluate
 import hicodet
-from engine import pair_scores
+from engine.scoring import pair_scores
 from tests.pairs import (
     BOX,
     FAR,

@@ -2,7 +2,7 @@
 
 from PIL import Image
 
-from engine import panels
+from engine.report import drawing
 from hicodet import HOI
 
 RIDE = HOI((0.0, 0.0, 10.0, 10.0), (10.0, 0.0, 20.0, 10.0), "bicycle", ("ride", "sit on"))
@@ -16,36 +16,36 @@ def moved(hoi, right, verbs=None):
 
 def test_match_takes_the_free_pair_that_is_overlapped_most():
     # moved by 3 of 10 pixels two boxes share 7 of 13, above one half; by 4 only 6 of 14
-    assert panels.match_pairs([RIDE, HOLD], [moved(HOLD, 3), RIDE, RIDE]) == [1, 0, None]
-    assert panels.match_pairs([RIDE], [moved(RIDE, 4)]) == [None]
-    assert panels.match_pairs([moved(RIDE, 3), RIDE], [RIDE]) == [1]
+    assert drawing.match_pairs([RIDE, HOLD], [moved(HOLD, 3), RIDE, RIDE]) == [1, 0, None]
+    assert drawing.match_pairs([RIDE], [moved(RIDE, 4)]) == [None]
+    assert drawing.match_pairs([moved(RIDE, 3), RIDE], [RIDE]) == [1]
 
 
 def test_match_wants_the_same_object_class():
     other = HOI(RIDE.human, RIDE.object, "motorcycle", ("ride",))
-    assert panels.match_pairs([RIDE], [other]) == [None]
+    assert drawing.match_pairs([RIDE], [other]) == [None]
 
 
 def test_missed_pairs_counts_verbs():
-    assert panels.missed_pairs([RIDE, HOLD], []) == 3
-    assert panels.missed_pairs([RIDE, HOLD], [moved(RIDE, 1, ("ride",))]) == 2
-    assert panels.missed_pairs([RIDE, HOLD], [RIDE, HOLD]) == 0
+    assert drawing.missed_pairs([RIDE, HOLD], []) == 3
+    assert drawing.missed_pairs([RIDE, HOLD], [moved(RIDE, 1, ("ride",))]) == 2
+    assert drawing.missed_pairs([RIDE, HOLD], [RIDE, HOLD]) == 0
 
 
 def test_label_goes_to_the_nearest_free_place():
-    assert panels.free_place((8, 8), (20, 10), [], (100, 100)) == (8, 8)
-    x, y = panels.free_place((8, 8), (20, 10), [(0, 0, 60, 20)], (100, 100))
+    assert drawing.free_place((8, 8), (20, 10), [], (100, 100)) == (8, 8)
+    x, y = drawing.free_place((8, 8), (20, 10), [(0, 0, 60, 20)], (100, 100))
     assert y > 20 or x > 60
 
 
 def test_label_without_room_has_no_place():
-    assert panels.free_place((0, 0), (50, 10), [(0, 0, 100, 100)], (100, 100)) is None
-    assert panels.free_place((0, 0), (120, 10), [], (100, 100)) is None
+    assert drawing.free_place((0, 0), (50, 10), [(0, 0, 100, 100)], (100, 100)) is None
+    assert drawing.free_place((0, 0), (120, 10), [], (100, 100)) is None
 
 
 def test_labels_of_many_pairs_do_not_cover_each_other():
     taken = []
-    while (place := panels.free_place((40, 40), (30, 12), taken, (100, 100))) is not None:
+    while (place := drawing.free_place((40, 40), (30, 12), taken, (100, 100))) is not None:
         box = (place[0], place[1], place[0] + 30, place[1] + 12)
         for other in taken:
             assert box[2] < other[0] or other[2] < box[0] or box[3] < other[1] or other[3] < box[1]
@@ -55,14 +55,14 @@ def test_labels_of_many_pairs_do_not_cover_each_other():
 
 def test_label_without_room_is_written_below():
     long = HOI(RIDE.human, RIDE.object, "bicycle", tuple(f"verb {i}" for i in range(40)))
-    picture = panels.draw_pairs(Image.new("RGB", (100, 50)), [long], [0], width=200)
+    picture = drawing.draw_pairs(Image.new("RGB", (100, 50)), [long], [0], width=200)
     assert picture.width == 200 and picture.height > 100
 
 
 def test_caption_is_written_below():
     image = Image.new("RGB", (100, 50))
     for caption in ("two people", "Two people.\n自転車 \ud800\x00" * 9):
-        picture = panels.draw_pairs(image, [], [], width=200, caption=caption)
+        picture = drawing.draw_pairs(image, [], [], width=200, caption=caption)
         assert picture.width == 200
         below = picture.crop((0, 100, 200, picture.height)).convert("L")
         assert below.getextrema() == (0, 255)  # black on white
@@ -71,8 +71,8 @@ def test_caption_is_written_below():
 def test_pair_is_drawn_where_it_is_and_the_object_is_labelled():
     image = Image.new("RGB", (600, 500), "white")
     hoi = HOI((50, 60, 200, 400), (300, 100, 500, 300), "bicycle", ("ride", "sit on"))
-    drawn = panels.draw_pairs(image, [hoi], [0], width=600)
-    colour = tuple(bytes.fromhex(panels.COLOURS[0][1:]))
+    drawn = drawing.draw_pairs(image, [hoi], [0], width=600)
+    colour = tuple(bytes.fromhex(drawing.COLOURS[0][1:]))
     corners = [(50, 60), (200, 400), (300, 200), (400, 100)]  # and places on the sides
     assert {drawn.getpixel(place) for place in corners} == {colour}
     # the line runs from (125, 230), where it has a dot, to (400, 200)
@@ -85,10 +85,10 @@ def test_pair_is_drawn_where_it_is_and_the_object_is_labelled():
 
 def test_matched_pairs_share_a_colour_and_others_are_grey():
     image = Image.new("RGB", (100, 50))
-    left, right = panels.compare(image, [HOLD, RIDE], [RIDE, moved(HOLD, 50)], width=300)
+    left, right = drawing.compare(image, [HOLD, RIDE], [RIDE, moved(HOLD, 50)], width=300)
     colours = [{colour for _, colour in p.getcolors(10**6)} for p in (left, right)]
     first, second, grey = (
-        tuple(bytes.fromhex(c[1:])) for c in (*panels.COLOURS[:2], panels.UNMATCHED)
+        tuple(bytes.fromhex(c[1:])) for c in (*drawing.COLOURS[:2], drawing.UNMATCHED)
     )
     assert {first, second} <= colours[0] and grey not in colours[0]
     assert {second, grey} <= colours[1] and first not in colours[1]
@@ -96,10 +96,10 @@ def test_matched_pairs_share_a_colour_and_others_are_grey():
 
 def test_picture_keeps_its_arguments_and_survives_inverted_boxes():
     image, wrong = Image.new("RGB", (100, 50)), HOI((30, 30, 5, 5), (9, 9, 9, 9), "dog", ())
-    panels.draw_pairs(image, [wrong], [None])
+    drawing.draw_pairs(image, [wrong], [None])
     assert image.getcolors() == [(5000, (0, 0, 0))]
 
 
 def test_side_by_side_is_as_wide_as_all_with_gaps():
     pictures = [Image.new("RGB", size) for size in ((30, 10), (20, 40))]
-    assert panels.side_by_side(pictures, gap=5).size == (55, 40)
+    assert drawing.side_by_side(pictures, gap=5).size == (55, 40)

@@ -3,9 +3,9 @@
 import pytest
 from PIL import Image
 
-import engine.examples
+import engine.data.examples
 import hoi_r1
-from engine import photographs
+from engine.report import photographs
 from hicodet import HOI, InputError, Sample, format_completion, to_model_frame
 from tests.runs import refusal, run
 from tests.test_disk_full import no_file_above
@@ -36,28 +36,28 @@ def config_of(folder, *images, out, **changes):
 def test_photograph_is_read_upright(sideways):
     (sample,) = photographs.photographs([str(sideways)])
     assert (sample.width, sample.height) == (100, 200) and sample.hois == ()
-    image = engine.examples.read_image(sample, upright=True)
+    image = engine.data.examples.read_image(sample, upright=True)
     assert [image.getpixel((50, y))[0] > 200 for y in (20, 180)] == [True, False]
 
 
 def test_data_set_is_read_as_it_is_stored(sideways):
     sample = Sample("phone.jpg", sideways, 200, 100, (), (), frozenset())
-    assert engine.examples.read_image(sample).size == (200, 100)
+    assert engine.data.examples.read_image(sample).size == (200, 100)
 
 
 def test_prediction_of_photographs(folder, sideways, tmp_path, monkeypatch, capsys):
     """The model sees 84 x 168 or so; what it writes there is told in pixels of the photograph."""
     plain = tmp_path / "plain.png"
     Image.new("RGB", (300, 150)).save(plain)
-    seen, read = [], engine.examples.read_image
+    seen, read = [], engine.data.examples.read_image
 
     def read_image(sample, upright=False):
         seen.append(read(sample, upright).size)
         return read(sample, upright)
 
-    monkeypatch.setattr(engine.examples, "read_image", read_image)
-    monkeypatch.setattr(engine.examples.Examples, "decode", lambda self, ids: next(texts))
-    (size,) = {e.model_size for e in engine.examples.Examples(
+    monkeypatch.setattr(engine.data.examples, "read_image", read_image)
+    monkeypatch.setattr(engine.data.examples.Examples, "decode", lambda self, ids: next(texts))
+    (size,) = {e.model_size for e in engine.data.examples.Examples(
         str(folder / "model"), photographs.photographs([str(sideways)]), upright=True)}
     boxes = (to_model_frame(box, (100, 200), size) for box in (RIDE.human, RIDE.object))
     texts = iter([format_completion([HOI(*boxes, "bicycle", RIDE.verbs)], "One \x1b[31mrider."),
@@ -91,7 +91,7 @@ def test_untrained_model_answers_without_a_data_set(folder, sideways, tmp_path, 
 def test_pictures_of_what_was_answered_outlive_a_crash(folder, sideways, tmp_path, monkeypatch):
     Image.new("RGB", (60, 60)).save(tmp_path / "plain.png")
     texts = iter(["<think> Nobody. </think>"])  # and none for the second
-    monkeypatch.setattr(engine.examples.Examples, "decode", lambda self, ids: next(texts))
+    monkeypatch.setattr(engine.data.examples.Examples, "decode", lambda self, ids: next(texts))
     with pytest.raises(RuntimeError):  # StopIteration in a generator
         run(config_of(folder, sideways, tmp_path / "plain.png", out=tmp_path / "out", slots=1))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["phone_hois.png"]

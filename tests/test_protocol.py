@@ -12,9 +12,9 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import hicodet
 import predict
 import train
-from engine.examples import FRAME_FILE, box_frame_of
-from engine.policy import load_model
-from engine.sampler import Sampler
+from engine.data.examples import FRAME_FILE, box_frame_of
+from engine.model.policy import load_model
+from engine.sampling.sampler import Sampler
 from tests.runs import config_of, examples_of, metrics, refusal, run
 from tests.tiny import collect, generate, plain_logprobs
 

@@ -1,4 +1,4 @@
-"""engine/quantized.py: AWQ folders as the Hub has them, read without further packages."""
+"""engine/model/quantized.py: AWQ folders as the Hub has them, read without further packages."""
 
 import json
 import shutil
@@ -11,9 +11,9 @@ from torch import nn
 
 import hicodet
 from demo import toy
-from engine.attention import pack, token_logprobs
-from engine.policy import load_model
-from engine.quantized import PackedLinear, is_packed, pack_layers, unpack
+from engine.model.attention import pack, token_logprobs
+from engine.model.policy import load_model
+from engine.model.quantized import PackedLinear, is_packed, pack_layers, unpack
 from tests.runs import config_of, examples_of, refusal, run
 from tests.tiny import sample
 

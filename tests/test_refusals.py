@@ -15,12 +15,12 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import engine.files
-import engine.run
+import engine.runs.run_folder
 import hicodet
 import hoi_r1
 import sft
 from engine.files import read_from_model
-from engine.sizes import read_config
+from engine.model.model_files import read_config
 from tests.runs import config_of, metrics, refusal, run
 
 ROOT = Path(hoi_r1.__file__).parent
@@ -116,7 +116,7 @@ def test_a_resumed_run_is_told_the_same(stage, folder, tmp_path):
     config = config_of(stage, folder, tmp_path, resume=True)
     settings = asdict(config) | {"examples": "24 images, 0123456789abcdef"}
     settings |= {"stage": stage, "command": ["hoi_r1.py", stage]}
-    engine.run._write_settings(tmp_path, settings, resume=False)
+    engine.runs.run_folder._write_settings(tmp_path, settings, resume=False)
     stored = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "metrics.jsonl").write_text("")
     assert stored.keys() - FREE > {"weight_decay", "examples"} or stage == "predict"
@@ -124,11 +124,11 @@ def test_a_resumed_run_is_told_the_same(stage, folder, tmp_path):
         changed = stored | {name: "something else"}
         (tmp_path / "config.json").write_text(json.dumps(changed))
         with pytest.raises(hicodet.InputError, match=f"{name} = 'something else'"):
-            engine.run._write_settings(tmp_path, settings, resume=True)
+            engine.runs.run_folder._write_settings(tmp_path, settings, resume=True)
     for name in FREE & stored.keys():
         changed = stored | {name: "something else"}
         (tmp_path / "config.json").write_text(json.dumps(changed))
-        engine.run._write_settings(tmp_path, settings, resume=True)
+        engine.runs.run_folder._write_settings(tmp_path, settings, resume=True)
 
 
 def test_offloading_is_refused_without_a_gpu(folder, tmp_path):

@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 import hicodet
-from engine import figures, records, report
-from engine.records import read_run
+from engine.report import figures
+from engine.report import records
+from engine.report import page as report
+from engine.report.records import read_run
 from tests import run_folders
 from tests.run_folders import EVIL, TRUTH, write_lines, write_prediction, write_training
 
@@ -374,6 +376,6 @@ def test_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
 
 
 def test_page_is_made_without_torch():
-    code = "import sys; import engine.report, engine.card; print('torch' in sys.modules)"
+    code = "import sys; import engine.report.page, engine.report.card; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine import report
+from engine.report import page as report
 from tests import chromium
 from tests.run_folders import EVIL, write_prediction, write_training
 

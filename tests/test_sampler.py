@@ -1,13 +1,13 @@
-"""engine/sampler.py: the same tokens as plain loops, whatever the slots and the neighbours."""
+"""engine/sampling/sampler.py: the same tokens as plain loops, whatever the slots and the neighbours."""
 
 import math
 
 import pytest
 import torch
 
-import engine.attention
-import engine.decode
-import engine.sampler
+import engine.model.attention
+import engine.sampling.decode_step
+import engine.sampling.sampler
 from tests.tiny import collect, generate, make_prompt, plain_distributions, sample
 
 
@@ -89,7 +89,7 @@ def test_first_token_follows_the_exact_softmax():
     banned = torch.tensor([False, False, False, False, False, True])
     draws = 20_000
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(3))
-    ids, logprobs, _ = engine.decode.draw_tokens(
+    ids, logprobs, _ = engine.sampling.decode_step.draw_tokens(
         logits.expand(draws, -1), temperature=2.0, uniforms=uniforms, banned=banned
     )
     expected = torch.softmax(logits[:5] / 2.0, 0)
@@ -103,7 +103,7 @@ def test_first_token_follows_the_exact_softmax():
 def test_draw_tokens_never_draws_what_is_banned_at_the_ends():
     banned = torch.tensor([True, False, True])
     uniforms = torch.tensor([0.0, 1 - 2**-24])
-    ids, *_ = engine.decode.draw_tokens(
+    ids, *_ = engine.sampling.decode_step.draw_tokens(
         torch.zeros(2, 3), temperature=1.0, uniforms=uniforms, banned=banned
     )
     assert ids.tolist() == [1, 1]
@@ -121,7 +121,7 @@ def test_draw_tokens_inverts_the_distribution_function(vocabulary):
     banned[vocabulary // 2] = False
     uniforms = torch.cat([torch.arange(199) / 199, torch.tensor([1 - 2**-24])]).repeat(3)
     options = {"temperature": 0.7, "banned": banned}
-    ids, logprobs, _ = engine.decode.draw_tokens(logits, uniforms=uniforms, **options)
+    ids, logprobs, _ = engine.sampling.decode_step.draw_tokens(logits, uniforms=uniforms, **options)
     expected = torch.log_softmax(logits.double().masked_fill(banned, -torch.inf) / 0.7, -1)
     at = expected.exp().cumsum(-1).gather(1, ids[:, None])[:, 0]
     drawn = expected.gather(1, ids[:, None])[:, 0]
@@ -134,7 +134,7 @@ def test_a_prompt_arrives_as_soon_as_a_slot_is_free(model, prompts):
     """Nobody waits for the longest row: with one slot free the next prompt is asked for."""
     banned = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool)
     banned[:10] = False
-    sampler = engine.sampler.Sampler(
+    sampler = engine.sampling.sampler.Sampler(
         model, slots=2, group_size=1, prompt_room=40, max_new_tokens=60, end_id=7, banned=banned
     )
     order = []
@@ -160,7 +160,7 @@ def test_a_prompt_arrives_as_soon_as_a_slot_is_free(model, prompts):
 def test_a_step_of_rows_that_are_done_leaves_no_trace(model, prompts):
     """A GPU's graph is recorded so, beside prompts that have begun."""
     options = {"group_size": 1, "max_new_tokens": 9, "end_id": -1, "temperature": 0}
-    sampler = engine.sampler.Sampler(
+    sampler = engine.sampling.sampler.Sampler(
         model, slots=3, prompt_room=40, repetition_penalty=1.3, **options
     )
     names = ("ids", "logprobs", "entropies", "counts", "written")
@@ -176,7 +176,7 @@ def test_a_step_of_rows_that_are_done_leaves_no_trace(model, prompts):
 def test_logits_are_penalised_in_fp32(model):
     """20 / 1.05 is more than 19, and in bf16 the same."""
     options = {"slots": 1, "group_size": 1, "prompt_room": 4, "max_new_tokens": 3, "end_id": -1}
-    sampler = engine.sampler.Sampler(model, temperature=0, repetition_penalty=1.05, **options)
+    sampler = engine.sampling.sampler.Sampler(model, temperature=0, repetition_penalty=1.05, **options)
     sampler.done.fill_(False)
     logits = torch.zeros(1, model.config.text_config.vocab_size, dtype=torch.bfloat16)
     logits[0, 3], logits[0, 5] = 19, 20
@@ -188,7 +188,7 @@ def test_logits_are_penalised_in_fp32(model):
 def test_a_prompt_that_is_too_long_is_refused(model, prompts):
     longest = max(len(prompt.prompt_ids) for prompt in prompts)
     options = {"slots": 3, "group_size": 1, "max_new_tokens": 3, "end_id": 7, "temperature": 0}
-    sampler = engine.sampler.Sampler(model, prompt_room=longest - 1, **options)
+    sampler = engine.sampling.sampler.Sampler(model, prompt_room=longest - 1, **options)
     with pytest.raises(ValueError, match=f"{longest} tokens.*prompt_room is {longest - 1}"):
         sampler.collect(prompts, None)
 
@@ -196,7 +196,7 @@ def test_a_prompt_that_is_too_long_is_refused(model, prompts):
 def test_a_sampler_can_be_used_again(model, prompts):
     """As by a trainer, step after step; what the slots held before is gone."""
     options = {"group_size": 2, "max_new_tokens": 12, "end_id": 7}
-    sampler = engine.sampler.Sampler(model, slots=2, prompt_room=40, **options)
+    sampler = engine.sampling.sampler.Sampler(model, slots=2, prompt_room=40, **options)
     for step in range(3):
         seeds = list(range(6 * step, 6 * step + 6))
         again = collect(sampler, prompts, seeds)
@@ -211,9 +211,9 @@ def test_windows_of_the_vision_tower_equal_the_library(model, reference, monkeyp
     images = [make_prompt(model, *size, 1, 1, generator) for size in ((5, 3), (2, 7), (4, 4))]
     pixels = torch.cat([image.pixel_values for image in images])
     grid = torch.cat([image.image_grid_thw for image in images])
-    calls, windows = [], engine.attention._windows_by_length
+    calls, windows = [], engine.model.attention._windows_by_length
     monkeypatch.setattr(
-        engine.attention, "_windows_by_length", lambda *args: calls.append(args) or windows(*args)
+        engine.model.attention, "_windows_by_length", lambda *args: calls.append(args) or windows(*args)
     )
     weights = torch.randn(15 + 14 + 16, model.config.text_config.hidden_size)
     gradients = []
@@ -230,26 +230,26 @@ def test_windows_of_the_vision_tower_equal_the_library(model, reference, monkeyp
 
 def test_seeds_must_fit_the_rows(model, prompts):
     options = {"slots": 2, "group_size": 2, "prompt_room": 40, "max_new_tokens": 3, "end_id": 7}
-    sampler = engine.sampler.Sampler(model, **options)
+    sampler = engine.sampling.sampler.Sampler(model, **options)
     for seeds in ([[1], [2, 3, 4]], [[1, 2], None]):
         with pytest.raises(ValueError, match="2 rows need 2 seeds"):
             list(sampler.run(zip(prompts, seeds)))
     for seeds in ([], [[1, 2]], None):
         with pytest.raises(ValueError):
             sampler.collect(prompts, seeds)
-    greedy = engine.sampler.Sampler(model, temperature=0, **options)
+    greedy = engine.sampling.sampler.Sampler(model, temperature=0, **options)
     with pytest.raises(ValueError, match="need 0 seeds"):
         list(greedy.run([(prompts[0], [1, 2])]))
 
 
 def test_a_run_that_is_broken_off_leaves_nothing_behind(model, prompts):
     options = {"slots": 2, "group_size": 1, "prompt_room": 40, "max_new_tokens": 12, "end_id": 7}
-    sampler = engine.sampler.Sampler(model, **options)
+    sampler = engine.sampling.sampler.Sampler(model, **options)
     broken = sampler.run(zip(prompts, [[1], [2], [3]]))
     next(broken)
     broken.close()
     found, expected = (
-        collect(s, prompts, [4, 5, 6]) for s in (sampler, engine.sampler.Sampler(model, **options))
+        collect(s, prompts, [4, 5, 6]) for s in (sampler, engine.sampling.sampler.Sampler(model, **options))
     )
     for mine, other in zip(found.completion_ids, expected.completion_ids, strict=True):
         assert mine.tolist() == other.tolist()

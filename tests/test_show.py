@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import hoi_r1
-from engine import show
+from engine.report import pictures
 from hicodet import HOI, InputError, Sample, format_completion
 from rewards import total_reward
 from tests.run_folders import write_prediction, write_training
@@ -33,7 +33,7 @@ def data(tmp_path, monkeypatch):
     for name, hois in truths.items():
         Image.new("RGB", (100, 100)).save(tmp_path / name)
         samples.append(Sample(name, tmp_path / name, 100, 100, hois, (), frozenset()))
-    monkeypatch.setattr(show, "load_split", lambda root, split: samples)
+    monkeypatch.setattr(pictures, "load_split", lambda root, split: samples)
     half = HOI(RIDE.human, RIDE.object, "bicycle", ("ride",))
     rows = [line("a.jpg", half), line("b.jpg"), line("c.jpg", HOLD, HOLD)]
     path = tmp_path / "predictions.jsonl"
@@ -43,7 +43,7 @@ def data(tmp_path, monkeypatch):
 
 def shown(**options):
     """What `show` says of each picture, by its name."""
-    rows = (row.split(": ", 1) for row in show.show(**options))
+    rows = (row.split(": ", 1) for row in pictures.show(**options))
     return {Path(path).name: text for path, text in rows}
 
 
@@ -143,5 +143,5 @@ def test_report_of_no_folder_is_one_line(tmp_path, capsys):
 
 
 def test_neither_needs_torch():
-    code = "import sys, engine.report, engine.show\nassert 'torch' not in sys.modules"
+    code = "import sys, engine.report.page, engine.report.pictures\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

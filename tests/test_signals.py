@@ -20,7 +20,7 @@ import evaluate
 import hoi_r1
 import teacher
 from demo.run import command
-from engine.run import Run
+from engine.runs.run_folder import Run
 from engine.signals import resume_command
 from tests.runs import config_of, metrics, run, weights
 from tests.test_ranks_agree import free_port
@@ -33,8 +33,8 @@ import sys
 
 import torch
 
-from engine.attention import Prompt
-from engine.examples import Example, read_ahead
+from engine.model.attention import Prompt
+from engine.data.examples import Example, read_ahead
 from engine.files import lock
 
 class Examples:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.sizes import read_config
+from engine.model.model_files import read_config
 from tests.runs import config_of, refusal
 
 TEXT, VISION, ROPE = "text_config", "vision_config", "text_config.rope_parameters"

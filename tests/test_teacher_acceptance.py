@@ -3,7 +3,7 @@
 import pytest
 
 import hicodet
-from engine.acceptance import accept_trace
+from engine.traces.acceptance import accept_trace
 from tests.replies import THINK, reply
 
 ACCEPTED = """\

@@ -10,11 +10,11 @@ import time
 
 import pytest
 
-import engine.acceptance
-import engine.chat
+import engine.traces.acceptance
+import engine.traces.openai_chat
 import teacher
-from engine.acceptance import accept_trace
-from engine.chat import Budget, Stop, Transient
+from engine.traces.acceptance import accept_trace
+from engine.traces.openai_chat import Budget, Stop, Transient
 from tests.replies import THINK, make_samples, make_teacher, reply, write
 
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
@@ -44,7 +44,7 @@ def raw_server(pieces, pause=0.0):
 def failure(pieces, pause=0.0, **changes):
     """What `post` raises."""
     with raw_server(pieces, pause) as url, pytest.raises((Transient, Stop)) as failed:
-        engine.chat.post(make_teacher(base_url=url, **changes), {})
+        engine.traces.openai_chat.post(make_teacher(base_url=url, **changes), {})
     return failed.value
 
 
@@ -54,7 +54,7 @@ DRIPS = {"header": b"X: ", "body": b"\r\n", "body of known length": b"Content-Le
 @pytest.mark.parametrize("start", DRIPS.values(), ids=DRIPS)
 def test_a_server_that_drips_is_cut_off(start, monkeypatch):
     """A byte before each time-out, so that none comes; 0.4 s are given to it all."""
-    monkeypatch.setattr(engine.chat, "MAX_TIMEOUTS", 2)
+    monkeypatch.setattr(engine.traces.openai_chat, "MAX_TIMEOUTS", 2)
     drops = iter([b"x"] * 40)  # 4 s
     error = failure(itertools.chain([HEAD + start], drops), 0.1, timeout=0.2)
     assert any(drops)  # it did not get to the last one
@@ -65,13 +65,13 @@ def test_a_server_that_drips_is_cut_off(start, monkeypatch):
 
 @pytest.mark.parametrize("length", [b"", b"Content-Length: 99999999999\r\n"])
 def test_an_endless_reply_is_not_kept(length, monkeypatch):
-    monkeypatch.setattr(engine.chat, "MAX_REPLY", 1_000_000)
+    monkeypatch.setattr(engine.traces.openai_chat, "MAX_REPLY", 1_000_000)
     error = failure(itertools.chain([HEAD + length + b"\r\n"], [b"x" * 65536] * 99))
     assert isinstance(error, Transient) and error.billed and "more than 1000000 bytes" in str(error)
 
 
 def test_a_reply_of_16_mb_is_the_longest():
-    assert engine.chat.MAX_REPLY == 16 * 1024 * 1024
+    assert engine.traces.openai_chat.MAX_REPLY == 16 * 1024 * 1024
 
 
 def test_a_servers_words_do_not_reach_the_terminal_as_codes():
@@ -85,7 +85,7 @@ def test_a_servers_words_do_not_reach_the_terminal_as_codes():
 
 def test_the_words_of_a_batch_are_printable_too(tmp_path):
     path = write(tmp_path / "r.jsonl", {"custom_id": "a.jpg", "error": "\x1b[2J \x7f \u202e"})
-    ((_, _, _, said),) = engine.chat.batch_results([path])
+    ((_, _, _, said),) = engine.traces.openai_chat.batch_results([path])
     assert said.isprintable()
 
 
@@ -122,7 +122,7 @@ def test_the_end_says_what_is_spent_in_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(teacher, "complete", complete)
     budget = Budget((1.0, 0.0), max_cost=0.01)
-    with engine.traces.TraceFile(tmp_path / "t.jsonl") as file:
+    with engine.traces.trace_file.TraceFile(tmp_path / "t.jsonl") as file:
         samples = make_samples(tmp_path, 2)
         _, ended = teacher.ask_all(samples, make_teacher(), file, budget, 1, 2)
     assert ended.startswith("$0.0000 are spent, those in flight can cost $0.0060")  # no image
@@ -134,15 +134,15 @@ def test_a_cost_in_the_file_is_a_number(cost, tmp_path):
     """NaN would end the watch over --max-cost."""
     path = tmp_path / "t.jsonl"
     path.write_text(f'{{"file_name": "a", "think": "A", "usage": {{"cost": {cost}}}}}\n')
-    with pytest.raises(engine.traces.InputError, match=f'{path}, line 1: "cost" must be a number'):
-        engine.traces.TraceFile(path)
+    with pytest.raises(engine.traces.trace_file.InputError, match=f'{path}, line 1: "cost" must be a number'):
+        engine.traces.trace_file.TraceFile(path)
 
 
 def test_a_last_line_of_deep_nesting_is_dropped(tmp_path):
     path = write(tmp_path / "t.jsonl", {"file_name": "a", "think": "A"})
     whole = path.read_text()
     path.write_text(whole + "[" * 100_000)
-    with engine.traces.TraceFile(path) as file:
+    with engine.traces.trace_file.TraceFile(path) as file:
         assert file.names == {"a"}
     assert path.read_text() == whole
 
@@ -158,7 +158,7 @@ def test_a_very_long_text_is_no_trace():
 @pytest.mark.parametrize("part", ["<think>", "</think>", "<think> </think>", "<", "a"])
 def test_the_tags_of_a_megabyte_are_found_at_once(part, monkeypatch):
     """A pattern that takes the square of the length would need minutes."""
-    monkeypatch.setattr(engine.acceptance, "MAX_CHARACTERS", 1_000_000)
+    monkeypatch.setattr(engine.traces.acceptance, "MAX_CHARACTERS", 1_000_000)
     assert "no text within" in accept_trace(reply(part * (999_999 // len(part))))[1]
 
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-import engine.traces
+import engine.traces.trace_file
 import teacher
-from engine.chat import Budget
+from engine.traces.openai_chat import Budget
 from hicodet import Sample
 from tests.replies import make_samples, make_teacher
 
@@ -14,7 +14,7 @@ def outcomes_of(fates, folder, monkeypatch, concurrency):
     names = {f"{number}.jpg": fate for number, fate in enumerate(fates)}
     samples = [Sample(name, folder, 1, 1, (), (), frozenset()) for name in names]
     monkeypatch.setattr(teacher, "ask", lambda sample, *_: names[sample.file_name]())
-    with engine.traces.TraceFile(folder / "t.jsonl") as file:
+    with engine.traces.trace_file.TraceFile(folder / "t.jsonl") as file:
         return teacher.ask_all(samples, make_teacher(), file, Budget((0, 0), 1), 1, concurrency)
 
 
@@ -54,6 +54,6 @@ def test_a_rerun_gets_past_many_images_that_are_always_refused(tmp_path, monkeyp
     monkeypatch.setattr(
         teacher, "ask", lambda sample, *_: refused() if sample.file_name in always else good())
     args = teacher.TeacherConfig(data=tmp_path, out=out, base_url="http://127.0.0.1:9/v1")
-    with engine.traces.TraceFile(out) as file:
+    with engine.traces.trace_file.TraceFile(out) as file:
         missing, ended = teacher.make_traces(args, {}, samples, file)
     assert (missing.keys(), ended) == (always, "")

@@ -18,12 +18,12 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-import engine.chat
-import engine.traces
+import engine.traces.openai_chat
+import engine.traces.trace_file
 import hicodet
 import teacher
 from demo import toy
-from engine.chat import Budget, Teacher
+from engine.traces.openai_chat import Budget, Teacher
 from tests.faulty_server import FAULTS, THINK, USAGE, Server
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,8 +92,8 @@ def test_faults_in_random_order_lose_nothing_and_repeat_nothing(data, tmp_path):
 def test_each_fault_is_worth_another_try(fault, billed, wait):
     one = Teacher("m", Server(lambda: fault).url, KEY, "p", 9, 9, timeout=0.3, retries=0,
                           backoff=1)
-    with pytest.raises(engine.chat.Transient) as failed:
-        engine.chat.post(one, {})
+    with pytest.raises(engine.traces.openai_chat.Transient) as failed:
+        engine.traces.openai_chat.post(one, {})
     assert (failed.value.billed, failed.value.retry_after) == (billed, wait)
 
 
@@ -166,8 +166,8 @@ def test_a_model_without_max_tokens_is_told_what_can_be_the_teacher():
     said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
     server = Server(lambda: (400, {"error": {"message": said}}))
     one = Teacher("o4-mini", server.url, KEY, "p", 9, 9, timeout=9, retries=0, backoff=1)
-    with pytest.raises(engine.chat.Stop, match=f"{said}.*; .* --teacher gpt-4o-mini can$"):
-        engine.chat.post(one, {})
+    with pytest.raises(engine.traces.openai_chat.Stop, match=f"{said}.*; .* --teacher gpt-4o-mini can$"):
+        engine.traces.openai_chat.post(one, {})
 
 
 @pytest.mark.parametrize("status, error", [
@@ -192,8 +192,8 @@ def test_an_image_that_is_filtered_costs_itself_alone(status, error, data, tmp_p
 def test_an_image_that_is_filtered_is_reckoned_at_the_most():
     server, budget = Server(lambda: (400, {"code": "content_filter"})), Budget((0.0, 1.0), 9.0)
     one = Teacher("m", server.url, KEY, "p", 500_000, 9, timeout=9, retries=3, backoff=0)
-    with pytest.raises(engine.chat.Filtered):
-        engine.chat.complete(one, {}, budget, threading.Event())
+    with pytest.raises(engine.traces.openai_chat.Filtered):
+        engine.traces.openai_chat.complete(one, {}, budget, threading.Event())
     assert (budget.spent, budget.reserved, len(server.bodies)) == (0.5, 0.0, 1)
 
 
@@ -266,8 +266,8 @@ def test_template_backend_writes_every_image_and_resumes(data, tmp_path):
     assert run_main("--data", data, "--out", out, "--backend", "template") == 0
     assert out.read_text().startswith(first)
     samples = hicodet.load_split(data, "train")
-    assert engine.traces.read_traces(out) == {
-        sample.file_name: engine.traces.template_trace(sample.hois) for sample in samples}
+    assert engine.traces.trace_file.read_traces(out) == {
+        sample.file_name: engine.traces.trace_file.template_trace(sample.hois) for sample in samples}
     assert json.loads(first.splitlines()[0]).keys() == {
         "file_name", "think", "teacher", "attempts", "usage"}
 
@@ -355,7 +355,7 @@ def test_batch_backend_writes_once_and_collects(data, tmp_path):
     (tmp_path / "r").write_text("\n".join(results))
     assert "is there already" in run_main(*batch)
     assert run_main(*batch, "--collect", tmp_path / "r") == 0
-    assert len(engine.traces.read_traces(out)) == len(requests) == 300
+    assert len(engine.traces.trace_file.read_traces(out)) == len(requests) == 300
     assert lines(out)[0]["usage"]["cost"] == pytest.approx(COST / 2)
 
 

@@ -1,4 +1,4 @@
-"""engine/ties.py against all orders of small cases, cases worked by hand, and known figures."""
+"""engine/scoring/ties.py against all orders of small cases, cases worked by hand, and known figures."""
 
 import collections
 import itertools
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import evaluate
-from engine import ties
+from engine.scoring import ties
 from tests.pairs import (
     BOX,
     FAR,

@@ -12,7 +12,7 @@ from PIL import Image
 from scipy.io import loadmat, whosmat
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-import engine.traces
+import engine.traces.trace_file
 import hicodet
 from demo import grounding, scenes, toy
 
@@ -195,7 +195,7 @@ def test_grounding_names_every_person_and_object_from_left_to_right():
 
 def test_grounding_tells_what_annotators_missed(folder):
     """Of every training image, in the format of traces.jsonl, boxes as the model sees them."""
-    texts = engine.traces.read_traces(folder / "grounding.jsonl")
+    texts = engine.traces.trace_file.read_traces(folder / "grounding.jsonl")
     drawn = scenes.make_scenes("train", TRAIN, seed=3)
     samples = hicodet.load_split(folder / "data", "train")
     for sample, scene in zip(samples, drawn, strict=True):
@@ -296,7 +296,7 @@ def test_the_tokenizer_round_trips_any_text(tokenizer):
 def test_prompt_and_completions_are_short(folder, tokenizer):
     assert len(prompt_ids(tokenizer)) <= 76  # 32 of them image tokens
     for sample in hicodet.load_split(folder / "data", "test"):
-        think = engine.traces.template_trace(sample.hois)
+        think = engine.traces.trace_file.template_trace(sample.hois)
         text = hicodet.format_completion(sample.hois, think=think)
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text
@@ -304,7 +304,7 @@ def test_prompt_and_completions_are_short(folder, tokenizer):
         coordinates = [tokenizer.decode([i]).strip(", ") for i in ids]
         # "1 person" and, for each pair, two boxes
         assert sum(c.isdigit() for c in coordinates) == 1 + 8 * len(sample.hois)
-    for text in engine.traces.read_traces(folder / "grounding.jsonl").values():
+    for text in engine.traces.trace_file.read_traces(folder / "grounding.jsonl").values():
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text and len(ids) <= 38  # four things, 9 tokens each
 

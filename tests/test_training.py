@@ -16,15 +16,15 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-import engine.examples
-import engine.run
+import engine.data.examples
+import engine.runs.run_folder
 import grpo
 import hicodet
 import predict
 import sft
-from engine import health
-from engine.attention import GROUP_ATTENTION, WINDOW_ATTENTION
-from engine.policy import load_model
+from engine.report import health
+from engine.model.attention import GROUP_ATTENTION, WINDOW_ATTENTION
+from engine.model.policy import load_model
 from tests.runs import (
     config_of,
     metrics,
@@ -53,7 +53,7 @@ def assert_resumes_bit_for_bit(stage, method, crash, folder, tmp_path, **options
     """A run whose `Run` method crashes, resumed, comes to the weights of one that did not."""
     run(config_of(stage, folder, tmp_path / "whole", **options))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.run.Run, method, crash)
+        patch.setattr(engine.runs.run_folder.Run, method, crash)
         with pytest.raises(KeyboardInterrupt):
             run(config_of(stage, folder, tmp_path / "cut", **options))
     run(config_of(stage, folder, tmp_path / "cut", resume=True, **options))
@@ -64,7 +64,7 @@ def assert_resumes_bit_for_bit(stage, method, crash, folder, tmp_path, **options
 
 def test_sft_resumes_bit_for_bit(folder, tmp_path):
     """4 steps at once equal 3 steps, a crash after the checkpoint of step 2, and the rest."""
-    log = engine.run.Run.log
+    log = engine.runs.run_folder.Run.log
 
     def crash(folder_, name, step, values):
         log(folder_, name, step, values)
@@ -82,7 +82,7 @@ def test_sft_resumes_bit_for_bit(folder, tmp_path):
 
 def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
     """With a crash while the second checkpoint is written."""
-    save = engine.run.Run.save
+    save = engine.runs.run_folder.Run.save
 
     def crash(folder_, policy, optimizer, done, keep):
         if done == 2:
@@ -283,7 +283,7 @@ def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
     part.with_name("part-0001.jsonl").write_text("".join(lines[:2]) + lines[2][:-9])
     part.unlink()
     (tmp_path / "test" / "predictions.jsonl").unlink()
-    asked, read = [], engine.examples.read_ahead
+    asked, read = [], engine.data.examples.read_ahead
 
     def read_ahead(examples, indices, workers):
         asked.extend(indices)

@@ -2,8 +2,8 @@
 
 import torch
 
-import engine.attention
-import engine.sampler
+import engine.model.attention
+import engine.sampling.sampler
 
 
 def text_ids(model, length, generator):
@@ -19,7 +19,7 @@ def make_prompt(model, rows, columns, before, after, generator):
         [text_ids(model, before, generator), image, text_ids(model, after, generator)]
     )
     pixels = torch.randn(rows * columns * 4, 3 * 2 * 14 * 14, generator=generator)
-    return engine.attention.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
+    return engine.model.attention.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
 
 
 def plain_logprobs(reference, prompt, completion, *options, **named):
@@ -66,7 +66,7 @@ def collect(sampler, prompts, seeds=None):
     size = sampler.group_size
     groups = seeds and [seeds[i : i + size] for i in range(0, len(seeds), size)]
     found = sampler.collect(prompts, groups)
-    return engine.sampler.Rollout(
+    return engine.sampling.sampler.Rollout(
         [ids for group in found for ids in group.completion_ids],
         [logprobs for group in found for logprobs in group.logprobs],
         torch.cat([group.finished for group in found]),
@@ -78,5 +78,5 @@ def sample(model, prompts, *, seeds=None, slots=64, **options):
     """As `collect`, with a sampler of its own."""
     room = max(len(prompt.prompt_ids) for prompt in prompts)
     slots = min(slots, len(prompts))
-    sampler = engine.sampler.Sampler(model, slots=slots, prompt_room=room, **options)
+    sampler = engine.sampling.sampler.Sampler(model, slots=slots, prompt_room=room, **options)
     return collect(sampler, prompts, seeds)

@@ -13,8 +13,8 @@ from typing import TextIO
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from engine.agreement import agree, on_first
-from engine.checkpoints import (
+from engine.ranks import agree, on_first
+from engine.runs.checkpoints import (
     CHECKPOINT,
     checkpoints,
     faults,
@@ -33,7 +33,7 @@ from engine.files import (
     replace_file,
     write_json,
 )
-from engine.policy import Ranks, patient_group
+from engine.model.policy import Ranks, patient_group
 from hicodet import InputError
 
 # options that --resume may change and that change what comes next: config.json says where

@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-from engine.agreement import on_first
+from engine.ranks import on_first
 from engine.files import naming, write_json
-from engine.policy import Ranks
+from engine.model.policy import Ranks
 
 CHECKPOINT = re.compile(r"checkpoint-\d{6,}")
 MANIFEST = "manifest.json"

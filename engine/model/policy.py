@@ -22,10 +22,10 @@ from torch.distributed.fsdp import (
 from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
-import engine.quantized  # noqa: F401  reads AWQ folders
-from engine.attention import token_logprobs, use_group_attention
+import engine.model.quantized  # noqa: F401  reads AWQ folders
+from engine.model.attention import token_logprobs, use_group_attention
 from engine.files import read_from_model
-from engine.sizes import read_config, require_tensors, weight_files
+from engine.model.model_files import read_config, require_tensors, weight_files
 from hicodet import InputError
 
 logging.disable_progress_bar()  # of the library's loading and saving

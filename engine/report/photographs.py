@@ -6,9 +6,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine import panels
+from engine.report import drawing
 from engine.files import open_image
-from engine.records import line_hois
+from engine.report.records import line_hois
 from hicodet import ANSWER_OPEN, InputError, Sample
 
 LONGEST = 200  # times the shorter side: what Qwen2.5-VL's processor takes
@@ -48,7 +48,7 @@ def draw(sample: Sample, line: dict) -> Image.Image:
     image, hois = open_image(sample.path, upright=True), line_hois(line)
     width = min(max(image.width, WIDTHS[0]), WIDTHS[1])
     caption = "" if hois else "no interaction"
-    return panels.draw_pairs(image, hois, range(len(hois)), width=width, caption=caption)
+    return drawing.draw_pairs(image, hois, range(len(hois)), width=width, caption=caption)
 
 
 def as_text(sample: Sample, line: dict) -> str:

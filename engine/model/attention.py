@@ -9,7 +9,7 @@ states independent of what follows. One idea serves sampling and update alike: a
 to its group's prompt and to itself.
 
 - Update: one flat row `[prompt_1 | o_11 .. o_1G | prompt_2 | ...]`, no padding (`token_logprobs`).
-- Sampling: a prompt is prefilled once, its keys and values are kept once (engine/sampler.py).
+- Sampling: a prompt is prefilled once, its keys and values are kept once (engine/sampling/sampler.py).
 
 Both reach the library's Qwen2.5-VL through an attention function registered as GROUP_ATTENTION, and
 the vision tower's windows through another (`use_group_attention`). A CPU computes both with SDPA, a

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine import panels
+from engine.report import drawing
 from engine.files import aside, json_lines, open_image
-from engine.records import line_hois, model_size, read_config
+from engine.report.records import line_hois, model_size, read_config
 from hicodet import HOI, InputError, Sample, in_text_frame, load_split, parse_completion
 
 DEFAULT_IMAGES = 12
@@ -109,7 +109,7 @@ def chosen(
         scored = [sample for sample in samples if sample.file_name in rewards]
         samples = sorted(scored, key=lambda s: rewards[s.file_name])
     elif worst:
-        samples = sorted(samples, key=lambda s: -panels.missed_pairs(s.hois, found[s.file_name]))
+        samples = sorted(samples, key=lambda s: -drawing.missed_pairs(s.hois, found[s.file_name]))
     return samples[: worst or images or DEFAULT_IMAGES]
 
 
@@ -117,8 +117,8 @@ def draw(sample: Sample, predicted: tuple[HOI, ...] | None) -> Image.Image:
     """The ground truth of an image and, unless it is None, the prediction at its right."""
     image, truth = open_image(sample.path), sample.hois
     if predicted is None:
-        return panels.draw_pairs(image, truth, range(len(truth)))
-    return panels.side_by_side(panels.compare(image, truth, predicted))
+        return drawing.draw_pairs(image, truth, range(len(truth)))
+    return drawing.side_by_side(drawing.compare(image, truth, predicted))
 
 
 def counts(sample: Sample, predicted: tuple[HOI, ...] | None) -> str:
@@ -126,6 +126,6 @@ def counts(sample: Sample, predicted: tuple[HOI, ...] | None) -> str:
     true = sum(len(hoi.verbs) for hoi in sample.hois)
     if predicted is None:
         return f"{true} true interactions"
-    missed = panels.missed_pairs(sample.hois, predicted)
+    missed = drawing.missed_pairs(sample.hois, predicted)
     written = sum(len(hoi.verbs) for hoi in predicted)
     return f"{missed} of {true} interactions missed, {written} predicted"

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import hicodet
-from engine import panels
-from engine.attention import Prompt
+from engine.report import drawing
+from engine.model.attention import Prompt
 from engine.files import read_from_model, read_image, read_object
-from engine.policy import Ranks
-from engine.sizes import read_config
+from engine.model.policy import Ranks
+from engine.model.model_files import read_config
 from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
@@ -319,7 +319,7 @@ def picture(example: Example) -> Image.Image:
     hois, (width, height) = example.text_hois, example.model_size
     caption = f"{example.sample.file_name}, seen as {width} x {height}"
     wide = max(image.width, 640)
-    return panels.draw_pairs(image, hois, range(len(hois)), width=wide, caption=caption)
+    return drawing.draw_pairs(image, hois, range(len(hois)), width=wide, caption=caption)
 
 
 def describe(examples: Examples, reward: Callable[[str, tuple], dict] | None = None) -> str:

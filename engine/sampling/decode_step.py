@@ -1,6 +1,6 @@
 """One decoding step: the keys and values of the slots, attention of one new token, drawing it.
 
-Axes as in engine/attention.py.
+Axes as in engine/model/attention.py.
 """
 
 from functools import partial
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from engine.attention import has_flash
+from engine.model.attention import has_flash
 
 DRAW_BLOCK = 512  # tokens of the vocabulary that are looked through at a time
 KEY_BLOCK = 128  # keys that a GPU reads or skips together

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from engine.policy import Ranks
+from engine.model.policy import Ranks
 from hicodet import InputError
 
 # options in which ranks may differ: paths of one host, whose contents are compared

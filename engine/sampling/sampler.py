@@ -1,6 +1,6 @@
 """The sampler: G completions of every prompt of a stream, in slots that do not wait for each other.
 
-Axes as in engine/attention.py.
+Axes as in engine/model/attention.py.
 """
 
 from collections.abc import Iterable, Iterator
@@ -10,8 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from engine.attention import Prompt, hidden_states, pack
-from engine.decode import (
+from engine.model.attention import Prompt, hidden_states, pack
+from engine.sampling.decode_step import (
     DecodeStep,
     GroupCache,
     Prefill,

@@ -6,8 +6,8 @@
 import json
 from pathlib import Path
 
-from engine import health
-from engine.records import Run
+from engine.report import health
+from engine.report.records import Run
 
 METHODS = {
     "sft": "supervised fine-tuning on reasoning and ground truth (Eq. 1)",

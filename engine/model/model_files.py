@@ -19,7 +19,7 @@ from transformers.utils import (
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from engine.files import read_from_model
-from engine.quantized import PackedConfig, is_packed, pack_layers
+from engine.model.quantized import PackedConfig, is_packed, pack_layers
 from hicodet import InputError
 
 # the most of each, more than ten times what any Qwen2.5-VL has; the least is 1

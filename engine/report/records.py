@@ -16,9 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 import hicodet
-from engine import panels
+from engine.report import drawing
 from engine.files import open_image
-from engine.health import number
+from engine.report.health import number
 
 EXAMPLES = 12  # of a prediction: half of them the best, half the worst
 REWARDS = ("format", "object", "verb", "iou")  # the parts of "total"
@@ -290,7 +290,7 @@ def _best_first(found: list, config: dict) -> tuple[list, str]:
     if not known:
         return found[:EXAMPLES], "file" if found else ""
     missed = {
-        line["file_name"]: panels.missed_pairs(truths[line["file_name"]], line_hois(line))
+        line["file_name"]: drawing.missed_pairs(truths[line["file_name"]], line_hois(line))
         for line, _ in known
     }
     return sorted(known, key=lambda pair: missed[pair[0]["file_name"]]), "missed pairs"

@@ -14,10 +14,11 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from engine import health, panels
-from engine.charts import Line, line_chart, short
-from engine.health import number
-from engine.records import REWARDS, Answer, Example, Group, Run, largest_rewards
+from engine.report import health
+from engine.report import drawing
+from engine.report.charts import Line, line_chart, short
+from engine.report.health import number
+from engine.report.records import REWARDS, Answer, Example, Group, Run, largest_rewards
 
 PICTURES = 72  # of a page; with several runs each has its share
 GROUP_PICTURES = 8
@@ -285,7 +286,7 @@ def _answer(
 ) -> str:
     picture = "<div></div>"
     if image:
-        drawn = panels.draw_pairs(image, answer.hois, range(len(answer.hois)), width=PICTURE_WIDTH)
+        drawn = drawing.draw_pairs(image, answer.hois, range(len(answer.hois)), width=PICTURE_WIDTH)
         picture = f"<div>{_img(drawn, _labels(answer.hois))}</div>"
     gained = "" if gain is None else f", advantage {_signed(gain)}"
     text = f"<pre>{escape(_cut(answer.text))}</pre>"
@@ -339,11 +340,11 @@ def _examples(column: Column, count: int) -> str:
 def _example(example: Example) -> str:
     hois, truth = example.answer.hois, example.truth
     if example.image and truth is not None:
-        left, right = panels.compare(example.image, truth, hois, width=PICTURE_WIDTH)
+        left, right = drawing.compare(example.image, truth, hois, width=PICTURE_WIDTH)
         pictures = _img(left, f"ground truth: {_labels(truth)}")
         pictures += _img(right, f"prediction: {_labels(hois)}")
     elif example.image:
-        drawn = panels.draw_pairs(example.image, hois, range(len(hois)), width=PICTURE_WIDTH)
+        drawn = drawing.draw_pairs(example.image, hois, range(len(hois)), width=PICTURE_WIDTH)
         pictures = _img(drawn, f"prediction: {_labels(hois)}")
     else:
         pictures = f"<p>Predicted: {escape(_labels(hois))}.</p>"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from engine.traces import TAGS, gerund
+from engine.traces.trace_file import TAGS, gerund
 from hicodet import OBJECTS, VERBS
 
 MIN_WORDS = 3  # of a trace

@@ -15,14 +15,15 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from engine import figures, health
-from engine.figures import Column
+from engine.report import figures
+from engine.report import health
+from engine.report.figures import Column
 from engine.files import naming
-from engine.health import number
-from engine.records import Run, largest_rewards, read_run
+from engine.report.health import number
+from engine.report.records import Run, largest_rewards, read_run
 from hicodet import HOI_CLASSES
 
-TEMPLATES, FILES = Path(__file__).with_suffix(""), ("html", "css", "js")
+TEMPLATES, FILES = Path(__file__).parent, ("html", "css", "js")
 TONES = 6  # colours of runs in page.css
 TEST_IMAGES = 9658
 SUBSETS = ("full", "rare", "non_rare")
