@@ -45,19 +45,12 @@ import engine.scoring.breakdown
 import engine.scoring.official_mat
 import engine.scoring.pair_scores
 import engine.scoring.ties
+from engine.data.annotations import load_split, training_counts
 from engine.files import replace_file
 from engine.options import Config, option, parse_config, required
 from engine.scoring.predictions import read_predictions
 from engine.signals import one_line
-from hicodet import (
-    HOI_CLASSES,
-    HOI_IDS,
-    OBJECTS,
-    InputError,
-    Sample,
-    load_split,
-    training_counts,
-)
+from hicodet import HOI_CLASSES, HOI_IDS, OBJECTS, InputError, Sample
 
 MIN_IOU = 0.5  # Sec. 4.1
 RARE_BELOW = 10  # training pairs; fewer make a class rare
@@ -322,7 +315,7 @@ def evaluate(
     """Official HICO-DET mAP (Sec. 4.1); what --json writes.
 
     predictions: the lines of predictions.jsonl as dicts, one for each sample in any order.
-    samples: from hicodet.load_split. train_counts: from hicodet.training_counts.
+    samples: from annotations.load_split. train_counts: from annotations.training_counts.
     classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
     Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
     "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 import hicodet
-from engine.model.attention import PackedBatch, pack, to_device
 from engine.data.examples import Example, Examples
+from engine.model.attention import PackedBatch, pack, to_device
 from engine.model.policy import ClippedAdamW, Ranks, accumulate, micro_batches, refresh
 from engine.sampling.sampler import Rollout, Sampler
 from rewards import total_reward

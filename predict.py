@@ -24,22 +24,23 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hicodet
+from engine.data import annotations
 from engine.data.examples import Example, Examples, describe, read_ahead
 from engine.files import aside, json_lines, naming, replace_file, write_json
-from engine.report.live import LiveView
-from engine.sampling.slots import slots_that_fit
-from engine.report.photographs import as_text, draw, photographs, picture_paths
 from engine.model.policy import Ranks, load_model, start_ranks, weights_fingerprint
+from engine.report.live import LiveView
+from engine.report.photographs import as_text, draw, photographs, picture_paths
 from engine.runs.run_folder import open_run
 from engine.sampling.sampler import Sampler
+from engine.sampling.slots import slots_that_fit
 from rewards import total_reward
 
 
 def predict(config) -> None:
     """Write predictions.jsonl and summary.json for a split. config: hoi_r1.PredictConfig."""
     ranks = start_ranks()
-    samples = hicodet.load_split(config.data, config.split)[: config.limit or None]
-    hicodet.require_images(samples)
+    samples = annotations.load_split(config.data, config.split)[: config.limit or None]
+    annotations.require_images(samples)
     examples = Examples(config.model, samples, **prompt_options(config))
     if config.dry_run:
         return ranks.print(describe(examples, text_reward))

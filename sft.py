@@ -8,8 +8,8 @@ import time
 import torch
 from torch import Tensor
 
-from engine.model.attention import pack
 from engine.data.examples import END_OF_TURN, Example
+from engine.model.attention import pack
 from engine.model.policy import ClippedAdamW, Ranks, accumulate, micro_batches
 from hicodet import HOI, Sample, format_completion
 

@@ -55,6 +55,9 @@ from typing import Literal
 from tqdm import tqdm
 
 import hicodet
+from engine.data import annotations
+from engine.options import Config, option, parse_config, required
+from engine.signals import one_line
 from engine.traces.acceptance import accept_trace
 from engine.traces.openai_chat import (
     BATCH_DISCOUNT,
@@ -72,8 +75,6 @@ from engine.traces.openai_chat import (
     request_body,
     write_requests,
 )
-from engine.options import Config, option, parse_config, required
-from engine.signals import one_line
 from engine.traces.trace_file import TraceFile, read_lines, template_trace
 from hicodet import InputError, Sample
 
@@ -302,7 +303,7 @@ def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget, unknown
 
 def run(args: TeacherConfig) -> bool:
     """Makes the traces that are missing. Returns whether every image has one now."""
-    every = {sample.file_name: sample for sample in hicodet.load_split(args.data, "train")}
+    every = {sample.file_name: sample for sample in annotations.load_split(args.data, "train")}
     samples = [sample for sample in every.values() if sample.hois][: args.limit]
     if args.dry_run:
         done = {trace["file_name"] for trace in read_lines(args.out)} if args.out.exists() else ()
@@ -336,7 +337,7 @@ def make_traces(
         print(f"{unknown}; without, costs count as 0, for a later --max-cost too", file=sys.stderr)
     if args.backend == "batch" and args.collect:
         return collect(args.collect, every, teacher, file, budget), ""
-    hicodet.require_images(todo)
+    annotations.require_images(todo)
     if args.backend == "batch":
         return write_requests(todo, teacher, args.out, budget)
     if not teacher.key and teacher.base_url == OPENAI_URL:

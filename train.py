@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 import evaluate
 import hicodet
-from engine.data.image_check import bad_images, odd_boxes
+from engine.data import annotations
 from engine.data.examples import FRAME_FILE, Examples, batches, describe, picture
+from engine.data.image_check import bad_images, odd_boxes
 from engine.files import naming, read_object, replace_file, write_json
-from engine.report.live import LiveView
 from engine.model.policy import (
     ClippedAdamW,
     Ranks,
@@ -35,6 +35,7 @@ from engine.model.policy import (
     weights_fingerprint,
 )
 from engine.model.quantized import is_packed
+from engine.report.live import LiveView
 from engine.runs.run_folder import BAD_IMAGES, Run, open_run
 from engine.signals import Stop, exit_code, resume_command
 from engine.traces.trace_file import read_traces
@@ -118,7 +119,7 @@ def annotated_samples(data: str, ranks: Ranks) -> list[hicodet.Sample]:
 
     Says in a line how many boxes of it are odd, if any are.
     """
-    samples = [sample for sample in hicodet.load_split(data, "train") if sample.hois]
+    samples = [sample for sample in annotations.load_split(data, "train") if sample.hois]
     if odd := odd_boxes(samples):
         ranks.print(odd)
     return samples
@@ -140,7 +141,7 @@ def images_left_out(config, samples: list[hicodet.Sample], ranks: Ranks) -> dict
     bad = dict(ranks.gather(list(mine.items())))
     if bad or config.skip_bad_images:
         ranks.print(f"{len(bad)} of {len(samples)} images cannot be used: left out, see {path}")
-    hicodet.require_images(sample for sample in samples if sample.file_name not in bad)
+    annotations.require_images(sample for sample in samples if sample.file_name not in bad)
     if len(bad) == len(samples):
         raise InputError(f"none of {len(bad)} images can be used, as {next(iter(bad.values()))}")
     return bad
@@ -244,7 +245,7 @@ def set_up(
         ranks.print(f"{run.folder}: no checkpoint yet, starting from the first step")
     evaluation = None
     if held_out:
-        counts, limit = hicodet.training_counts(config.data), config.eval_max_new_tokens
+        counts, limit = annotations.training_counts(config.data), config.eval_max_new_tokens
         evaluation = Evaluation(held_out, replica, counts, ranks, max_new_tokens=limit)
     return Parts(run, policy, optimizer, replica, evaluation, steps, done)
 
@@ -328,8 +329,8 @@ def export(run: Run, policy, examples: Examples, name: str, card: str) -> None:
 
 def held_out_examples(config) -> Examples:
     """The test images of --eval-every, from the first."""
-    samples = hicodet.load_split(config.data, "test")[: config.eval_images]
-    hicodet.require_images(samples)
+    samples = annotations.load_split(config.data, "test")[: config.eval_images]
+    annotations.require_images(samples)
     return Examples(config.model, samples, **prompt_options(config))
 
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch.distributed as dist
 
 from demo.grounding import PROMPT
+from engine.data.annotations import load_split
 from engine.data.examples import END_OF_TURN, Examples
-from engine.options import Config, option, parse_config, required
 from engine.model.policy import ClippedAdamW, Ranks, load_policy, start_ranks, weights_fingerprint
+from engine.options import Config, option, parse_config, required
 from engine.runs.run_folder import open_run
 from engine.signals import Stop, one_line, resume_command
 from engine.traces.trace_file import read_traces
-from hicodet import InputError, load_split
+from hicodet import InputError
 from sft import SFT
 from train import Parts, fit
 

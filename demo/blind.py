@@ -11,6 +11,7 @@ from dataclasses import replace
 import evaluate
 import hicodet
 import rewards
+from engine.data import annotations
 from hicodet import HOI, Sample
 
 LABEL_REWARDS = ("printed", "matched")
@@ -57,7 +58,7 @@ def blind_row(samples: list[Sample], counts, edit: Callable) -> list[float]:
 
 def blind_table(data: str) -> str:
     """A row an edit, in Markdown. data: folder of hico_20160224_det; its test half is taken."""
-    samples, counts = hicodet.load_split(data, "test"), hicodet.training_counts(data)
+    samples, counts = annotations.load_split(data, "test"), annotations.training_counts(data)
     lines = [
         "| edit | mAP: Full | Rare | Non-Rare | reward as printed | labels on matched pairs |",
         "|---|---|---|---|---|---|",

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch.distributed as dist
 
 import hicodet
+from engine.data import annotations
 from engine.data.examples import Examples, read_ahead, usable
 from engine.files import write_json
-from engine.options import Config, option, parse_config, required
 from engine.model.policy import Ranks, load_model, start_ranks
+from engine.options import Config, option, parse_config, required
 from engine.sampling.sampler import Sampler
 from engine.signals import one_line
 from grpo import sample_seeds
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
 def measure(config: SampledConfig, ranks: Ranks) -> None:
     """Write the mean reward of each model."""
     means = []
-    samples = [sample for sample in hicodet.load_split(config.data, "test") if sample.hois]
+    samples = [sample for sample in annotations.load_split(config.data, "test") if sample.hois]
     prompt_text = partial(hicodet.prompt_text, task_description=False)
     options = {"max_new_tokens": config.max_new_tokens, "seed": config.seed}
     for folder in config.models:

@@ -14,6 +14,7 @@ from scipy.special import ndtr
 
 import evaluate
 import hicodet
+from engine.data import annotations
 from hicodet import HOI, HOI_CLASSES, Box, Sample
 
 RULES = ("ones", "rank", "likelihood")
@@ -78,7 +79,7 @@ def rule_rows(samples: list[Sample], counts, answerer: Answerer, seed: int) -> d
 
 def rules_table(data: str, seed: int = 0) -> str:
     """A row a set of answers, in Markdown. data: folder of hico_20160224_det; its test half."""
-    samples, counts = hicodet.load_split(data, "test"), hicodet.training_counts(data)
+    samples, counts = annotations.load_split(data, "test"), annotations.training_counts(data)
     lines = ["| answers | " + " | ".join(f"`--scores {rule}`" for rule in RULES) + " |"]
     lines.append("|---|---|---|---|")
     for name, answerer in ANSWERERS.items():

@@ -6,8 +6,9 @@ from pathlib import Path
 from PIL import Image
 
 import hicodet
-from engine.report import drawing
+from engine.data import annotations
 from engine.files import aside, open_image
+from engine.report import drawing
 from engine.report.records import line_hois
 from predict import stored_rows
 
@@ -61,7 +62,7 @@ def draw(out: Path, count: int) -> None:
     """
     folder = out / "pictures"
     folder.mkdir()
-    samples = hicodet.load_split(out / "data", "test")
+    samples = annotations.load_split(out / "data", "test")
     rows = {name: stored_rows(out / f"test_{name}")[0] for name in ("sft", "grpo")}
 
     def panes(index: int) -> Image.Image:

@@ -24,9 +24,8 @@ import torch
 import grpo
 import hicodet
 import hoi_r1
-from engine.model.attention import head_logprobs, pack, token_logprobs, use_group_attention
 from engine.data.examples import Example
-from engine.options import Config, option, parse_config, required
+from engine.model.attention import head_logprobs, pack, token_logprobs, use_group_attention
 from engine.model.policy import (
     ClippedAdamW,
     checkpoint_activations,
@@ -36,6 +35,7 @@ from engine.model.policy import (
     shard_reference,
     start_ranks,
 )
+from engine.options import Config, option, parse_config, required
 from engine.sampling.sampler import Sampler
 from tests import bench_cpu
 from tests.bench_fits import bench_fits

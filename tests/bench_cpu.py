@@ -13,6 +13,7 @@ import hicodet
 import rewards
 from demo import toy
 from demo.scenes import make_scenes
+from engine.data import annotations
 
 IMAGES = {"train": 38118, "test": 9658}
 SIZE = 640
@@ -127,7 +128,7 @@ def bench_load() -> dict:
     def baseline():
         loadmat(folder / "anno_bbox.mat", variable_names=("bbox_train", "list_action"))
 
-    return {"baseline": baseline, "ours": lambda: hicodet.load_split(folder, "train")}
+    return {"baseline": baseline, "ours": lambda: annotations.load_split(folder, "train")}
 
 
 BENCHES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import hicodet
+from engine.data import annotations
 
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, and two ranks fit on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a hub
@@ -26,7 +26,7 @@ def real_samples():
     """The real test annotations of HICO-DET, 9,658 images."""
     if not (HICO_DET / "anno_bbox.mat").is_file():
         pytest.skip("the annotations of HICO-DET are not beside the repository")
-    return hicodet.load_split(HICO_DET, "test")
+    return annotations.load_split(HICO_DET, "test")
 
 
 @pytest.fixture(scope="session")

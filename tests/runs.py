@@ -14,6 +14,7 @@ import hicodet
 import hoi_r1
 import sft
 from demo import toy
+from engine.data import annotations
 
 
 def write_toy(folder):
@@ -25,7 +26,7 @@ def write_toy(folder):
 
 def write_traces(folder, count=None):
     """traces.jsonl from the ground truth of the first `count` training images."""
-    samples = hicodet.load_split(folder / "data", "train")[:count]
+    samples = annotations.load_split(folder / "data", "train")[:count]
     think = engine.traces.trace_file.template_trace
     rows = [{"file_name": s.file_name, "think": think(s.hois)} for s in samples]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -86,7 +87,7 @@ def examples_of(config, samples, thinks=None):
 
 def training_examples(config):
     """All annotated training images of a config, for SFT with their traces."""
-    samples = [s for s in hicodet.load_split(config.data, "train") if s.hois]
+    samples = [s for s in annotations.load_split(config.data, "train") if s.hois]
     if not hasattr(config, "traces"):
         return examples_of(config, samples)
     thinks = engine.traces.trace_file.read_traces(config.traces)

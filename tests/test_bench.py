@@ -52,7 +52,7 @@ def test_figures_are_written(tmp_path, capsys):
 def test_annotations_and_detections_of_the_benches(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_cpu, "IMAGES", {"train": 120, "test": 30})
     bench_cpu.write_annotations(tmp_path)
-    assert len(bench_cpu.hicodet.load_split(tmp_path, "train")) == 120
+    assert len(bench_cpu.annotations.load_split(tmp_path, "train")) == 120
     functions = bench_cpu.bench_evaluate()
     functions["ours"]()
     functions["baseline"]()  # compares the two

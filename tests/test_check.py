@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 import engine.data.image_check
-import hicodet
 import hoi_r1
 import teacher
-from engine.data.image_check import check, odd_boxes
+from engine.data import annotations
 from engine.data.examples import batch_order
+from engine.data.image_check import check, odd_boxes
 from engine.files import open_image, read_image
 from engine.model.policy import Ranks
 from engine.runs.run_folder import BAD_IMAGES
@@ -31,7 +31,7 @@ def break_images(data: Path, split: str, **faults: int) -> list[str]:
     """Spoil images of a split, each by the fault that is named; returns their file names."""
     names = []
     for fault, index in faults.items():
-        path = hicodet.load_split(data, split)[index].path
+        path = annotations.load_split(data, split)[index].path
         if fault == "missing":
             path.unlink()
         elif fault == "cut":
@@ -134,7 +134,7 @@ def parts_of(config, ranks, others: Iterable = ()) -> dict[str, str]:
         def gather(self, rows):
             return [*rows, *others]
 
-    samples = hicodet.load_split(config.data, "train")
+    samples = annotations.load_split(config.data, "train")
     return train.images_left_out(config, samples, Shared(ranks.rank, 2, ranks.device))
 
 
@@ -214,14 +214,14 @@ def test_odd_boxes_are_counted_by_kind():
 
 
 def test_a_training_says_what_is_odd_in_its_boxes(folder, tmp_path, monkeypatch, capsys):
-    load = hicodet.load_split
+    load = annotations.load_split
 
     def load_split(root, split):
         first, *others = load(root, split)
         hois = (replace(first.hois[0], human=(9.0, 9.0, 9.0, 20.0)), *first.hois[1:])
         return [replace(first, hois=hois), *others]
 
-    monkeypatch.setattr(hicodet, "load_split", load_split)
+    monkeypatch.setattr(annotations, "load_split", load_split)
     run(config_of("grpo", folder, tmp_path / "run", dry_run=True))
     assert "0 inverted, 1 without area, 0 out of the image, of " in capsys.readouterr().out
 
@@ -230,4 +230,4 @@ def test_a_training_says_what_is_odd_in_its_boxes(folder, tmp_path, monkeypatch,
 def test_a_name_that_leaves_the_folder_of_images_is_refused(name, tmp_path):
     root = write(tmp_path, image("b.jpg"), image(name))
     with pytest.raises(InputError, match=r"bbox_test\(2\): field filename: '.*' is no name in"):
-        hicodet.load_split(root, "test")
+        annotations.load_split(root, "test")

@@ -102,7 +102,7 @@ def test_a_sampled_reward_for_each_image_of_the_share(folder, monkeypatch):
     """The mean over two ranks' shares is that over all images: seeds go with the image."""
     monkeypatch.setattr(sampled, "text_reward", lambda text, hois: {"total": len(text)})
     model = str(folder / "model")
-    examples = Examples(model, sampled.hicodet.load_split(folder / "data", "test"))
+    examples = Examples(model, sampled.annotations.load_split(folder / "data", "test"))
     policy = load_model(model, torch.device("cpu"))
 
     def rewards(rank, world, seed=0):

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 
 import demo.show
 import predict
+from engine.data.annotations import load_split
 from engine.files import write_json
 from engine.report.page import write_page
-from engine.runs.run_folder import Run
 from engine.report.pictures import show
-from hicodet import load_split
+from engine.runs.run_folder import Run
 from tests.run_folders import write_prediction
 from tests.runs import config_of, refusal, run, weights
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import hicodet
 import hoi_r1
 from demo import toy
+from engine.data import annotations
 from engine.model.policy import SMALLEST_PART  # before the tests set it to 0
 from tests.runs import metrics, write_traces
 
@@ -136,7 +136,7 @@ def test_two_ranks_equal_one_in_grpo(folder, learned):
     assert difference(folder / "grpo1", learned) > 1e-5  # there was something to learn
     lines = [(folder / f"test{n}" / "predictions.jsonl").read_text().splitlines() for n in (1, 2)]
     names = [[json.loads(line)["file_name"] for line in each] for each in lines]
-    samples = hicodet.load_split(folder / "data", "test")
+    samples = annotations.load_split(folder / "data", "test")
     assert names[0] == names[1] == [sample.file_name for sample in samples]
     texts = [[json.loads(line)["text"] for line in each] for each in lines]
     assert texts[0] == texts[1]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import evaluate
-import hicodet
+from engine.data import annotations
 from tests.conftest import HICO_DET
 from tests.pairs import (
     BOX,
@@ -41,7 +41,7 @@ def official(real_samples):
         boxes = file["boxes_h"] - 1, file["boxes_o"] - 1  # 1-based there
         detections = evaluate.PairArrays(file["hoi"], file["image_index"], *boxes, file["score"])
     expected = json.loads((HICO_DET / "expected_c.json").read_text())
-    return real_samples, hicodet.training_counts(HICO_DET), detections, expected
+    return real_samples, annotations.training_counts(HICO_DET), detections, expected
 
 
 def assert_official(result, expected):

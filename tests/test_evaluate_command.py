@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import evaluate
-import hicodet
+from engine.data import annotations
 from tests.pairs import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, make_line, make_sample
 from tests.test_disk_full import no_file_above
 from tests.test_hicodet import box, hoi, image, struct, write
@@ -156,10 +156,10 @@ def test_command_prints_a_row_of_table_1_and_writes_json(dataset):
     assert row.split() == ["75.00", "100.00", "50.00", "100.00", "100.00", "100.00"]
     assert len({len(line) for line in (names, row)}) == 1
 
-    samples = hicodet.load_split(dataset, "test")
+    samples = annotations.load_split(dataset, "test")
     expected = evaluate.evaluate(
         evaluate.read_predictions(dataset / "p.jsonl", samples), samples,
-        hicodet.training_counts(dataset), classes="present",
+        annotations.training_counts(dataset), classes="present",
     )
     written = json.loads((dataset / "out.json").read_text())
     assert written == expected

@@ -22,8 +22,9 @@ import hicodet
 import predict
 import sft
 import train
-from engine.model.attention import pack, token_logprobs
+from engine.data import annotations
 from engine.data.examples import read_image
+from engine.model.attention import pack, token_logprobs
 from engine.model.policy import load_model
 from tests.runs import config_of, examples_of, refusal
 
@@ -50,7 +51,7 @@ def real_model(tmp_path_factory):
 
 def test_supervised_tokens_with_the_real_tokenizer(folder, real_model):
     config = config_of("sft", folder, "unused", model=str(real_model), task_description=True)
-    sample = hicodet.load_split(folder / "data", "train")[0]
+    sample = annotations.load_split(folder / "data", "train")[0]
     think = "There is 1 person."
     example = examples_of(config, [sample], {sample.file_name: think})[0]
     tokenizer = AutoTokenizer.from_pretrained(real_model)
@@ -78,7 +79,7 @@ def test_supervised_tokens_with_the_real_tokenizer(folder, real_model):
 def test_only_the_target_is_in_the_loss(folder):
     """The packed loss equals cross-entropy with labels on the target's tokens alone (Eq. 1)."""
     config = config_of("sft", folder, "unused")
-    samples = hicodet.load_split(folder / "data", "train")[:3]
+    samples = annotations.load_split(folder / "data", "train")[:3]
     thinks = {s.file_name: engine.traces.trace_file.template_trace(s.hois) for s in samples}
     examples = examples_of(config, samples, thinks)
     model = load_model(config.model, torch.device("cpu"))
@@ -114,7 +115,7 @@ def test_eq1_sft_loss():
 
 def test_images_without_a_trace(folder, tmp_path):
     """Left out, or asked for the answer alone; four of the 24 training images have none."""
-    samples = hicodet.load_split(folder / "data", "train")
+    samples = annotations.load_split(folder / "data", "train")
     thinks = engine.traces.trace_file.read_traces(folder / "traces.jsonl")
     assert len(samples) == 24
     assert sft.traced_samples(samples, thinks, "skip") == samples[:20]
@@ -128,8 +129,8 @@ def test_images_without_a_trace(folder, tmp_path):
 
 
 def test_an_image_without_ground_truth_trains_nothing(folder, monkeypatch):
-    bare = replace(hicodet.load_split(folder / "data", "train")[0], hois=())
-    monkeypatch.setattr(hicodet, "load_split", lambda root, split: [bare])
+    bare = replace(annotations.load_split(folder / "data", "train")[0], hois=())
+    monkeypatch.setattr(annotations, "load_split", lambda root, split: [bare])
     assert "no image" in refusal(config_of("grpo", folder, "x"))
 
 
@@ -146,7 +147,7 @@ def test_traces_of_another_data_set_are_refused(folder, tmp_path):
     config = config_of("sft", folder, tmp_path, traces=str(traces), untraced="answer")
     assert refusal(config) == f"--traces {traces}: {said}"
     traces.write_text("")  # no trace at all is no other data set
-    assert train.traces_of(str(traces), str(data), hicodet.load_split(data, "train")) == {}
+    assert train.traces_of(str(traces), str(data), annotations.load_split(data, "train")) == {}
 
 
 def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_path):
@@ -156,7 +157,7 @@ def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_pa
     settings = json.loads(path.read_text()) | {"min_pixels": 448 * 224, "max_pixels": 448 * 224}
     settings.pop("size", None)
     path.write_text(json.dumps(settings))
-    sample = hicodet.load_split(folder / "data", "train")[0]
+    sample = annotations.load_split(folder / "data", "train")[0]
     assert (sample.width, sample.height) == (224, 112)
     config = config_of("sft", folder, "x", model=str(tmp_path / "model"))
     examples = examples_of(config, [sample], {sample.file_name: "x"})
@@ -201,7 +202,7 @@ def test_banned_ids(folder):
 
 
 def test_unreadable_images_are_named(folder, tmp_path):
-    sample = hicodet.load_split(folder / "data", "train")[0]
+    sample = annotations.load_split(folder / "data", "train")[0]
     cut = tmp_path / sample.file_name
     cut.write_bytes(sample.path.read_bytes()[:-200])
     with pytest.raises(ValueError, match=f"{sample.file_name}: not a readable image"):

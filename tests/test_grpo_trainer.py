@@ -13,6 +13,7 @@ import grpo
 import hicodet
 import predict
 import train
+from engine.data import annotations
 from engine.model.attention import token_logprobs
 from engine.model.policy import load_model, load_reference
 from engine.sampling.sampler import Rollout
@@ -221,7 +222,7 @@ def test_what_is_banned_is_banned_in_sampling_and_in_the_log_probs(make_trainer,
 def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores):
     """predict_rows on completions that are the ground truth, each token with log-prob -0.01."""
     config = config_of("predict", folder, "x", scores=scores, slots=1)
-    samples = hicodet.load_split(folder / "data", "test")
+    samples = annotations.load_split(folder / "data", "test")
     examples = examples_of(config, samples)
     texts = [supervised_text(examples[i].text_hois, "x") for i in range(len(samples))]
     answers = [examples.token_ids(text) for text in texts]
@@ -266,9 +267,9 @@ def test_evaluation_in_training_is_of_the_present_weights(folder, tmp_path, monk
 
     One image is learned by heart and is the first of the held-out ones, of which two are taken.
     """
-    samples, asked = hicodet.load_split(folder / "data", "train")[:4], []
+    samples, asked = annotations.load_split(folder / "data", "train")[:4], []
     held_out, predict_rows = {"train": samples[:1], "test": samples}, predict.predict_rows
-    monkeypatch.setattr(hicodet, "load_split", lambda root, split: held_out[split])
+    monkeypatch.setattr(annotations, "load_split", lambda root, split: held_out[split])
 
     def noted(model, examples, indices, *arguments, **options):
         asked.append([examples.decode(examples[i].prompt.prompt_ids) for i in indices])
@@ -283,7 +284,7 @@ def test_evaluation_in_training_is_of_the_present_weights(folder, tmp_path, monk
     run(config_of("predict", folder, tmp_path / "test", model=model, limit=2, **options))
     assert asked[0] == asked[1] and len(asked[0]) == 2  # images and prompts
     lines = (tmp_path / "test" / "predictions.jsonl").read_text().splitlines()
-    counts = hicodet.training_counts(folder / "data")
+    counts = annotations.training_counts(folder / "data")
     rows = [json.loads(line) for line in lines]
     expected = evaluate.evaluate(rows, samples[:2], counts, classes="present")
     logged = metrics(tmp_path / "run")[-1]

@@ -8,6 +8,7 @@ import pytest
 from scipy.io import savemat
 
 import hicodet
+from engine.data import annotations
 from hicodet import HOI, Pair
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -85,7 +86,7 @@ def write_labels(root, names, labels):
 def test_boxes_are_moved_to_zero_once_and_do_not_wrap(tmp_path):
     # The corner pixel (1, 1) becomes (0, 0); a 0 in unsigned bytes becomes -1 and not 255.
     entry = hoi(1, humans=[box(1, 1, 255, 200)], objects=[box(0, 3, 4, 5)])
-    (sample,) = hicodet.load_split(write(tmp_path, image("a.jpg", entry)), "test")
+    (sample,) = annotations.load_split(write(tmp_path, image("a.jpg", entry)), "test")
     assert sample.pairs == (Pair((0, 0, 254, 199), (-1, 2, 3, 4), 0),)
     assert sample.hois == (HOI((0, 0, 254, 199), (-1, 2, 3, 4), "airplane", ("board",)),)
     assert (sample.width, sample.height) == (640, 480)
@@ -96,7 +97,7 @@ def test_connection_names_the_boxes_of_each_pair(tmp_path):
     humans = [box(1, 1, 11, 11), box(101, 101, 111, 111)]
     objects = [box(21, 21, 31, 31), box(41, 41, 51, 51), box(61, 61, 71, 71)]
     entry = hoi(2, connection=[[2, 3], [1, 1], [2, 1]], humans=humans, objects=objects)
-    (sample,) = hicodet.load_split(write(tmp_path, image("a.jpg", entry)), "train")
+    (sample,) = annotations.load_split(write(tmp_path, image("a.jpg", entry)), "train")
     far, near = (100, 100, 110, 110), (0, 0, 10, 10)
     first, last = (20, 20, 30, 30), (60, 60, 70, 70)
     assert sample.pairs == (Pair(far, last, 1), Pair(near, first, 1), Pair(far, first, 1))
@@ -110,7 +111,7 @@ def test_invisible_and_empty_entries(tmp_path):
     )
     bare = hoi(1) | {"connection": nothing}
     images = image("a.jpg", hidden), image("b.jpg"), image("c.jpg", hoi(1), hidden, bare)
-    a, b, c = hicodet.load_split(write(tmp_path, *images), "test")
+    a, b, c = annotations.load_split(write(tmp_path, *images), "test")
     assert a.pairs == a.hois == b.pairs == b.hois == ()
     assert a.known_objects == {"horse"} and b.known_objects == frozenset()
     assert [pair.hoi_id for pair in c.pairs] == [0]
@@ -123,14 +124,14 @@ def test_known_objects_come_from_the_image_level_labels(tmp_path):
     labels[0] = [-1, 1]  # airplane: no, yes
     labels[RIDE_HORSE] = [1, 0]  # horse: yes, ambiguous
     write_labels(root, ["b.jpg", "a.jpg"], labels)  # another order than anno_bbox.mat's
-    a, b = hicodet.load_split(root, "test")
+    a, b = annotations.load_split(root, "test")
     assert a.known_objects == {"airplane"} and b.known_objects == {"horse"}
 
 
 def test_training_counts(tmp_path):
     entry = hoi(3, connection=[[1, 1], [1, 1]])
     hidden = hoi(3, invis=1)
-    counts = hicodet.training_counts(write(tmp_path, image("a", entry), image("b", hidden, entry)))
+    counts = annotations.training_counts(write(tmp_path, image("a", entry), image("b", hidden, entry)))
     assert counts[2] == 4 and sum(counts) == 4 and len(counts) == 600
 
 
@@ -156,7 +157,7 @@ WRONG_IMAGES = {
 @pytest.mark.parametrize("message", WRONG_IMAGES)
 def test_wrong_annotation_is_named(tmp_path, message):
     with pytest.raises(ValueError, match=message) as caught:
-        hicodet.load_split(write(tmp_path, WRONG_IMAGES[message]), "test")
+        annotations.load_split(write(tmp_path, WRONG_IMAGES[message]), "test")
     where = f"{tmp_path / 'anno_bbox.mat'}, bbox_test(1): "
     assert str(caught.value).startswith(where) and "hico_20160224_det" in str(caught.value)
 
@@ -164,43 +165,43 @@ def test_wrong_annotation_is_named(tmp_path, message):
 def test_wrong_files_are_named(tmp_path):
     good = image("a.jpg", hoi(1))
     with pytest.raises(FileNotFoundError, match="anno_bbox.mat is missing"):
-        hicodet.load_split(tmp_path, "test")
+        annotations.load_split(tmp_path, "test")
     with pytest.raises(ValueError, match="not 'val'"):
-        hicodet.load_split(write(tmp_path, good), "val")
+        annotations.load_split(write(tmp_path, good), "val")
     with pytest.raises(ValueError, match=r"bbox_test\(2\): field filename: a.jpg .* second time"):
-        hicodet.load_split(write(tmp_path, good, good), "test")
+        annotations.load_split(write(tmp_path, good, good), "test")
     with pytest.raises(ValueError, match="no variable bbox_test"):
-        hicodet.load_split(write(tmp_path, good, bbox_test=None), "test")
+        annotations.load_split(write(tmp_path, good, bbox_test=None), "test")
     swapped = (hicodet.HOI_CLASSES[1], hicodet.HOI_CLASSES[0], *hicodet.HOI_CLASSES[2:])
     other = [("fly", "kite"), *hicodet.HOI_CLASSES[1:]]
     for actions in (swapped, hicodet.HOI_CLASSES[:599], other):
         with pytest.raises(ValueError, match="list_action: not the 600 HOI classes"):
-            hicodet.load_split(write(tmp_path, good, actions=actions), "test")
+            annotations.load_split(write(tmp_path, good, actions=actions), "test")
     whole = (write(tmp_path, good) / "anno_bbox.mat").read_bytes()
     for content in (b"", b"<html>not found</html>" * 50, whole[: len(whole) // 2], whole[:200]):
         (tmp_path / "anno_bbox.mat").write_bytes(content)
         with pytest.raises(ValueError, match="anno_bbox.mat is not a readable .mat file"):
-            hicodet.load_split(tmp_path, "test")
+            annotations.load_split(tmp_path, "test")
 
 
 def test_labels_of_other_images_are_refused(tmp_path):
     root = write(tmp_path, image("a.jpg", hoi(1)))
     write_labels(root, ["b.jpg"], np.ones((600, 1)))
     with pytest.raises(ValueError, match="a.jpg is not in the list of anno.mat"):
-        hicodet.load_split(root, "test")
+        annotations.load_split(root, "test")
     write_labels(root, ["a.jpg"], np.ones((600, 2)))
     with pytest.raises(ValueError, match=r"anno.mat: anno_test has shape \(600, 2\)"):
-        hicodet.load_split(root, "test")
+        annotations.load_split(root, "test")
 
 
 def test_require_images(tmp_path):
-    samples = hicodet.load_split(write(tmp_path, image("a.jpg"), image("b.jpg")), "test")
+    samples = annotations.load_split(write(tmp_path, image("a.jpg"), image("b.jpg")), "test")
     with pytest.raises(FileNotFoundError, match="2 images are missing, first .*a.jpg"):
-        hicodet.require_images(samples)
+        annotations.require_images(samples)
     for sample in samples:
         sample.path.parent.mkdir(parents=True, exist_ok=True)
         sample.path.touch()
-    hicodet.require_images(samples)
+    annotations.require_images(samples)
 
 
 def test_real_annotations(real_samples):
@@ -213,7 +214,7 @@ def test_real_annotations(real_samples):
     humans = (319, 305, 358, 348), (269, 302, 310, 349)
     assert first.pairs == tuple(Pair(human, bench, 245) for human in humans)
     assert (first.width, first.height, first.known_objects) == (640, 427, {"bench"})
-    counts = hicodet.training_counts(HICO_DET)
+    counts = annotations.training_counts(HICO_DET)
     assert sum(counts) == 117871 and sum(count < 10 for count in counts) == 138
 
 

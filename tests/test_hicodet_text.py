@@ -9,6 +9,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 import evaluate
 import hicodet
+from engine.data import annotations
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HICO_DET, QWEN = SHARED / "hico_det", SHARED / "qwen2.5-vl"
@@ -136,7 +137,7 @@ def test_truth_written_as_text_keeps_its_map(frame, full, real_samples):
         for name, scores in ("ones", None), ("rank", hicodet.rank_scores(completion)):
             instances = hicodet.predicted_instances(completion, size, model, scores)
             predictions[name].append({"file_name": sample.file_name, "instances": instances})
-    counts = hicodet.training_counts(HICO_DET)
+    counts = annotations.training_counts(HICO_DET)
     for lines in predictions.values():
         result = evaluate.evaluate(lines, real_samples, counts)
         assert result["default"]["full"] == pytest.approx(full, abs=0.0005)

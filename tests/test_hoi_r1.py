@@ -12,8 +12,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import engine.model.policy
 import grpo
 import hoi_r1
-from engine.model.attention import pack, token_logprobs
 from engine.data.examples import batch_order
+from engine.model.attention import pack, token_logprobs
 from engine.model.policy import accumulate
 from hicodet import InputError
 from tests.runs import config_of, optimizer_of, policy_of, training_examples

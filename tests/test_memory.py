@@ -12,10 +12,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import engine.sampling.slots
-import hicodet
 import predict
 from demo import toy
+from engine.data import annotations
 from engine.model.attention import use_group_attention
+from engine.model.quantized import PackedLinear
+from engine.sampling.sampler import PREFILL_PROMPTS
 from engine.sampling.slots import (
     Need,
     cache_bytes,
@@ -25,8 +27,6 @@ from engine.sampling.slots import (
     vision_bytes,
     weight_bytes,
 )
-from engine.model.quantized import PackedLinear
-from engine.sampling.sampler import PREFILL_PROMPTS
 from hicodet import InputError
 from tests.runs import config_of, examples_of, refusal, run
 
@@ -213,7 +213,7 @@ def room_for(folder, monkeypatch):
     """Let `predict` find memory for so many slots, and no more, of a config."""
 
     def find(slots, config):
-        examples = examples_of(config, hicodet.load_split(config.data, config.split))
+        examples = examples_of(config, annotations.load_split(config.data, config.split))
         need = reckon(
             toy.tiny_model(3).config,
             torch.float32,

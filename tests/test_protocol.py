@@ -12,6 +12,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import hicodet
 import predict
 import train
+from engine.data import annotations
 from engine.data.examples import FRAME_FILE, box_frame_of
 from engine.model.policy import load_model
 from engine.sampling.sampler import Sampler
@@ -37,7 +38,7 @@ def doubling_model(folder, tmp_path):
 def test_text_speaks_the_frame_that_was_asked_for(frame, scale, doubling_model, folder):
     """In the target of SFT, in the rewards' ground truth, and back from a prediction."""
     config = config_of("sft", folder, "x", model=doubling_model, box_frame=frame)
-    sample = hicodet.load_split(folder / "data", "train")[0]
+    sample = annotations.load_split(folder / "data", "train")[0]
     examples = examples_of(config, [sample], {sample.file_name: "x"})
     example = examples[0]
     assert example.model_size == (448, 224)
@@ -102,7 +103,7 @@ def test_a_hub_folder_is_the_librarys_model(hub_folder, folder):
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(hub_folder, dtype=torch.float32)
     assert mine.lm_head.weight.data_ptr() == mine.get_input_embeddings().weight.data_ptr()
     config = config_of("predict", folder, "x", model=str(hub_folder))
-    examples = examples_of(config, hicodet.load_split(folder / "data", "test")[:2])
+    examples = examples_of(config, annotations.load_split(folder / "data", "test")[:2])
     prompts = [examples[i].prompt for i in range(2)]
     options = {"slots": 2, "prompt_room": examples.longest_prompt(), "end_id": examples.end_id}
     sampler = Sampler(mine, group_size=4, max_new_tokens=8, **options)
@@ -139,7 +140,7 @@ def test_repetition_penalty_equals_the_librarys(model, reference, prompts, slots
 def test_scores_fall_by_rank_unless_told_otherwise(folder):
     config = config_of("predict", folder, "x")
     assert config.scores == "rank"
-    sample = next(s for s in hicodet.load_split(folder / "data", "train") if len(s.hois) > 1)
+    sample = next(s for s in annotations.load_split(folder / "data", "train") if len(s.hois) > 1)
     examples = examples_of(config_of("sft", folder, "x"), [sample], {sample.file_name: "x"})
     ids = examples[0].target_ids
     verbs = sum(len(hoi.verbs) for hoi in sample.hois)
@@ -161,7 +162,7 @@ def test_many_images_without_a_trace_stop_a_run_that_did_not_choose():
 
 def test_images_without_a_trace_are_listed_in_the_run(folder, tmp_path):
     run(config_of("sft", folder, tmp_path / "run", max_steps=1))
-    names = [sample.file_name for sample in hicodet.load_split(folder / "data", "train")]
+    names = [sample.file_name for sample in annotations.load_split(folder / "data", "train")]
     assert (tmp_path / "run" / "untraced.txt").read_text().split() == names[20:]
     config = replace(config_of("sft", folder, tmp_path / "other"), untraced=None)
     assert "4 of 24 annotated images" in refusal(config)

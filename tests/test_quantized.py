@@ -11,6 +11,7 @@ from torch import nn
 
 import hicodet
 from demo import toy
+from engine.data import annotations
 from engine.model.attention import pack, token_logprobs
 from engine.model.policy import load_model
 from engine.model.quantized import PackedLinear, is_packed, pack_layers, unpack
@@ -142,7 +143,7 @@ def load(path, dtype=torch.float32):
 def completions_of(model, folder, dtype=torch.float32):
     """Log-probs of random completions, and greedy ones, of the first two test images."""
     config = config_of("predict", folder, "")
-    examples = examples_of(config, hicodet.load_split(config.data, "test")[:2])
+    examples = examples_of(config, annotations.load_split(config.data, "test")[:2])
     prompts = [examples[i].prompt for i in range(2)]
     given = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     packed = pack(model, prompts, [[given[0]], [given[1]]])

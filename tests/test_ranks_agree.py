@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from engine.ranks import compare_ranks
 from engine.model.policy import weights_fingerprint
+from engine.ranks import compare_ranks
 from hicodet import InputError
 
 ROOT = Path(__file__).resolve().parents[1]

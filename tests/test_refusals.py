@@ -19,6 +19,7 @@ import engine.runs.run_folder
 import hicodet
 import hoi_r1
 import sft
+from engine.data import annotations
 from engine.files import read_from_model
 from engine.model.model_files import read_config
 from tests.runs import config_of, metrics, refusal, run
@@ -222,7 +223,7 @@ def test_a_mistyped_folder_of_a_model_is_said_not_to_be_there(tmp_path):
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_cut_image_is_one_line(workers, folder, tmp_path):
     shutil.copytree(folder / "data", tmp_path / "data")
-    image = hicodet.load_split(tmp_path / "data", "train")[1].path
+    image = annotations.load_split(tmp_path / "data", "train")[1].path
     image.write_bytes(image.read_bytes()[:-300])
     config = config_of(
         "sft", folder, tmp_path / "out", data=str(tmp_path / "data"), workers=workers,

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import hicodet
-from engine.report import figures
-from engine.report import records
+from engine.data import annotations
+from engine.report import figures, records
 from engine.report import page as report
 from engine.report.records import read_run
 from tests import run_folders
@@ -309,7 +308,7 @@ def test_examples_are_the_best_and_the_worst_by_reward(tmp_path):
 def test_examples_without_rewards_are_ordered_by_missed_pairs(tmp_path, folder):
     rewards = [None] * 6
     prediction = write_prediction(tmp_path, rewards, data=folder / "data")
-    samples = hicodet.load_split(folder / "data", "test")
+    samples = annotations.load_split(folder / "data", "test")
     (right, hois), *others = ((sample.file_name, sample.hois) for sample in samples)
     lines = [{"file_name": name, "instances": []} for name, _ in others]
     lines.append({"file_name": right, "instances": [dataclasses.asdict(hoi) for hoi in hois]})

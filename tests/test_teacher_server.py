@@ -23,6 +23,7 @@ import engine.traces.trace_file
 import hicodet
 import teacher
 from demo import toy
+from engine.data import annotations
 from engine.traces.openai_chat import Budget, Teacher
 from tests.faulty_server import FAULTS, THINK, USAGE, Server
 
@@ -265,7 +266,7 @@ def test_template_backend_writes_every_image_and_resumes(data, tmp_path):
     assert first.count("\n") == 2
     assert run_main("--data", data, "--out", out, "--backend", "template") == 0
     assert out.read_text().startswith(first)
-    samples = hicodet.load_split(data, "train")
+    samples = annotations.load_split(data, "train")
     assert engine.traces.trace_file.read_traces(out) == {
         sample.file_name: engine.traces.trace_file.template_trace(sample.hois) for sample in samples}
     assert json.loads(first.splitlines()[0]).keys() == {

@@ -15,6 +15,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditi
 import engine.traces.trace_file
 import hicodet
 from demo import grounding, scenes, toy
+from engine.data import annotations
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
 SKIN = np.array([255, 200, 160])
@@ -68,8 +69,8 @@ def field_names(array):
 
 def test_both_halves_load_and_have_their_images(folder):
     for split, count in (("train", TRAIN), ("test", TEST)):
-        samples = hicodet.load_split(folder / "data", split)
-        hicodet.require_images(samples)
+        samples = annotations.load_split(folder / "data", split)
+        annotations.require_images(samples)
         assert len(samples) == count
         for sample in samples:
             assert Image.open(sample.path).size == (sample.width, sample.height) == (224, 112)
@@ -77,7 +78,7 @@ def test_both_halves_load_and_have_their_images(folder):
 
 def test_the_held_out_half_is_annotated_as_it_was_drawn(folder):
     """Every pair of every scene comes back from the .mat file, its verbs merged (Sec. 4.2)."""
-    samples = hicodet.load_split(folder / "data", "test")
+    samples = annotations.load_split(folder / "data", "test")
     drawn = scenes.make_scenes("test", TEST, seed=3)
     for sample, scene in zip(samples, drawn, strict=True):
         assert set(sample.hois) == set(scene.hois) and len(sample.hois) == len(scene.hois)
@@ -127,7 +128,7 @@ def test_the_training_half_misses_pairs_but_never_the_first(tmp_path):
     for left_out in (0.0, 0.55, 1.0):
         root = tmp_path / str(left_out)
         toy.write_data(root, 150, 1, seed=5, left_out=left_out)
-        samples = hicodet.load_split(root, "train")
+        samples = annotations.load_split(root, "train")
         for sample, scene in zip(samples, drawn, strict=True):
             assert scene.hois[0] in sample.hois and set(sample.hois) <= set(scene.hois)
         found[left_out] = sum(len(sample.hois) - 1 for sample in samples)
@@ -141,7 +142,7 @@ def test_the_training_half_misses_pairs_but_never_the_first(tmp_path):
 def test_complete_is_nothing_left_out(tmp_path):
     toy.main([str(tmp_path), "--train", "60", "--test", "1", "--pairs", "3", "--complete"])
     drawn = scenes.make_scenes("train", 60, seed=0, pairs=3)
-    for sample, scene in zip(hicodet.load_split(tmp_path / "data", "train"), drawn, strict=True):
+    for sample, scene in zip(annotations.load_split(tmp_path / "data", "train"), drawn, strict=True):
         assert set(sample.hois) == set(scene.hois) and len(sample.hois) == len(scene.hois)
         assert Image.open(sample.path).size == (sample.width, sample.height) == (336, 112)
 
@@ -150,7 +151,7 @@ def test_boxes_are_where_things_are_drawn(folder):
     """Fails when boxes are a pixel off, have x and y swapped, or belong to another image."""
     background = scenes.background(224).astype(int)
     drawn_scenes = scenes.make_scenes("test", TEST, seed=3)
-    for sample, scene in zip(hicodet.load_split(folder / "data", "test"), drawn_scenes):
+    for sample, scene in zip(annotations.load_split(folder / "data", "test"), drawn_scenes):
         pixels = np.asarray(Image.open(sample.path)).astype(int)
         drawn = np.abs(pixels - background).max(axis=2) > 40  # more than JPEG's ringing
         boxes = [box for hoi in sample.hois for box in (hoi.human, hoi.object)]
@@ -174,7 +175,7 @@ def test_the_image_says_where_a_box_is_to_the_pixel():
 
 
 def test_no_test_layout_is_in_train(folder):
-    train, test = (layouts_of(hicodet.load_split(folder / "data", s)) for s in ("train", "test"))
+    train, test = (layouts_of(annotations.load_split(folder / "data", s)) for s in ("train", "test"))
     assert test and not train & test
     seeds = random.sample(range(10**6), 2)  # and not across seeds either
     assert not (layouts_of(scenes.make_scenes("train", 2000, seeds[0]))
@@ -197,7 +198,7 @@ def test_grounding_tells_what_annotators_missed(folder):
     """Of every training image, in the format of traces.jsonl, boxes as the model sees them."""
     texts = engine.traces.trace_file.read_traces(folder / "grounding.jsonl")
     drawn = scenes.make_scenes("train", TRAIN, seed=3)
-    samples = hicodet.load_split(folder / "data", "train")
+    samples = annotations.load_split(folder / "data", "train")
     for sample, scene in zip(samples, drawn, strict=True):
         assert texts[sample.file_name] == grounding.grounding_text(scene)
     assert sum(len(scene.hois) for scene in drawn) > sum(len(sample.hois) for sample in samples)
@@ -232,7 +233,7 @@ def test_an_invisible_interaction_is_no_truth_but_marks_the_known_object(folder)
     bbox = loadmat(folder / "data" / "anno_bbox.mat")["bbox_train"][0]
     hidden = [i for i, image in enumerate(bbox) if any(h["invis"] for h in image["hoi"][0])]
     assert hidden
-    samples = hicodet.load_split(folder / "data", "train")
+    samples = annotations.load_split(folder / "data", "train")
     for i in hidden:
         assert "bicycle" in samples[i].known_objects
         assert all(hicodet.HOI_CLASSES[pair.hoi_id][0] != "repair" for pair in samples[i].pairs)
@@ -255,7 +256,7 @@ def test_the_files_have_the_fields_of_the_official_ones(folder):
 
 def test_a_seed_always_writes_the_same(folder, tmp_path):
     toy.write_data(tmp_path, 1, TEST, seed=3)
-    ours, again = (hicodet.load_split(root, "test") for root in (folder / "data", tmp_path))
+    ours, again = (annotations.load_split(root, "test") for root in (folder / "data", tmp_path))
     assert [sample.hois for sample in ours] == [sample.hois for sample in again]
     assert ours[7].path.read_bytes() == again[7].path.read_bytes()
     assert scenes.make_scenes("train", 50, 3) != scenes.make_scenes("train", 50, 4)
@@ -295,7 +296,7 @@ def test_the_tokenizer_round_trips_any_text(tokenizer):
 
 def test_prompt_and_completions_are_short(folder, tokenizer):
     assert len(prompt_ids(tokenizer)) <= 76  # 32 of them image tokens
-    for sample in hicodet.load_split(folder / "data", "test"):
+    for sample in annotations.load_split(folder / "data", "test"):
         think = engine.traces.trace_file.template_trace(sample.hois)
         text = hicodet.format_completion(sample.hois, think=think)
         ids = tokenizer(text).input_ids

@@ -19,12 +19,12 @@ from transformers import (
 import engine.data.examples
 import engine.runs.run_folder
 import grpo
-import hicodet
 import predict
 import sft
-from engine.report import health
+from engine.data import annotations
 from engine.model.attention import GROUP_ATTENTION, WINDOW_ATTENTION
 from engine.model.policy import load_model
+from engine.report import health
 from tests.runs import (
     config_of,
     metrics,
@@ -341,7 +341,7 @@ def test_missing_images_stop_a_run_before_the_model_is_read(
 ):
     """Those of the training set, those of its evaluations, those to predict."""
     shutil.copytree(folder / "data", tmp_path / "data")
-    name = hicodet.load_split(folder / "data", split)[3].file_name
+    name = annotations.load_split(folder / "data", split)[3].file_name
     (tmp_path / "data" / "images" / f"{split}2015" / name).unlink()
     options = {"eval_every": 1} if split == "test" and stage != "predict" else {}
     config = config_of(stage, folder, tmp_path / "run", data=str(tmp_path / "data"), **options)

@@ -25,11 +25,11 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import hicodet
-from engine.report import drawing
-from engine.model.attention import Prompt
 from engine.files import read_from_model, read_image, read_object
-from engine.model.policy import Ranks
+from engine.model.attention import Prompt
 from engine.model.model_files import read_config
+from engine.model.policy import Ranks
+from engine.report import drawing
 from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"

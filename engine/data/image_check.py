@@ -10,8 +10,9 @@ from multiprocessing.pool import ThreadPool
 
 from tqdm import tqdm
 
+from engine.data.annotations import load_split
 from engine.files import read_image
-from hicodet import Box, InputError, Sample, load_split
+from hicodet import Box, InputError, Sample
 
 ODD = ("inverted", "without area", "out of the image")  # what a box of the ground truth may be
 

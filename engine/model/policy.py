@@ -23,8 +23,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 import engine.model.quantized  # noqa: F401  reads AWQ folders
-from engine.model.attention import token_logprobs, use_group_attention
 from engine.files import read_from_model
+from engine.model.attention import token_logprobs, use_group_attention
 from engine.model.model_files import read_config, require_tensors, weight_files
 from hicodet import InputError
 

@@ -14,8 +14,7 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from engine.report import health
-from engine.report import drawing
+from engine.report import drawing, health
 from engine.report.charts import Line, line_chart, short
 from engine.report.health import number
 from engine.report.records import REWARDS, Answer, Example, Group, Run, largest_rewards

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from engine.report import health
 from engine.report.card import model_card
-from engine.report.records import largest_rewards, read_config, read_lines, read_run
 from engine.report.page import write_page
+from engine.report.records import largest_rewards, read_config, read_lines, read_run
 
 EVERY = 10.0  # seconds between two pages, at least
 LARGEST_SHARE = 0.05  # of a run's time that its pages may take

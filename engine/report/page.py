@@ -15,10 +15,9 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from engine.report import figures
-from engine.report import health
-from engine.report.figures import Column
 from engine.files import naming
+from engine.report import figures, health
+from engine.report.figures import Column
 from engine.report.health import number
 from engine.report.records import Run, largest_rewards, read_run
 from hicodet import HOI_CLASSES

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine.report import drawing
 from engine.files import open_image
+from engine.report import drawing
 from engine.report.records import line_hois
 from hicodet import ANSWER_OPEN, InputError, Sample
 

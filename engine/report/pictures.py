@@ -8,10 +8,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine.report import drawing
+from engine.data.annotations import load_split
 from engine.files import aside, json_lines, open_image
+from engine.report import drawing
 from engine.report.records import line_hois, model_size, read_config
-from hicodet import HOI, InputError, Sample, in_text_frame, load_split, parse_completion
+from hicodet import HOI, InputError, Sample, in_text_frame, parse_completion
 
 DEFAULT_IMAGES = 12
 Predictions = dict[str, tuple[HOI, ...]]

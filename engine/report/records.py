@@ -16,8 +16,9 @@ from pathlib import Path
 from PIL import Image
 
 import hicodet
-from engine.report import drawing
+from engine.data import annotations
 from engine.files import open_image
+from engine.report import drawing
 from engine.report.health import number
 
 EXAMPLES = 12  # of a prediction: half of them the best, half the worst
@@ -311,7 +312,7 @@ def _truths(config: dict) -> dict[str, tuple[hicodet.HOI, ...]]:
 @functools.lru_cache(maxsize=1)  # reading takes seconds, and runs side by side share their data
 def _read_truths(data: str, split: str) -> dict[str, tuple[hicodet.HOI, ...]]:
     try:
-        return {sample.file_name: sample.hois for sample in hicodet.load_split(data, split)}
+        return {sample.file_name: sample.hois for sample in annotations.load_split(data, split)}
     except (OSError, ValueError):
         return {}
 

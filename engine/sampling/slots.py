@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.sampling.decode_step import whole_blocks
 from engine.data.examples import Examples
 from engine.files import read_from_model
+from engine.model.model_files import outline
 from engine.model.policy import Ranks, compute_dtype
 from engine.model.quantized import is_packed
+from engine.sampling.decode_step import whole_blocks
 from engine.sampling.sampler import PREFILL_PROMPTS
-from engine.model.model_files import outline
 from hicodet import InputError
 
 MOST_SLOTS = 64  # taken where nothing else is asked for, and all of them fit
