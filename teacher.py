@@ -75,7 +75,8 @@ from engine.traces.openai_chat import (
     request_body,
     write_requests,
 )
-from engine.traces.trace_file import TraceFile, read_lines, template_trace
+from engine.traces.template import template_trace
+from engine.traces.trace_file import TraceFile, read_trace_lines
 from hicodet import InputError, Sample
 
 GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
@@ -306,7 +307,7 @@ def run(args: TeacherConfig) -> bool:
     every = {sample.file_name: sample for sample in annotations.load_split(args.data, "train")}
     samples = [sample for sample in every.values() if sample.hois][: args.limit]
     if args.dry_run:
-        done = {trace["file_name"] for trace in read_lines(args.out)} if args.out.exists() else ()
+        done = {trace["file_name"] for trace in read_trace_lines(args.out)} if args.out.exists() else ()
         todo = [sample for sample in samples if sample.file_name not in done]
         dry_run(todo, make_teacher(args), *make_budget(args, 0.0))
         return True

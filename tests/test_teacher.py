@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import engine.traces.openai_chat
+import engine.traces.template
 import engine.traces.trace_file
 import hicodet
 import teacher
@@ -24,7 +25,7 @@ WOMAN = (60, 10, 80, 60)
 
 
 def test_one_pair_answers_the_four_questions_in_order():
-    trace = engine.traces.trace_file.template_trace([HOI(MAN, BIKE, "bicycle", ("ride", "sit on"))])
+    trace = engine.traces.template.template_trace([HOI(MAN, BIKE, "bicycle", ("ride", "sit on"))])
     assert trace == ("There is 1 person. The person is riding and sitting on the bicycle. The "
                      "object class is bicycle. The verb classes are, for bicycle: ride, sit on.")
 
@@ -33,23 +34,23 @@ def test_people_are_counted_by_overlap_and_verbs_joined_by_class():
     moved = (11, 10, 31, 61)  # overlaps MAN by 19 * 50 of 20 * 50 + 20 * 51 - 950: 0.89
     hois = [HOI(MAN, BIKE, "bicycle", ("ride",)), HOI(moved, CAR, "car", ("no interaction",)),
             HOI(WOMAN, BIKE, "bicycle", ("hold", "ride"))]
-    assert engine.traces.trace_file.template_trace(hois) == (
+    assert engine.traces.template.template_trace(hois) == (
         "There are 2 people. They are riding and holding the bicycle and not interacting with the "
         "car. The object classes are bicycle and car. The verb classes are, for bicycle: ride, "
         "hold; for car: no interaction.")
-    assert engine.traces.trace_file.count_people([HOI(MAN, WOMAN, "person", ("hug",))]) == 2
+    assert engine.traces.template.count_people([HOI(MAN, WOMAN, "person", ("hug",))]) == 2
 
 
 def test_people_at_iou_one_half_are_two():
     # 20 x 50 inside 20 x 100 is exactly 0.5, which is not more than 0.5.
     tall = HOI((0, 0, 20, 100), BIKE, "bicycle", ("ride",))
-    assert engine.traces.trace_file.count_people([tall, HOI((0, 0, 20, 50), BIKE, "bicycle", ("hold",))]) == 2
-    assert engine.traces.trace_file.count_people([tall, HOI((0, 0, 20, 51), BIKE, "bicycle", ("hold",))]) == 1
+    assert engine.traces.template.count_people([tall, HOI((0, 0, 20, 50), BIKE, "bicycle", ("hold",))]) == 2
+    assert engine.traces.template.count_people([tall, HOI((0, 0, 20, 51), BIKE, "bicycle", ("hold",))]) == 1
 
 
 def test_every_pair_makes_a_trace_that_would_be_accepted():
     for verb, name in hicodet.HOI_CLASSES:
-        trace = engine.traces.trace_file.template_trace([HOI(MAN, CAR, name, (verb,))])
+        trace = engine.traces.template.template_trace([HOI(MAN, CAR, name, (verb,))])
         assert not any(tag in trace for tag in engine.traces.trace_file.TAGS)
         assert 18 <= len(trace.split()) <= 40
         assert trace_fault(trace) is None, trace
@@ -57,7 +58,7 @@ def test_every_pair_makes_a_trace_that_would_be_accepted():
 
 def test_a_crowd_does_not_make_a_long_trace():
     hois = [HOI((40 * i, 0, 40 * i + 30, 60), CAR, "boat", ("row", "sit on")) for i in range(80)]
-    trace = engine.traces.trace_file.template_trace(hois)
+    trace = engine.traces.template.template_trace(hois)
     assert trace.startswith("There are 80 people. They are rowing and sitting on the boat.")
     assert len(trace.split()) < 40
 
@@ -67,7 +68,7 @@ def test_gerunds():
                            "tie": "tying", "open": "opening", "exit": "exiting", "stir": "stirring",
                            "row": "rowing", "control": "controlling", "inspect": "inspecting",
                            "no interaction": "not interacting with"}.items():
-        assert engine.traces.trace_file.gerund(verb) == expected
+        assert engine.traces.template.gerund(verb) == expected
 
 
 # ---- traces.jsonl

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import engine.traces.openai_chat
+import engine.traces.template
 import engine.traces.trace_file
 import hicodet
 import teacher
@@ -268,7 +269,7 @@ def test_template_backend_writes_every_image_and_resumes(data, tmp_path):
     assert out.read_text().startswith(first)
     samples = annotations.load_split(data, "train")
     assert engine.traces.trace_file.read_traces(out) == {
-        sample.file_name: engine.traces.trace_file.template_trace(sample.hois) for sample in samples}
+        sample.file_name: engine.traces.template.template_trace(sample.hois) for sample in samples}
     assert json.loads(first.splitlines()[0]).keys() == {
         "file_name", "think", "teacher", "attempts", "usage"}
 

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Iterable, Iterator
 
-from engine.traces.trace_file import TAGS, gerund
+from engine.traces.template import gerund
+from engine.traces.trace_file import TAGS
 from hicodet import OBJECTS, VERBS
 
 MIN_WORDS = 3  # of a trace
