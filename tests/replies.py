@@ -11,9 +11,10 @@ THINK = "There is one person. The person is riding a bicycle. Bicycle: ride, sit
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
 
 
-def reply(content, finish_reason="stop"):
-    return {"choices": [{"message": {"content": content}, "finish_reason": finish_reason}],
-            "usage": USAGE}
+def reply(content, finish_reason="stop", **message):
+    """A chat completion; more fields of its message may be given."""
+    choice = {"message": {"content": content, **message}, "finish_reason": finish_reason}
+    return {"choices": [choice], "usage": USAGE}
 
 
 def make_samples(folder, count):
