@@ -4,7 +4,7 @@ import json
 
 from PIL import Image
 
-import engine.traces.openai_chat
+from engine.traces.openai_chat import Teacher
 from hicodet import Sample
 
 THINK = "There is one person. The person is riding a bicycle. Bicycle: ride, sit on."
@@ -29,8 +29,9 @@ def make_samples(folder, count):
 
 def make_teacher(**changes):
     fields = {"model": "gpt-4o-mini", "base_url": "http://127.0.0.1:9/v1", "key": "", "prompt": "p",
-              "max_tokens": 512, "max_side": 512, "timeout": 1.0, "retries": 0, "backoff": 0.0}
-    return engine.traces.openai_chat.Teacher(**fields | changes)
+              "more_fields": {"max_tokens": 512}, "max_side": 512, "timeout": 1.0, "retries": 0,
+              "backoff": 0.0, "prices": (0.15, 0.6)}
+    return Teacher(**fields | changes)
 
 
 def write(path, *traces):

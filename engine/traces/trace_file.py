@@ -1,14 +1,13 @@
 """traces.jsonl: written line by line, and read."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from engine.files import json_lines, lock, naming
 from hicodet import InputError, Sample
 
-MAX_COST = 1e6  # USD of a trace: what stands for more is no cost
+MAX_COST = 1e6  # USD of a trace
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
 
 
@@ -25,16 +24,14 @@ def read_trace_lines(path: str | Path) -> Iterator[dict]:
         if trace["file_name"] in names:
             raise InputError(f"{where}: {trace['file_name']} comes twice; delete one line")
         names.add(trace["file_name"])
-        if not 0 <= cost_of(trace) <= MAX_COST:
-            raise InputError(f'{where}: "cost" must be a number of USD')
         yield trace
 
 
 def cost_of(trace: dict) -> float:
-    """What a trace cost in USD, 0.0 where that is not said; NaN for what is no number."""
+    """What a trace cost in USD; 0.0 if its line does not say, or says what cannot be."""
     usage = trace.get("usage")
-    cost = usage.get("cost", 0.0) if isinstance(usage, dict) else 0.0
-    return cost if type(cost) in (int, float) else math.nan
+    cost = usage.get("cost") if isinstance(usage, dict) else None
+    return cost if isinstance(cost, (int, float)) and 0 <= cost <= MAX_COST else 0.0
 
 
 def read_traces(path: str | Path) -> dict[str, str]:
@@ -57,7 +54,7 @@ class TraceFile:
     def __init__(self, path: Path):
         self.file = open(path, "ab+", buffering=0)
         lock(self.file)
-        self._mend_last_line()
+        self._fix_last_line()
         self.names, self.cost = set(), 0.0
         for trace in read_trace_lines(path):
             self.names.add(trace["file_name"])
@@ -69,7 +66,7 @@ class TraceFile:
     def __exit__(self, *error: object) -> None:
         self.file.close()
 
-    def _mend_last_line(self) -> None:
+    def _fix_last_line(self) -> None:
         self.file.seek(0)
         text = self.file.read()
         last = text[text.rfind(b"\n") + 1 :]
