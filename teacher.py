@@ -25,13 +25,7 @@ missing. Images without an accepted trace are listed at the end with the reason.
 
 1. The teacher gets the image and the Reasoning Guidance of Fig. 4, as in the paper. The guidance
    points to the lists of valid classes; --lists sends them too (about 1,800 tokens more).
-2. A trace is refused only for what would hurt training (`accept_trace`).
-3. Cost is the tokens that the server reports at list price; cached tokens count in full, and
-   replies lost on the way count as nothing. --max-cost includes what the traces in the file cost.
-   Nothing is set aside for requests in flight, so the sum can pass --max-cost by their cost. A
-   server with an http address counts as free unless its price is known or given.
-4. HTTP_PROXY, HTTPS_PROXY and NO_PROXY are honoured, but not for a server on this machine.
-   Redirects are not followed: they could take the key to another host.
+2. docs/teacher.md says which traces are accepted, what they cost, and how faults end.
 """
 
 import json
@@ -81,9 +75,6 @@ TASK = "Look at the image and reason about how its people interact with objects.
 REQUEST = """\
 Answer the four questions in order, in a few plain sentences, between <think> and </think>. Name \
 object classes and verbs literally. No coordinates, no lists, no <answer>."""
-
-
-# ---- asking the teacher
 
 
 @dataclass(frozen=True)
@@ -187,9 +178,6 @@ def collect_batch(
         else:
             missing[name] = reason
     return {name: reason for name, reason in missing.items() if name not in file.names}
-
-
-# ---- the command
 
 
 @dataclass(frozen=True, kw_only=True)

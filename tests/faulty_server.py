@@ -26,7 +26,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.delay, self.lock = answer, delay, threading.Lock()
         self.in_flight = self.most_in_flight = 0
-        self.bodies, self.keys, self.paths, self.outcomes = [], set(), set(), Counter()
+        self.bodies, self.outcomes = [], Counter()
+        self.keys, self.paths, self.agents = set(), set(), set()
         self.asked = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -48,6 +49,7 @@ class Handler(BaseHTTPRequestHandler):
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
             server.paths.add(self.path)
+            server.agents.add(self.headers["User-Agent"])
             answer = server.answer()
         server.asked.set()
         time.sleep(server.delay)

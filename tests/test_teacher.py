@@ -9,12 +9,7 @@ import pytest
 import hicodet
 import teacher
 from engine.traces.acceptance import trace_fault
-from engine.traces.openai_chat import (
-    estimated_tokens,
-    known_prices,
-    request_body,
-    write_requests,
-)
+from engine.traces.openai_chat import estimated_tokens, known_prices, request_body, write_requests
 from engine.traces.template import count_people, gerund, template_trace
 from engine.traces.trace_file import TAGS, TraceFile, read_traces
 from hicodet import HOI, Sample
@@ -22,9 +17,6 @@ from tests.replies import THINK, USAGE, make_samples, make_teacher, reply, write
 
 MAN, BIKE, CAR = (10, 10, 30, 60), (5, 40, 45, 70), (50, 0, 90, 30)
 WOMAN = (60, 10, 80, 60)
-
-
-# ---- template
 
 
 def test_one_pair_answers_the_four_questions_in_order():
@@ -73,9 +65,6 @@ def test_gerunds():
                            "row": "rowing", "control": "controlling", "inspect": "inspecting",
                            "no interaction": "not interacting with"}.items():
         assert gerund(verb) == expected
-
-
-# ---- traces.jsonl
 
 
 def test_read_traces_keeps_the_order_and_ignores_other_keys(tmp_path):
@@ -158,9 +147,6 @@ def test_cost_that_cannot_be_counts_as_nothing(usage, tmp_path):
         assert file.cost == 0.5
 
 
-# ---- cost
-
-
 @pytest.mark.parametrize("changes, image", [
     ({}, 2833), ({"model": "gpt-4o"}, 85), ({"model": "Qwen"}, 19 * 19),  # 512 / 28 is 18.3
     # High detail has 2 x 2 tiles at 768 pixels, and at 1024, whose shorter side becomes 768.
@@ -180,12 +166,9 @@ def test_dated_model_has_its_own_price_or_that_of_its_name(model, prices):
     assert (known_prices(model) or ())[:2] == prices
 
 
-# ---- batch
-
-
-def result(name, content=f"<think>{THINK}</think>", status=200):
+def result(name, content=f"<think>{THINK}</think>"):
     return json.dumps({"id": "r", "custom_id": name, "error": None, "response": {
-        "status_code": status, "body": reply(content)}}) + "\n"
+        "status_code": 200, "body": reply(content)}}) + "\n"
 
 
 def test_request_files_keep_the_limit_and_have_every_image_once(tmp_path):

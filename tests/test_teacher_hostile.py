@@ -65,9 +65,6 @@ def raw_failure(pieces, pause=0.0, **changes):
         return failure(url, **changes)
 
 
-# ---- faults and errors
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_is_worth_another_try(fault):
     error = failure(Server(lambda: fault).url, timeout=0.3)
@@ -159,9 +156,6 @@ def test_key_is_removed_from_what_the_server_says():
     assert "None of them rides" in said["content"]
 
 
-# ---- proxies
-
-
 @pytest.fixture
 def proxy(monkeypatch):
     """A proxy on loopback that HTTP_PROXY and HTTPS_PROXY name."""
@@ -199,9 +193,6 @@ def test_no_proxy_and_this_machine_are_asked_directly(proxy, monkeypatch):
 def test_proxy_variable_that_is_no_address_is_one_line(proxy, monkeypatch):
     monkeypatch.setenv("HTTP_PROXY", "http:/127.0.0.1")
     assert "proxy URL with no authority" in str(failure("http://teacher.invalid/v1"))
-
-
-# ---- servers that do harm
 
 
 @pytest.mark.parametrize("start", [b"X: ", b"\r\n", b"Content-Length: 99\r\n\r\n"])

@@ -76,13 +76,12 @@ def test_faults_in_random_order_lose_nothing_and_repeat_nothing(data, tmp_path):
     out = tmp_path / "traces.jsonl"
     answers = [f"<think>{THINK}</think>"] * 9 + list(FAULTS)  # 40 % faults
     server = Server(lambda: random.choice(answers))
-    status = call(data, out, server, "--concurrency", 24, "--timeout", 0.5,
-                  "--retries", 25)
-    assert status == 0
+    assert call(data, out, server, "--concurrency", 24, "--timeout", 0.5, "--retries", 25) == 0
     check_complete(out, data)
     assert all(server.outcomes[fault] for fault in FAULTS), server.outcomes
     assert server.most_in_flight <= 24
-    assert server.keys == {f"Bearer {KEY}"}
+    assert server.keys == {f"Bearer {KEY}"} and server.paths == {"/v1/chat/completions"}
+    assert server.agents == {"hoi-r1-teacher"}  # some hosts refuse urllib's own
     assert all(trace["teacher"] == "gpt-4o-mini" and trace["attempts"] == 1
                and trace["usage"] == USAGE | {"cost": pytest.approx(COST)} for trace in lines(out))
 
@@ -151,10 +150,8 @@ def test_refused_request_ends_the_run_with_the_servers_words(status, data, tmp_p
 
 
 @pytest.mark.parametrize("status, error", [
-    (400, {"message": "Your input image may contain content that is not allowed by our safety "
-                      "system.", "code": None}),
-    (400, {"message": "The response was filtered due to the prompt triggering Azure OpenAI's "
-                      "content management policy.", "code": None}),
+    (400, {"message": "Content is not allowed by our safety system.", "code": None}),
+    (400, {"message": "Filtered by Azure OpenAI's content management policy.", "code": None}),
     (400, {"message": "", "code": "content_filter"}), (403, {"code": "moderation_blocked"}),
     (400, {"code": "content_policy_violation"}), (400, "litellm.ContentPolicyViolationError"),
 ])
@@ -258,8 +255,7 @@ def test_template_backend_writes_every_image_and_resumes(data, tmp_path):
     assert run_main("--data", data, "--out", out, "--backend", "template") == 0
     assert out.read_text().startswith(first)
     samples = annotations.load_split(data, "train")
-    assert read_traces(out) == {
-        sample.file_name: template_trace(sample.hois) for sample in samples}
+    assert read_traces(out) == {s.file_name: template_trace(s.hois) for s in samples}
     assert json.loads(first.splitlines()[0]).keys() == {
         "file_name", "think", "teacher", "attempts", "usage"}
 
@@ -356,9 +352,9 @@ def test_batch_backend_writes_once_and_collects(data, tmp_path):
 @pytest.mark.slow
 def test_real_server(data, tmp_path, capsys):
     """litellm's proxy with a mocked model, installed into an environment of its own."""
-    bin = tmp_path / "env" / "bin"
-    subprocess.run([sys.executable, "-m", "venv", str(bin.parent)], check=True)
-    installed = subprocess.run([bin / "pip", "install", "-q", "litellm[proxy]"],
+    programs = tmp_path / "env" / "bin"
+    subprocess.run([sys.executable, "-m", "venv", str(programs.parent)], check=True)
+    installed = subprocess.run([programs / "pip", "install", "-q", "litellm[proxy]"],
                                capture_output=True, text=True, timeout=900)
     if installed.returncode:
         pytest.skip(f"litellm[proxy] cannot be installed: {installed.stderr[-300:]}")
@@ -370,7 +366,7 @@ def test_real_server(data, tmp_path, capsys):
         port = probe.getsockname()[1]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(
-            [bin / "litellm", "--config", "config.yaml", "--host", "127.0.0.1", "--port",
+            [programs / "litellm", "--config", "config.yaml", "--host", "127.0.0.1", "--port",
              str(port)], cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT,
             env=os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"})
     try:
@@ -390,9 +386,9 @@ def test_real_server(data, tmp_path, capsys):
         process.wait(60)
 
 
-def wait_for(port, process, log, patience=120):
+def wait_for(port, process, log):
     """Waits until something listens on the port."""
-    for _ in range(patience * 10):
+    for _ in range(1200):
         assert process.poll() is None, log.read_text()[-2000:]
         try:
             return socket.create_connection(("127.0.0.1", port), timeout=1).close()

@@ -29,6 +29,7 @@ PRICES = {
     "gpt-4o": (2.50, 10.00, 85),
     "gpt-4o-2024-05-13": (5.00, 15.00, 85),
 }
+LOW_DETAIL = 512  # pixels of the longer side
 TRACE_TOKENS = 150  # of a trace, for estimates
 BATCH_DISCOUNT, BATCH_BYTES = 0.5, 200_000_000  # of OpenAI's Batch API, for a file of requests
 MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
@@ -71,11 +72,6 @@ class Teacher:
     backoff: float  # seconds before the first retry, doubled with each
     prices: tuple[float, float]  # USD per million tokens, in and out
 
-    @property
-    def detail(self) -> str:
-        """OpenAI sees 512 x 512 pixels at low detail; high would bill tiles that show no more."""
-        return "low" if self.max_side <= 512 else "high"
-
     def cost(self, tokens_in: int, tokens_out: int) -> float:
         """What these tokens cost, in USD."""
         return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
@@ -88,14 +84,13 @@ def request_body(sample: Sample, teacher: Teacher) -> dict:
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=90)
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
+    # OpenAI sees 512 x 512 pixels at low detail; high would bill tiles that show no more.
+    detail = "low" if teacher.max_side <= LOW_DETAIL else "high"
     # The text comes first: servers cache the prefix that all requests have in common.
     content = [{"type": "text", "text": teacher.prompt},
-               {"type": "image_url", "image_url": {"url": url, "detail": teacher.detail}}]
+               {"type": "image_url", "image_url": {"url": url, "detail": detail}}]
     messages = [{"role": "user", "content": content}]
     return {"model": teacher.model, "messages": messages, **teacher.more_fields}
-
-
-# ---- cost
 
 
 def known_prices(model: str) -> tuple | None:
@@ -112,9 +107,11 @@ def estimated_tokens(teacher: Teacher) -> tuple[int, int]:
     text, known = len(teacher.prompt) // 3 + 20, known_prices(teacher.model)
     if known is None:
         return text + math.ceil(teacher.max_side / 28) ** 2, TRACE_TOKENS
+    if teacher.max_side <= LOW_DETAIL:
+        return text + known[2], TRACE_TOKENS
     # At high detail each tile of 512 x 512 pixels costs twice the base of low detail.
     tiles = math.ceil(min(teacher.max_side, 768) / 512) * math.ceil(teacher.max_side / 512)
-    return text + known[2] * (1 if teacher.detail == "low" else 1 + 2 * tiles), TRACE_TOKENS
+    return text + known[2] * (1 + 2 * tiles), TRACE_TOKENS
 
 
 def usage_of(reply: dict, teacher: Teacher) -> dict:
@@ -126,9 +123,6 @@ def usage_of(reply: dict, teacher: Teacher) -> dict:
     tokens_in, tokens_out = counts if reported else estimated_tokens(teacher)
     return {"prompt_tokens": tokens_in, "completion_tokens": tokens_out,
             "cost": teacher.cost(tokens_in, tokens_out)}
-
-
-# ---- one request
 
 
 class EveryStatus(urllib.request.HTTPErrorProcessor):
@@ -145,6 +139,7 @@ def post(teacher: Teacher, body: dict) -> dict:
 
     HTTP_PROXY, HTTPS_PROXY and NO_PROXY are honoured, but not for a server on this machine.
     """
+    # some hosts refuse urllib's own User-Agent
     headers = {"Content-Type": "application/json", "User-Agent": "hoi-r1-teacher"}
     if teacher.key:
         headers["Authorization"] = f"Bearer {teacher.key}"
@@ -249,9 +244,6 @@ def complete(teacher: Teacher, body: dict, stop: threading.Event) -> dict:
             backoff = min(MAX_BACKOFF, teacher.backoff * 2**retry) * random.uniform(0.5, 1.0)
             if retry == teacher.retries or stop.wait(max(backoff, error.retry_after)):
                 raise
-
-
-# ---- the Batch API
 
 
 def write_requests(
