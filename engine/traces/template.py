@@ -40,9 +40,9 @@ def count_people(hois: Iterable[HOI]) -> int:
 def template_trace(hois: Sequence[HOI]) -> str:
     """A trace written from the ground truth: one sentence for each question of Fig. 4.
 
-    hois: the merged instances of one image, boxes in any frame. Returns the text that goes inside
-    <think>, without tags; object classes and verbs come in their order of first appearance, each
-    verb once a class, so the text grows with what there is to say and not with the instances.
+    hois: the merged instances of one image, boxes in any frame. Returns the text inside <think>,
+    without tags. Object classes and verbs come in order of first appearance, each verb once per
+    class, so a crowd does not make a long trace.
     """
     if not hois:
         return "There is no person who interacts with an object."
