@@ -36,7 +36,7 @@ from demo.scenes import GRID, KINDS, RARE, SIDE, Scene, draw_scene, make_scenes
 from engine.files import naming
 from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
-from engine.traces.trace_file import gerund, join_words, template_trace
+from engine.traces.template import gerund, join_words, template_trace
 from hicodet import HOI, HOI_CLASSES, Box, format_completion, prompt_text
 
 MAX_PAIRS = 3

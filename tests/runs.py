@@ -15,6 +15,7 @@ import hoi_r1
 import sft
 from demo import toy
 from engine.data import annotations
+from engine.traces.template import template_trace
 
 
 def write_toy(folder):
@@ -27,8 +28,7 @@ def write_toy(folder):
 def write_traces(folder, count=None):
     """traces.jsonl from the ground truth of the first `count` training images."""
     samples = annotations.load_split(folder / "data", "train")[:count]
-    think = engine.traces.trace_file.template_trace
-    rows = [{"file_name": s.file_name, "think": think(s.hois)} for s in samples]
+    rows = [{"file_name": s.file_name, "think": template_trace(s.hois)} for s in samples]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 

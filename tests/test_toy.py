@@ -16,6 +16,7 @@ import engine.traces.trace_file
 import hicodet
 from demo import grounding, scenes, toy
 from engine.data import annotations
+from engine.traces.template import template_trace
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
 SKIN = np.array([255, 200, 160])
@@ -297,7 +298,7 @@ def test_the_tokenizer_round_trips_any_text(tokenizer):
 def test_prompt_and_completions_are_short(folder, tokenizer):
     assert len(prompt_ids(tokenizer)) <= 76  # 32 of them image tokens
     for sample in annotations.load_split(folder / "data", "test"):
-        think = engine.traces.trace_file.template_trace(sample.hois)
+        think = template_trace(sample.hois)
         text = hicodet.format_completion(sample.hois, think=think)
         ids = tokenizer(text).input_ids
         assert tokenizer.decode(ids) == text
