@@ -14,8 +14,8 @@ predictions.jsonl (`hoi_r1.py predict` writes it) has one line for every image o
 Boxes are x1, y1, x2, y2 in 0-based pixels of the original image, and each verb has its score. An
 image without predictions has an empty list of instances. Other keys, such as "text", are ignored.
 
-What --breakdown, --ties bracket and --official-mat do is defined at the top of engine/scoring/breakdown.py,
-pair_scores.py, ties.py and official_mat.py; none of them changes the official result.
+What --breakdown and --official-mat do is defined at the top of engine/scoring/breakdown.py,
+pair_scores.py and official_mat.py; none of them changes the official result.
 The official MATLAB code does the following, and so does this one:
 1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
 2. A detection's overlap with a true pair is the smaller of the human and the object IoU. It goes to
@@ -44,7 +44,6 @@ import numpy as np
 import engine.scoring.breakdown
 import engine.scoring.official_mat
 import engine.scoring.pair_scores
-import engine.scoring.ties
 from engine.data.annotations import load_split, training_counts
 from engine.files import replace_file
 from engine.options import Config, option, parse_config, required
@@ -251,13 +250,11 @@ def official_order(hoi_id: np.ndarray, image: np.ndarray, score: np.ndarray) -> 
 
 def evaluate_arrays(
     detections: PairArrays, truth: PairArrays, known: np.ndarray, train_counts: list[int],
-    *, classes: str = "all", breakdown: bool = False, ties: str = "official",
+    *, classes: str = "all", breakdown: bool = False,
 ) -> dict:  # fmt: skip
     """`evaluate` on flat arrays; known: (I, 600) bool, as `known_classes` gives it."""
     if classes not in ("all", "present"):
         raise ValueError(f'classes is "all" or "present", not {classes!r}')
-    if ties not in ("official", "bracket"):
-        raise ValueError(f'ties is "official" or "bracket", not {ties!r}')
     order = official_order(detections.hoi_id, detections.image, detections.score)
     detections = PairArrays(*(column[order] for column in detections))
     matched = match(detections, truth)
@@ -275,8 +272,6 @@ def evaluate_arrays(
     }
     if breakdown:
         result |= _break_down(detections, truth, matched, split)
-    if ties == "bracket":
-        result["ties"] = _bracket_ties(detections, matched, split)
     return result
 
 
@@ -297,20 +292,9 @@ def _break_down(
     }
 
 
-def _bracket_ties(detections: PairArrays, matched: np.ndarray, split: Split) -> dict:
-    """What `ties="bracket"` adds to the result; detections in the official order."""
-
-    def in_order(order: np.ndarray) -> dict:
-        right = true_positives(matched[order])
-        return measure(detections.hoi_id[order], detections.image[order], right, split)
-
-    right = true_positives(matched)
-    return engine.scoring.ties.bracket(detections.hoi_id, detections.score, matched, right, in_order)
-
-
 def evaluate(
     predictions: list[dict], samples: list[Sample], train_counts: list[int],
-    *, classes: str = "all", breakdown: bool = False, ties: str = "official",
+    *, classes: str = "all", breakdown: bool = False,
 ) -> dict:  # fmt: skip
     """Official HICO-DET mAP (Sec. 4.1); what --json writes.
 
@@ -320,7 +304,7 @@ def evaluate(
     Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
     "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],
     "classes", "num_images", "num_predictions"}; a mean over no class is None. With breakdown also
-    "breakdown" and "pair_scores", with ties="bracket" also "ties": see the modules of these names.
+    "breakdown" and "pair_scores": see the modules of these names.
     Raises ValueError if the predictions are not for exactly the samples' images, and as
     `known_classes` does.
     """
@@ -328,21 +312,18 @@ def evaluate(
         raise ValueError("predictions must name every image of the samples, each exactly once")
     return evaluate_arrays(
         detection_arrays(predictions, samples), truth_arrays(samples), known_classes(samples),
-        train_counts, classes=classes, breakdown=breakdown, ties=ties,
+        train_counts, classes=classes, breakdown=breakdown,
     )  # fmt: skip
 
 
 def table(result: dict) -> str:
     """The six means of `evaluate` as a row of Table 1, in percent, with its header.
 
-    Below it are, where the result has them, the bracket of ties and the breakdown.
+    Below it is the breakdown, where the result has one.
     """
     header = f"{'Default':^26} {'Known Object':^26}".rstrip()
     names = " ".join(["    Full     Rare Non-Rare"] * 2)
     lines = [header, names, _row(result)]
-    if "ties" in result:
-        named = engine.scoring.ties.ROWS.items()
-        lines += [f"{_row(result['ties'][row])}  {name}" for row, name in named]
     if "breakdown" in result:
         lines += ["", engine.scoring.breakdown.table(result["breakdown"])]
         lines += ["", engine.scoring.pair_scores.table(result["pair_scores"])]
@@ -362,7 +343,7 @@ class EvaluateConfig(Config):
 
     GROUPS = {
         "what to read and write": "predictions data split limit json",
-        "what to measure": "classes breakdown ties official_mat",
+        "what to measure": "classes breakdown official_mat",
     }
     predictions: Path = required("predictions.jsonl, as described above", positional=True)
     data: Path = required("folder of hico_20160224_det: anno_bbox.mat, anno.mat")
@@ -373,9 +354,6 @@ class EvaluateConfig(Config):
         "all", "means over all 600 classes, or over those with true pairs in the split"
     )
     breakdown: bool = option(False, "why true pairs were missed, what that costs, F1 of pairs")
-    ties: Literal["official", "bracket"] = option(
-        "official", "bracket: also mAP with equal scores in random, the best and the worst order"
-    )
     official_mat: Path | None = option(
         None, "also write what the official MATLAB code reads; takes minutes", metavar="DIR"
     )
@@ -396,7 +374,7 @@ class EvaluateConfig(Config):
 def main(argv: list[str] | None = None) -> None:
     """Command line; --help prints the head of the module docstring."""
     config = parse_config(EvaluateConfig, __doc__.partition("\nThe official MATLAB")[0], argv)
-    choices = {name: getattr(config, name) for name in ("classes", "breakdown", "ties")}
+    choices = {name: getattr(config, name) for name in ("classes", "breakdown")}
     with one_line("evaluate.py: "):
         samples = load_split(config.data, config.split)[: config.limit]
         train_counts = training_counts(config.data)

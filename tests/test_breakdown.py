@@ -317,6 +317,6 @@ def test_arrays_are_not_changed():
     detections, truth = evaluate.detection_arrays(lines, samples), evaluate.truth_arrays(samples)
     before = [column.copy() for column in (*detections, *truth)]
     known = evaluate.known_classes(samples)
-    evaluate.evaluate_arrays(detections, truth, known, MANY, breakdown=True, ties="bracket")
+    evaluate.evaluate_arrays(detections, truth, known, MANY, breakdown=True)
     for column, copy in zip((*detections, *truth), before, strict=True):
         np.testing.assert_array_equal(column, copy)
