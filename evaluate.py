@@ -201,13 +201,26 @@ def official_order(hoi_id: np.ndarray, image: np.ndarray, score: np.ndarray) -> 
     return np.lexsort((image, -score, hoi_id))  # stable
 
 
-def evaluate_arrays(
-    detections: PairArrays, truth: PairArrays, known: np.ndarray, train_counts: list[int],
+def evaluate(
+    predictions: list[dict], samples: list[Sample], train_counts: list[int],
     *, classes: str = "all", breakdown: bool = False,
 ) -> dict:  # fmt: skip
-    """`evaluate` on flat arrays; known: (I, 600) bool, from `known_classes`."""
+    """Official HICO-DET mAP (Sec. 4.1); what --json writes.
+
+    predictions: the lines of predictions.jsonl as dicts, one for each sample in any order.
+    train_counts: from annotations.training_counts.
+    classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
+    Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
+    "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],
+    "classes", "num_images", "num_predictions"}; a mean over no class is None. breakdown adds
+    "breakdown" and "pair_scores", which the modules of these names describe.
+    Raises ValueError if the predictions are not for exactly the samples' images.
+    """
+    if sorted(p["file_name"] for p in predictions) != sorted(s.file_name for s in samples):
+        raise ValueError("predictions must name every image of the samples, each exactly once")
     if classes not in ("all", "present"):
         raise ValueError(f'classes is "all" or "present", not {classes!r}')
+    detections, truth = detection_arrays(predictions, samples), truth_arrays(samples)
     order = official_order(detections.hoi_id, detections.image, detections.score)
     detections = PairArrays(*(column[order] for column in detections))
     matched = match(detections, truth)
@@ -215,12 +228,12 @@ def evaluate_arrays(
     npos = np.bincount(truth.hoi_id, minlength=len(HOI_CLASSES))
     found = np.bincount(detections.hoi_id[right], minlength=len(HOI_CLASSES))
     averaged = npos > 0 if classes == "present" else npos >= 0
-    split = Split(npos, known, averaged, np.asarray(train_counts) < RARE_BELOW)
+    split = Split(npos, known_classes(samples), averaged, np.asarray(train_counts) < RARE_BELOW)
     result = measure(detections.hoi_id, detections.image, right, split) | {
         "max_recall": [f / n if n else None for f, n in zip(found.tolist(), npos.tolist())],
         "true_pairs": npos.tolist(),
         "classes": classes,
-        "num_images": len(known),
+        "num_images": len(samples),
         "num_predictions": len(order),
     }
     return result | (_why_missed(detections, truth, matched, right, split) if breakdown else {})
@@ -240,30 +253,6 @@ def _why_missed(
         "breakdown": break_down(*args, matched, right, full_map),
         "pair_scores": pair_scores(*args, len(split.known)),
     }
-
-
-def evaluate(
-    predictions: list[dict], samples: list[Sample], train_counts: list[int],
-    *, classes: str = "all", breakdown: bool = False,
-) -> dict:  # fmt: skip
-    """Official HICO-DET mAP (Sec. 4.1); what --json writes.
-
-    predictions: the lines of predictions.jsonl as dicts, one for each sample in any order.
-    samples: from annotations.load_split. train_counts: from annotations.training_counts.
-    classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
-    Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
-    "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],
-    "classes", "num_images", "num_predictions"}; a mean over no class is None. breakdown adds
-    "breakdown" and "pair_scores", which the modules of these names describe.
-    Raises ValueError if the predictions are not for exactly the samples' images, and as
-    `known_classes` does.
-    """
-    if sorted(p["file_name"] for p in predictions) != sorted(s.file_name for s in samples):
-        raise ValueError("predictions must name every image of the samples, each exactly once")
-    return evaluate_arrays(
-        detection_arrays(predictions, samples), truth_arrays(samples), known_classes(samples),
-        train_counts, classes=classes, breakdown=breakdown,
-    )  # fmt: skip
 
 
 def map_table(result: dict) -> str:

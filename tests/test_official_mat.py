@@ -48,6 +48,9 @@ def test_files_and_cells(tmp_path):
     assert horse[10, 0].tolist() == [[*BOX, *BOX, 0.25]]  # "ride" is the horse's eleventh
     rows = [cell for cells in files.values() for cell in cells.ravel() if cell.size]
     assert len(rows) == 2  # all other cells are empty
+    # Older files are replaced.
+    files = written(tmp_path / "new", samples, [make_line("a"), make_line("b")])
+    assert not any(cell.size for cells in files.values() for cell in cells.ravel())
 
 
 def test_every_class_has_its_cell(tmp_path):
@@ -58,13 +61,6 @@ def test_every_class_has_its_cell(tmp_path):
         scores = [cell[0, 8] for cell in cells[:, 0]]
         expected = [i / 1000 for i, pair in enumerate(hicodet.HOI_CLASSES) if pair[1] == name]
         assert scores == expected
-
-
-def test_older_files_are_replaced(tmp_path):
-    samples, lines = [make_sample("a")], [make_line("a", [(BOX, BOX, RIDE_BICYCLE, 1.0)])]
-    written(tmp_path, samples, lines)
-    files = written(tmp_path, samples, [make_line("a")])
-    assert not any(cell.size for cells in files.values() for cell in cells.ravel())
 
 
 @pytest.mark.skipif(not shutil.which("octave-cli"), reason="GNU Octave is not installed")
