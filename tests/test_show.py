@@ -103,7 +103,7 @@ def test_pictures_are_side_by_side_only_with_predictions(data):
         ({"file": "d.jpg"}, "", "--file d.jpg: no image of this split, or none that is predicted"),
         ({}, '{"file_name": "x.jpg", "instances": []}\n', "line 4: no image of this split"),
         ({}, "{]\n", "line 4: not JSON"),
-        ({}, "7\n", "line 4: no image"),
+        ({}, "7\n", "line 4: the line must be an object"),
         ({"worst": 1, "by": "reward"}, "", "line 1: no text of the model, which --by reward needs"),
     ],
 )

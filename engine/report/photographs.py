@@ -8,7 +8,7 @@ from PIL import Image
 
 from engine.files import open_image
 from engine.report import drawing
-from engine.report.records import line_hois
+from engine.scoring.predictions import line_hois
 from hicodet import ANSWER_OPEN, InputError, Sample
 
 LONGEST = 200  # times the shorter side: what Qwen2.5-VL's processor takes

@@ -9,9 +9,10 @@ from pathlib import Path
 from PIL import Image
 
 from engine.data.annotations import load_split
-from engine.files import aside, json_lines, open_image
+from engine.files import aside, open_image
 from engine.report import drawing
-from engine.report.records import line_hois, model_size, read_config
+from engine.report.records import model_size, read_config
+from engine.scoring.predictions import line_hois, read_lines
 from hicodet import HOI, InputError, Sample, in_text_frame, parse_completion
 
 DEFAULT_IMAGES = 12
@@ -57,11 +58,10 @@ def read_hois(path: str, samples: dict[str, Sample]) -> Predictions:
     Raises InputError, naming file and line, for one without an image of the split.
     """
     found: Predictions = {}
-    for where, line in json_lines(path):
-        name = line.get("file_name") if isinstance(line, dict) else None
-        if not isinstance(name, str) or name not in samples:
+    for where, line in read_lines(path):
+        if line["file_name"] not in samples:
             raise InputError(f"{where}: no image of this split (check --data and --split)")
-        found[name] = line_hois(line)
+        found[line["file_name"]] = line_hois(line)
     return found
 
 
@@ -73,7 +73,7 @@ def read_rewards(path: str, samples: dict[str, Sample], total_reward: Callable) 
     and line, for one without a text.
     """
     config, found = read_config(Path(path).parent), {}
-    for where, line in json_lines(path):
+    for where, line in read_lines(path):
         sample, text = samples[line["file_name"]], line.get("text")
         if not isinstance(text, str):
             raise InputError(f"{where}: no text of the model, which --by reward needs")

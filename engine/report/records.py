@@ -9,7 +9,6 @@ import functools
 import json
 import math
 import shlex
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from engine.data import annotations
 from engine.files import open_image
 from engine.report import drawing
 from engine.report.health import number
+from engine.scoring.predictions import line_hois, predicted_instances
 
 EXAMPLES = 12  # of a prediction: half of them the best, half the worst
 REWARDS = ("format", "object", "verb", "iou")  # the parts of "total"
@@ -227,8 +227,8 @@ def _answer(text: str, rewards: dict, image: Image.Image | None, config: dict) -
     if image is None:
         return Answer(text, (), rewards)
     sizes = image.size, model_size(image.size, config)
-    instances = hicodet.predicted_instances(hicodet.parse_completion(text), *sizes)
-    return Answer(text, _hois(instances), rewards)
+    instances = predicted_instances(hicodet.parse_completion(text), *sizes)
+    return Answer(text, line_hois({"instances": instances}), rewards)
 
 
 def model_size(size: tuple[int, int], config: dict) -> tuple[int, int]:
@@ -261,7 +261,7 @@ def _first(kept: dict, *names: str | int) -> int:
 
 
 def _read_image(config: dict, split: str, name: str) -> Image.Image | None:
-    path = Path(str(config.get("data", ""))) / "images" / f"{split}2015" / Path(name).name
+    path = annotations.image_folder(str(config.get("data", "")), split) / Path(name).name
     try:
         return open_image(path)
     except hicodet.InputError:
@@ -315,21 +315,6 @@ def _read_truths(data: str, split: str) -> dict[str, tuple[hicodet.HOI, ...]]:
         return {sample.file_name: sample.hois for sample in annotations.load_split(data, split)}
     except (OSError, ValueError):
         return {}
-
-
-def line_hois(line: dict) -> tuple[hicodet.HOI, ...]:
-    """The HOIs of a line of predictions.jsonl; what is none is left out."""
-    return _hois(_list(line.get("instances")))
-
-
-def _hois(instances: Iterable) -> tuple[hicodet.HOI, ...]:
-    found = []
-    for row in (row for row in instances if isinstance(row, dict)):
-        boxes = [tuple(map(number, _list(row.get(side)))) for side in ("human", "object")]
-        if all(len(box) == 4 and all(map(math.isfinite, box)) for box in boxes):
-            verbs = tuple(map(str, _list(row.get("verbs"))))
-            found.append(hicodet.HOI(*boxes, str(row.get("object_class", "")), verbs))
-    return tuple(found)
 
 
 def _flag(name: str, value: object) -> list[str]:
