@@ -28,7 +28,7 @@ from engine.data import annotations
 from engine.data.examples import Example, Examples, describe, read_ahead
 from engine.files import aside, json_lines, naming, replace_file, write_json
 from engine.model.policy import Ranks, load_model, start_ranks, weights_fingerprint
-from engine.report.live import LiveView
+from engine.report.run_view import LiveView
 from engine.report.photographs import as_text, draw, photographs, picture_paths
 from engine.runs.run_folder import open_run
 from engine.sampling.sampler import Sampler

@@ -35,7 +35,7 @@ from engine.model.policy import (
     weights_fingerprint,
 )
 from engine.model.quantized import is_packed
-from engine.report.live import LiveView
+from engine.report.run_view import LiveView
 from engine.runs.run_folder import BAD_IMAGES, Run, open_run
 from engine.signals import Stop, exit_code, resume_command
 from engine.traces.trace_file import read_traces

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 
 import hoi_r1
-from engine.report import live
-from engine.report.live import LiveView
+from engine.report import run_view as live
+from engine.report.run_view import LiveView
 from tests.run_folders import write_lines, write_training
 from tests.runs import config_of, run
 
