@@ -15,7 +15,6 @@ from hicodet import InputError
 from tests import run_folders
 from tests.run_folders import group_row, write_lines, write_prediction, write_sft, write_training
 
-
 ROOT = Path(__file__).resolve().parents[1]
 WHOLE = {"classes": "all", "num_images": 9658}  # results on HICO-DET's test set
 
@@ -34,7 +33,7 @@ def sections(text):
 
 
 def charts(text):
-    """Title, and (name, colour, dashed) of each line, of every chart."""
+    """Of every chart the title, and (name, colour, dashed) of each line."""
     found = []
     for figure in re.findall("<figure>.*?</figure>", text):
         title = re.search("<span>(.*?) <small>", figure)[1]
@@ -69,7 +68,8 @@ def test_section_without_its_file_is_left_out(tmp_path, file, missing):
     whole = sections(page_of(*folders))
     (tmp_path / file).unlink()
     assert sections(page_of(*folders)) == whole - missing
-    run_folders.write_config(tmp_path / "new", stage="grpo", model="m", data="d")  # it has just started
+    # a run that has just started
+    run_folders.write_config(tmp_path / "new", stage="grpo", model="m", data="d")
     assert sections(page_of(tmp_path / "new")) == {"health", "options"}
 
 
