@@ -9,7 +9,7 @@ import hicodet
 from engine.data import annotations
 from engine.files import aside, open_image
 from engine.report import drawing
-from engine.report.records import stored_hois
+from engine.report.records import line_hois
 from predict import stored_rows
 
 MAPS = ("full", "rare", "non_rare")
@@ -90,7 +90,7 @@ def answers(sample: hicodet.Sample, rows: dict[str, dict]) -> Image.Image:
     own = range(len(truth))
     panes = [drawing.draw_pairs(image, truth, own, caption="ground truth", width=WIDTH)]
     for name, row in rows.items():
-        hois = stored_hois(row["line"]["instances"])
+        hois = line_hois(row["line"])
         caption = f"{name.upper()}, reward {row['reward']['total']:.2f}"
         colours = drawing.match_pairs(truth, hois)
         panes.append(drawing.draw_pairs(image, hois, colours, caption=caption, width=WIDTH))

@@ -72,7 +72,7 @@ def test_entropy_is_judged_against_the_first_steps(last, status, why):
 def test_skipped_steps_are_counted_over_the_whole_run():
     assert only(rows(skipped=[False] * 30)).status == "good"
     verdict = only(rows(skipped=[True] + [False] * 29))
-    assert verdict.status == "look" and verdict.figure.startswith("1 steps had a loss")
+    assert verdict.status == "look" and verdict.figure.startswith("1 skipped: ")
 
 
 @pytest.mark.parametrize("steps, early", [(9, 8), (10, 2), (19, 2), (20, 0)])

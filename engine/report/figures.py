@@ -18,7 +18,7 @@ from PIL import Image
 from engine.report import drawing
 from engine.report.charts import Line, line_chart, short
 from engine.report.health import CHECKS
-from engine.report.records import RunRecord, ground_truth, photograph, stored_hois
+from engine.report.records import RunRecord, ground_truth, line_hois, stored_image
 from hicodet import HOI
 
 STAGES = {"sft": "SFT", "grpo": "GRPO", "predict": "Prediction"}
@@ -48,7 +48,7 @@ LIMITS = {check.field: check.limit for check in CHECKS}
 class Column:
     """A run on the page."""
 
-    name: str  # no two columns have the same
+    name: str
     tone: str  # its colour in CSS
     run: RunRecord
 
@@ -117,14 +117,19 @@ def _chart(
     title: str,
     unit: str = "",
     factor: float = 1,
+    *,
+    band: bool = False,
     y_range: tuple[float, float] | None = None,
 ) -> Chart:
-    """A chart of a logged field: its spread, its limit, and dashed the ground truth's value."""
+    """A chart of a logged field, its limit, and dashed the ground truth's value.
+
+    band: whether to draw the standard deviation, which is logged as FIELD_std.
+    """
     lines = []
     for column in columns:
         for end, name, dashed in (("", column.name, False), ("_true", "ground truth", True)):
             x, y = logged(column.run, field + end, factor)
-            spread = logged(column.run, f"{field}{end}_std", factor)[1] or None
+            spread = (logged(column.run, f"{field}_std")[1] or None) if band else None
             lines += [Line(name, x, y, column.tone, spread, dashed)] if x else []
     limit = factor * LIMITS[field] if field in LIMITS else None
     return Chart(title, lines, unit, limit, y_range)
@@ -158,7 +163,7 @@ def _part_chart(columns: Sequence[Column], name: str, title: str) -> Chart:
     bounds = sorted({part["largest"] for part in parts} - {0})  # 0: an older run
     unit = f"at most {' or '.join(f'{bound:g}' for bound in bounds)}" if bounds else ""
     y_range = (0.0, bounds[-1]) if bounds else None
-    return _chart(known, f"reward_{name}", title, unit, y_range=y_range)
+    return _chart(known, f"reward_{name}", title, unit, band=True, y_range=y_range)
 
 
 def part_tones(columns: Sequence[Column]) -> dict[str, str]:
@@ -222,7 +227,7 @@ def groups(columns: Sequence[Column]) -> str:
 def _group(column: Column, tones: dict[str, str]) -> str:
     run, row = column.run, column.run.group
     ranked = sorted(row["completions"], key=lambda completion: -completion["rewards"]["total"])
-    shown, image = ranked[:GROUP_PICTURES], photograph(run, "train", row["file_name"])
+    shown, image = ranked[:GROUP_PICTURES], stored_image(run, "train", row["file_name"])
     more = f", the best {len(shown)} of {len(ranked)}" if len(ranked) > len(shown) else ""
     title = f"{column.name}, step {row['step']}, {row['file_name']}{more}"
     legend = keys([(part["title"], tones[name]) for name, part in run.reward_parts.items()])
@@ -232,7 +237,7 @@ def _group(column: Column, tones: dict[str, str]) -> str:
         about = f"<h3>Completion {number}, advantage {advantage}</h3>"
         about += _reward_bar(completion["rewards"], run, tones)
         text = f"<pre>{escape(completion['text'])}</pre>"
-        picture = _drawn(image, stored_hois(completion["instances"]))
+        picture = _drawn(image, line_hois(completion))
         cards.append(f'<div class="answer"><div>{picture}</div><div>{about}{text}</div></div>')
     return f'<h3>{escape(title)}</h3>{legend}<div class="answers">{"".join(cards)}</div>'
 
@@ -273,9 +278,9 @@ def _examples(column: Column) -> str:
 
 
 def _example(row: dict, run: RunRecord) -> str:
-    name, hois = row["line"]["file_name"], stored_hois(row["line"]["instances"])
+    name, hois = row["line"]["file_name"], line_hois(row["line"])
     split = run.config["split"]
-    image, truth = photograph(run, split, name), ground_truth(run.config["data"], split).get(name)
+    image, truth = stored_image(run, split, name), ground_truth(run.config["data"], split).get(name)
     pictures = _drawn(image, hois)
     if image and truth is not None:
         left, right = drawing.compare(image, truth, hois, width=PICTURE_WIDTH)

@@ -41,7 +41,7 @@ CHECKS = (
           "The policy runs away: lower --learning-rate or raise --kl-coef."),
     Check("share_waiting", "Waiting", "{:.1%} of a step is spent waiting for images", 0.2,
           "Raise --workers, or put the images on a faster disk."),
-    Check("skipped", "Skipped steps", "{:.0f} steps had a loss or gradient that is not finite", 0,
+    Check("skipped", "Skipped steps", "{:.0f} skipped: loss or gradient was not finite", 0,
           "Lower --learning-rate; ten such steps in a row stop the run.", of=sum, window=0),
 )  # fmt: skip
 

@@ -13,7 +13,7 @@ from PIL import Image
 from engine.data.annotations import load_split, require_images
 from engine.files import aside, json_lines, open_image
 from engine.report import drawing
-from engine.report.records import stored_hois
+from engine.report.records import line_hois
 from hicodet import ANSWER_OPEN, HOI, InputError, Sample
 
 DEFAULT_IMAGES = 12
@@ -61,7 +61,7 @@ def read_hois(path: str, samples: dict[str, Sample]) -> dict[str, tuple[HOI, ...
     found = {}
     for where, line in json_lines(path):
         try:
-            name, hois = line["file_name"], stored_hois(line["instances"])
+            name, hois = line["file_name"], line_hois(line)
         except (TypeError, KeyError) as error:
             raise InputError(f"{where}: not a prediction ({error!r})") from None
         if name not in samples:
@@ -148,7 +148,7 @@ def draw_photograph(sample: Sample, line: dict) -> Image.Image:
 
     line: of predictions.jsonl.
     """
-    image, hois = open_image(sample.path, upright=True), stored_hois(line["instances"])
+    image, hois = open_image(sample.path, upright=True), line_hois(line)
     width = min(max(image.width, WIDTHS[0]), WIDTHS[1])
     caption = "" if hois else "no interaction"
     return drawing.draw_pairs(image, hois, range(len(hois)), width=width, caption=caption)

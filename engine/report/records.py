@@ -6,7 +6,6 @@ Boxes are xyxy, in 0-based pixels of the original image.
 
 import functools
 import shlex
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,15 +100,15 @@ def _predictions(folder: Path) -> tuple[dict, ...]:
     return tuple(rows[index] for index in sorted(rows))
 
 
-def stored_hois(instances: Sequence[dict]) -> tuple[HOI, ...]:
-    """The instances of a completion, or of a line of predictions.jsonl, as HOIs."""
+def line_hois(line: dict) -> tuple[HOI, ...]:
+    """The HOIs of a line of predictions.jsonl, or of a completion in rollouts.jsonl."""
     return tuple(
         HOI(tuple(one["human"]), tuple(one["object"]), one["object_class"], tuple(one["verbs"]))
-        for one in instances
+        for one in line["instances"]
     )
 
 
-def photograph(run: RunRecord, split: str, name: str) -> Image.Image | None:
+def stored_image(run: RunRecord, split: str, name: str) -> Image.Image | None:
     """An image of the run's data; None if it cannot be read."""
     try:
         return open_image(Path(run.config["data"], "images", f"{split}2015", Path(name).name))
