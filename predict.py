@@ -26,13 +26,22 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import hicodet
 from engine.data import annotations
 from engine.data.examples import Example, Examples, describe, read_ahead
-from engine.files import aside, json_lines, naming, replace_file, write_json
+from engine.files import aside, write_json
 from engine.model.policy import Ranks, load_model, start_ranks, weights_fingerprint
 from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths
 from engine.report.run_view import update_page
 from engine.runs.run_folder import open_run
 from engine.sampling.sampler import Sampler
 from engine.sampling.slots import slots_that_fit
+from engine.scoring.predictions import (
+    part_file,
+    predicted_instances,
+    prediction_line,
+    rank_scores,
+    stored_rows,
+    write_predictions,
+    write_rows,
+)
 from rewards import total_reward
 
 
@@ -55,7 +64,7 @@ def predict(config) -> None:
     slots = slots_that_fit(examples, ranks, config.slots, len(todo), config.max_new_tokens)
     model, started = load_model(config.model, ranks.device), time.perf_counter()
     rows = predict_rows(model, examples, todo, ranks, slots=slots, **row_options(config))
-    mine = write_rows(run.folder / f"part-{number + ranks.rank:04d}.jsonl", rows)
+    mine = write_rows(part_file(run.folder, number + ranks.rank), rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     summary = summarise([stored[index] for index in range(len(samples))])
     if unread := [row["unread"] for row in stored.values() if "unread" in row]:
@@ -68,8 +77,8 @@ def predict(config) -> None:
         summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
     if ranks.rank == 0 and (todo or not (run.folder / "predictions.jsonl").exists()):
         write_json(run.folder / "summary.json", summary)
-        lines = (json.dumps(stored[index]["line"]) + "\n" for index in range(len(samples)))
-        replace_file(run.folder / "predictions.jsonl", "".join(lines))
+        lines = (stored[index]["line"] for index in range(len(samples)))
+        write_predictions(run.folder / "predictions.jsonl", lines)
     if ranks.rank == 0:
         update_page(run.folder)
     ranks.print(json.dumps(summary, indent=2))
@@ -120,45 +129,6 @@ def text_reward(text: str, hois: tuple[hicodet.HOI, ...], **options) -> dict[str
     return total_reward(hicodet.parse_completion(text), hois, **options)
 
 
-def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
-    """The rows of a run that is resumed, by image, and the number of its first new part file.
-
-    Images that could not be read are tried again. Raises InputError naming a line that is no row.
-    """
-    parts = [p for p in sorted(folder.glob("part-*.jsonl")) if p.stem[5:].isdecimal()]
-    rows = []
-    for where, row in (found for part in parts for found in json_lines(part, cut_last=True)):
-        if not is_row(row):
-            raise hicodet.InputError(f"{where}: not written by a prediction; remove the line")
-        rows.append(row)
-    # behind the last: a crash may have come before each rank had begun its part
-    number = max((int(part.stem[5:]) + 1 for part in parts), default=0)
-    return {row["index"]: row for row in rows if "unread" not in row}, number
-
-
-def is_row(value: object) -> bool:
-    """Whether a JSON value has the shape of what `predict_rows` yields."""
-    kinds = {"index": int, "length": int, "finished": bool, "line": dict}
-    if not isinstance(value, dict) or any(type(value.get(n)) is not k for n, k in kinds.items()):
-        return False
-    reward = value.get("reward")
-    if not isinstance(reward, dict):
-        return reward is None
-    numbers = all(type(part) in (int, float) for part in reward.values())
-    return numbers and reward.keys() == text_reward("", ()).keys()
-
-
-def write_rows(path: Path, rows: Iterator[dict]) -> list[dict]:
-    """Write rows to a new file as they come, and return them."""
-    written = []
-    with naming(path), closing(rows), open(path, "x") as part:
-        for row in rows:
-            part.write(json.dumps(row) + "\n")
-            part.flush()
-            written.append(row)
-    return written
-
-
 def predict_rows(
     model,
     examples: Examples,
@@ -206,7 +176,7 @@ def predict_rows(
 
 def unread_row(index: int, sample: hicodet.Sample, reason: str) -> dict:
     """The row of an image that cannot be used, for which nothing is predicted."""
-    line = {"file_name": sample.file_name, "text": "", "instances": []}
+    line = prediction_line(sample.file_name, "", [])
     reward = text_reward("", sample.hois) if sample.hois else None
     row = {"index": index, "length": 0, "finished": True, "line": line, "reward": reward}
     return row | {"unread": reason}
@@ -237,12 +207,12 @@ def prediction(
     completion = hicodet.parse_completion(text)
     given = None
     if scores == "rank":
-        given = hicodet.rank_scores(completion)
+        given = rank_scores(completion)
     elif scores == "likelihood":
         given = instance_scores(examples.tokenizer, completion, ids, logprobs)
     size = (example.sample.width, example.sample.height)
-    instances = hicodet.predicted_instances(completion, size, example.text_size, given)
-    line = {"file_name": example.sample.file_name, "text": text, "instances": instances}
+    instances = predicted_instances(completion, size, example.text_size, given)
+    line = prediction_line(example.sample.file_name, text, instances)
     reward = total_reward(completion, example.text_hois) if example.text_hois else None
     return {"line": line, "reward": reward}
 

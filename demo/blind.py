@@ -12,6 +12,7 @@ import evaluate
 import hicodet
 import rewards
 from engine.data import annotations
+from engine.scoring.predictions import predicted_instances
 from hicodet import HOI, Sample
 
 LABEL_REWARDS = ("printed", "matched")
@@ -46,7 +47,7 @@ def blind_row(samples: list[Sample], counts, edit: Callable) -> list[float]:
         size = (sample.width, sample.height)
         text = hicodet.format_completion(edit(sample.hois), "Someone is there.")
         answer = hicodet.parse_completion(text)
-        instances = hicodet.predicted_instances(answer, size, size)
+        instances = predicted_instances(answer, size, size)
         lines.append({"file_name": sample.file_name, "instances": instances})
         if sample.hois:
             rules = [{"label_reward": rule} for rule in LABEL_REWARDS]

@@ -15,6 +15,7 @@ from scipy.special import ndtr
 import evaluate
 import hicodet
 from engine.data import annotations
+from engine.scoring.predictions import predicted_instances, rank_scores
 from hicodet import HOI, HOI_CLASSES, Box, Sample
 
 RULES = ("ones", "rank", "likelihood")
@@ -70,9 +71,9 @@ def rule_rows(samples: list[Sample], counts, answerer: Answerer, seed: int) -> d
         said = [pair for pair in said if pair is not None]
         answer = hicodet.parse_completion(hicodet.format_answer([hoi for hoi, _ in said]))
         likely = [likelihood for _, likelihood in said]
-        scores = {"ones": None, "rank": hicodet.rank_scores(answer), "likelihood": likely}
+        scores = {"ones": None, "rank": rank_scores(answer), "likelihood": likely}
         for rule in RULES:
-            instances = hicodet.predicted_instances(answer, size, size, scores[rule])
+            instances = predicted_instances(answer, size, size, scores[rule])
             lines[rule].append({"file_name": sample.file_name, "instances": instances})
     return {rule: evaluate.evaluate(lines[rule], samples, counts)["default"] for rule in RULES}
 

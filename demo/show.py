@@ -9,8 +9,7 @@ import hicodet
 from engine.data import annotations
 from engine.files import aside, open_image
 from engine.report import drawing
-from engine.report.records import line_hois
-from predict import stored_rows
+from engine.scoring.predictions import line_hois, stored_rows
 
 MAPS = ("full", "rare", "non_rare")
 PAIRS = ("precision", "recall", "f1")

@@ -111,11 +111,13 @@ def json_lines(path: str | Path, *, cut_last: bool = False) -> Iterator[tuple[st
     """The values of a JSON lines file, each with its place, "FILE, line 7", for an error to name.
 
     cut_last: a last line without its line break was cut by a crash, and is left out.
-    Raises InputError naming file and line for what is not JSON.
+    Raises InputError naming file and line for what is not JSON, and for one list of all values.
     """
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
+            if number == 1 and line.lstrip().startswith(b"["):
+                raise InputError(f"{path}: one object per line, not one list")
             if cut_last and not line.endswith(b"\n"):
                 return
             try:
@@ -145,7 +147,7 @@ def read_image(sample: Sample, upright: bool = False) -> Image.Image:
     if image.size != (sample.width, sample.height):
         raise InputError(
             f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
-            f"{sample.height}: images and anno_bbox.mat belong to different data"
+            f"{sample.height}: images and annotations belong to different data"
         )
     return image
 

@@ -10,7 +10,7 @@ from multiprocessing.pool import ThreadPool
 
 from tqdm import tqdm
 
-from engine.data.annotations import load_split
+from engine.data.annotations import load_split, splits
 from engine.files import read_image
 from hicodet import Box, InputError, Sample
 
@@ -23,7 +23,7 @@ def check(*, data: str, split: str | None = None, workers: int = 0) -> Iterator[
     Raises InputError in the end if there are any.
     """
     unusable = 0
-    for name in [split] if split else ["train", "test"]:
+    for name in [split] if split else splits(data):
         samples = load_split(data, name)
         bad = bad_images(samples, workers or os.cpu_count(), desc=f"images of {name}")
         yield from bad.values()

@@ -18,7 +18,8 @@ from PIL import Image
 from engine.report import drawing
 from engine.report.charts import Line, line_chart, short
 from engine.report.health import CHECKS
-from engine.report.records import RunRecord, ground_truth, line_hois, stored_image
+from engine.report.records import RunRecord, ground_truth, stored_image
+from engine.scoring.predictions import line_hois
 from hicodet import HOI
 
 STAGES = {"sft": "SFT", "grpo": "GRPO", "predict": "Prediction"}

@@ -11,9 +11,9 @@ from pathlib import Path
 from PIL import Image
 
 from engine.data.annotations import load_split, require_images
-from engine.files import aside, json_lines, open_image
+from engine.files import aside, open_image
 from engine.report import drawing
-from engine.report.records import line_hois
+from engine.scoring.predictions import line_hois, read_lines
 from hicodet import ANSWER_OPEN, HOI, InputError, Sample
 
 DEFAULT_IMAGES = 12
@@ -59,14 +59,10 @@ def read_hois(path: str, samples: dict[str, Sample]) -> dict[str, tuple[HOI, ...
     Raises InputError, naming file and line, for a line that is not a prediction of this split.
     """
     found = {}
-    for where, line in json_lines(path):
-        try:
-            name, hois = line["file_name"], line_hois(line)
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{where}: not a prediction ({error!r})") from None
-        if name not in samples:
+    for where, line in read_lines(path):
+        if line["file_name"] not in samples:
             raise InputError(f"{where}: no image of this split (check --data and --split)")
-        found[name] = hois
+        found[line["file_name"]] = line_hois(line)
     return found
 
 

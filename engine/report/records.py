@@ -11,8 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from engine.data.annotations import load_split
+from engine.data.annotations import image_folder, load_split
 from engine.files import json_lines, open_image, read_object
+from engine.scoring.predictions import stored_rows
 from hicodet import HOI, InputError
 
 
@@ -66,7 +67,7 @@ def read_run(folder: str | Path) -> RunRecord:
         group=_last_group(_rows(folder / "rollouts.jsonl")),
         summary=_read_if_there(folder / "summary.json"),
         result=_latest_result(folder),
-        predictions=_predictions(folder),
+        predictions=tuple(row for _, row in sorted(stored_rows(folder)[0].items())),
     )
 
 
@@ -93,25 +94,10 @@ def _latest_result(folder: Path) -> dict | None:
     return next((result for result in results if "known_object" in result), None)
 
 
-def _predictions(folder: Path) -> tuple[dict, ...]:
-    """What the ranks of a prediction wrote, in the order of the images."""
-    parts = sorted(folder.glob("part-*.jsonl"))
-    rows = {row["index"]: row for part in parts for row in _rows(part)}
-    return tuple(rows[index] for index in sorted(rows))
-
-
-def line_hois(line: dict) -> tuple[HOI, ...]:
-    """The HOIs of a line of predictions.jsonl, or of a completion in rollouts.jsonl."""
-    return tuple(
-        HOI(tuple(one["human"]), tuple(one["object"]), one["object_class"], tuple(one["verbs"]))
-        for one in line["instances"]
-    )
-
-
 def stored_image(run: RunRecord, split: str, name: str) -> Image.Image | None:
     """An image of the run's data; None if it cannot be read."""
     try:
-        return open_image(Path(run.config["data"], "images", f"{split}2015", Path(name).name))
+        return open_image(image_folder(run.config["data"], split) / name)
     except InputError:
         return None
 
