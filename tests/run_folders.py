@@ -65,7 +65,8 @@ def metrics_row(step, parts=PARTS):
 
 
 def instance_row(hoi):
-    return {name: getattr(hoi, name) for name in ("human", "object", "object_class", "verbs")}
+    boxes = {"human": list(hoi.human), "object": list(hoi.object)}
+    return boxes | {"object_class": hoi.object_class, "verbs": list(hoi.verbs)}
 
 
 def group_row(step, *totals, parts=PARTS):
