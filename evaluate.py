@@ -190,7 +190,7 @@ def measure(hoi_id: np.ndarray, image: np.ndarray, right: np.ndarray, split: Spl
     averaged, rare = split.averaged, split.rare
     rows = {"full": averaged, "rare": averaged & rare, "non_rare": averaged & ~rare}
     return {
-        setting: {m: float(ap[rows[m]].mean()) if rows[m].any() else None for m in rows}
+        setting: {name: float(ap[row].mean()) if row.any() else None for name, row in rows.items()}
         | {"ap": ap.tolist()}
         for setting, ap in aps.items()
     }
@@ -267,8 +267,7 @@ def evaluate(
 
 
 def map_table(result: dict) -> str:
-    """The six means of `evaluate` as a row of Table 1, in percent; below it the breakdown, if any.
-    """
+    """The six means of `evaluate` as a row of Table 1, in percent, and the breakdown, if any."""
     means = [
         result[setting][name]
         for setting in ("default", "known_object")

@@ -2,12 +2,15 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import hicodet
 from engine.data.annotations import SPLITS, load_split, require_images, splits, training_counts
+from engine.data.image_check import check
 from hicodet import HOI, InputError, Pair
 from tests.annotation_files import (
     annotated,
@@ -22,6 +25,8 @@ from tests.annotation_files import (
 )
 from tests.conftest import HICO_DET
 from tests.pairs import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, RIDE_HORSE
+
+REPO = Path(__file__).resolve().parents[1]
 
 # ---- anno_bbox.mat and anno.mat
 
@@ -246,3 +251,30 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
     for sample in samples:
         sample.path.touch()
     require_images(samples)
+
+
+def test_check_reads_own_images(tmp_path):
+    """The splits that there are."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (640, 480)).save(tmp_path / "images" / "a.png")
+    write_own(tmp_path, own_line("a.png", pairs=[RIDE, (BOX, (9, 9, 0, 0), HOLD_BICYCLE)]))
+    assert list(check(data=str(tmp_path))) == [
+        "test: 0 of 1 images cannot be used",
+        "test: boxes of the ground truth: 1 inverted, 0 without area, 0 out of the image, of 2",
+    ]
+
+
+def test_the_converter_of_the_docs_writes_own_annotations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    boxes = [{"id": 5, "image_id": 1, "category_id": 7, "bbox": [0, 0, 10, 20]},
+             {"id": 6, "image_id": 1, "category_id": 8, "bbox": [2.5, 3, 4, 5]}]  # fmt: skip
+    images = [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48},
+              {"id": 2, "file_name": "b.jpg", "width": 64, "height": 48}]  # fmt: skip
+    categories = [{"id": 7, "name": "person"}, {"id": 8, "name": "bicycle"}]
+    coco = {"images": images, "annotations": boxes, "categories": categories}
+    (tmp_path / "instances.json").write_text(json.dumps(coco))
+    (tmp_path / "hois.json").write_text('[{"human": 5, "object": 6, "verb": "ride"}]')
+    page = (REPO / "docs" / "evaluation.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
+    a, b = load_split(tmp_path, "train")
+    assert a.pairs == (Pair((0, 0, 9, 19), (2.5, 3, 5.5, 7), RIDE_BICYCLE),) and b.pairs == ()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -21,6 +22,8 @@ from engine.scoring.predictions import (
 )
 from hicodet import HOI, InputError
 from tests.pairs import BOX, FAR, RIDE_BICYCLE, make_line, make_sample
+
+REPO = Path(__file__).resolve().parents[1]
 
 # ---- from an answer to a line
 
@@ -165,9 +168,11 @@ def test_what_is_written_is_read(tmp_path):
     assert read_predictions(tmp_path / "p.jsonl", SAMPLES) == lines
 
 
-def test_the_line_of_the_description_is_readable(tmp_path):
-    example = json.loads(FORMAT[FORMAT.index("{") : FORMAT.rindex("}") + 1])
-    (tmp_path / "p.jsonl").write_text(json.dumps(example) + "\n")
+@pytest.mark.parametrize("page", ["--help", "docs/evaluation.md"])
+def test_the_line_that_is_described_is_readable(page, tmp_path):
+    text = FORMAT if page == "--help" else (REPO / page).read_text()
+    example = json.loads(re.search(r'\{"file_name": "HICO.*?\]}\]}', text, re.DOTALL)[0])
+    write_predictions(tmp_path / "p.jsonl", [example])
     assert read_predictions(tmp_path / "p.jsonl", [make_sample(example["file_name"])])
 
 
@@ -234,8 +239,8 @@ def test_an_unfinished_prediction_says_how_to_finish(tmp_path):
     for path in (whole, tmp_path):
         with pytest.raises(InputError) as error:
             list(read_lines(path))
-        told = f"{tmp_path} is not finished: predict ... --out {tmp_path} --resume"
-        assert str(error.value) == told
+        said = f"{tmp_path} is not finished: predict ... --out {tmp_path} --resume"
+        assert str(error.value) == said
     whole.write_text("")
     with pytest.raises(InputError, match=f"is a folder; give its file, {whole}"):
         list(read_lines(tmp_path))

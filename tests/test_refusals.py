@@ -251,7 +251,8 @@ def test_numbers_are_within_bounds(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("data, message", [
     ("data", "--out {out}: holds files that are not of a run; choose another folder"),
-    ("x", "{folder}/x/anno_bbox.mat is missing: the data folder is that of hico_20160224_det"),
+    ("x", "{folder}/x/anno_bbox.mat is missing: the data folder is that of hico_20160224_det, or "
+     "has annotations.jsonl for other images"),
 ])  # fmt: skip
 def test_under_torchrun_one_rank_says_why(data, message, folder, tmp_path):
     """What only the first one finds, and what all of them find: before torchrun's own page."""
