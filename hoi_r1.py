@@ -279,16 +279,15 @@ class ShowConfig(Config):
 
     GROUPS = {
         "what to read and write": "data predictions out",
-        "which images": "split images file worst by",
+        "which images": "split images file worst",
     }
     data: str = required("folder of hico_20160224_det: anno_bbox.mat, images/")
     predictions: str = option("", "predictions.jsonl of the split, to be drawn beside the truth")
     out: str = option("pictures", "folder for the pictures")
     images: int = option(0, "so many, from the first; by default 12", least=0)
     file: str = option("", "the image of this file name", metavar="NAME")
-    worst: int = option(0, "so many of the worst, these first; by default none", least=0)
-    by: typing.Literal["missed", "reward"] = option(
-        "missed", "what is worst: most missed interactions, or the lowest total reward (Eq. 23)"
+    worst: int = option(
+        0, "the N images with most missed interactions, worst first; 0: none", least=0, metavar="N"
     )
     split: typing.Literal["train", "test"] = option("test", "images to draw")
 
@@ -298,8 +297,6 @@ class ShowConfig(Config):
             raise ValueError("--images, --file and --worst: give one of them")
         if self.worst and not self.predictions:
             raise ValueError("--worst: give the predictions too, with --predictions")
-        if self.by == "reward" and not self.worst:
-            raise ValueError("--by reward: give --worst too, which it orders")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,9 +353,8 @@ def run_stage(config) -> None:
         return print(write_page(config.runs, config.out))
     if isinstance(config, ShowConfig):
         from engine.report.pictures import show
-        from rewards import total_reward
 
-        for line in show(**dataclasses.asdict(config), total_reward=total_reward):
+        for line in show(**dataclasses.asdict(config)):
             print(line, flush=True)
         return
     if isinstance(config, CheckConfig):

@@ -28,8 +28,8 @@ from engine.data import annotations
 from engine.data.examples import Example, Examples, describe, read_ahead
 from engine.files import aside, write_json
 from engine.model.policy import Ranks, load_model, start_ranks, weights_fingerprint
-from engine.report.live import LiveView
-from engine.report.photographs import as_text, draw, photographs, picture_paths
+from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths
+from engine.report.run_view import update_page
 from engine.runs.run_folder import open_run
 from engine.sampling.sampler import Sampler
 from engine.sampling.slots import slots_that_fit
@@ -79,7 +79,8 @@ def predict(config) -> None:
         write_json(run.folder / "summary.json", summary)
         lines = (stored[index]["line"] for index in range(len(samples)))
         write_predictions(run.folder / "predictions.jsonl", lines)
-    LiveView(run.folder, active=ranks.rank == 0).write()
+    if ranks.rank == 0:
+        update_page(run.folder)
     ranks.print(json.dumps(summary, indent=2))
     run.finish(complete=not unread)  # an image that could not be read may be mended
 
@@ -99,12 +100,12 @@ def predict_photographs(config) -> None:
     with closing(rows):
         for row in rows:  # drawn as it comes: a crash leaves the pictures before it
             with aside(paths[row["index"]]) as new:
-                draw(samples[row["index"]], row["line"]).save(new, format="PNG")
+                draw_photograph(samples[row["index"]], row["line"]).save(new, format="PNG")
             mine.append(row)
     rows = sorted(ranks.gather(mine), key=lambda row: row["index"])
     for sample, path, row in zip(samples, paths, rows, strict=True):
         cut = "" if row["finished"] else "The answer was cut at --max-new-tokens.\n"
-        ranks.print(f"\n{as_text(sample, row['line'])}\n{cut}picture: {path}")
+        ranks.print(f"\n{answer_text(sample, row['line'])}\n{cut}picture: {path}")
 
 
 def prompt_options(config) -> dict:

@@ -35,7 +35,8 @@ from engine.model.policy import (
     weights_fingerprint,
 )
 from engine.model.quantized import is_packed
-from engine.report.live import LiveView
+from engine.report.events import Events
+from engine.report.run_view import model_card, update_page, verdicts
 from engine.runs.run_folder import BAD_IMAGES, Run, open_run
 from engine.signals import Stop, exit_code, resume_command
 from engine.traces.trace_file import read_traces
@@ -269,7 +270,7 @@ def fit(
 ) -> None:
     """The training loop. stage: SFT or GRPO, whose `update` does one batch."""
     run, optimizer, steps, done = parts.run, parts.optimizer, parts.steps, parts.done
-    view = LiveView(run.folder, active=ranks.rank == 0)
+    events = Events(run.folder, done + 1) if ranks.rank == 0 else None
     order = {"batch_size": batch_size, "steps": steps, "seed": seed, "workers": workers}
     bar = tqdm(
         total=steps, initial=done, disable=ranks.rank > 0, desc=stage.name, unit="step"
@@ -286,15 +287,17 @@ def fit(
             values |= {"bad_images": len(examples.left_out)}
         if eval_every and (step + 1) % eval_every == 0:
             values |= parts.evaluation(parts.policy)
-        log_step(run, view, bar, step + 1, values, rollout)
+        log_step(run, events, bar, step + 1, values, rollout)
         # before the checkpoint: a run that is killed here comes to this step again
         if export_every and (step + 1) % export_every == 0:
-            export(run, parts.policy, examples, f"model-{step + 1:06d}", view.card())
+            export(run, parts.policy, examples, f"model-{step + 1:06d}")
         asked = stop.on_any(ranks)
         due = save_every and (step + 1) % save_every == 0
         # a policy whose loss is not finite must not take the place of one before
         if (asked or due) and not values["skipped"]:
             run.save(parts.policy, optimizer.adamw, step + 1, keep)
+            if ranks.rank == 0:
+                update_page(run.folder)
             # a signal that came meanwhile has ended the image workers: no further step
             asked = asked or stop.on_any(ranks)
         if asked:
@@ -302,27 +305,30 @@ def fit(
             ranks.print(f"stopped after step {step + 1}; go on with: {resume_command()}")
             sys.exit(exit_code(asked))
     bar.close()
-    view.write()
-    export(run, parts.policy, examples, "model", view.card())
+    if ranks.rank == 0:
+        update_page(run.folder)
+    export(run, parts.policy, examples, "model")
     ranks.print(f"report: {run.folder / 'report.html'}\nmodel: {run.folder / 'model'}")
-    ranks.print(view.verdicts())
+    if ranks.rank == 0:
+        ranks.print(verdicts(run.folder))
     run.finish()
 
 
-def log_step(run: Run, view: LiveView, bar: tqdm, step: int, values: dict, rollout) -> None:
-    """Write a step into the run's logs and its page, and show it. rollout: None in SFT."""
+def log_step(run: Run, events: Events | None, bar: tqdm, step: int, values: dict, rollout) -> None:
+    """Write a step into the run's logs, and show it. rollout: None in SFT."""
     if rollout:
         run.log("rollouts", step, rollout)
     run.log("metrics", step, values)
-    view.log(step, values)
-    view.refresh()
+    if events:
+        events.log(step, values)
     bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
     bar.update()
 
 
-def export(run: Run, policy, examples: Examples, name: str, card: str) -> None:
+def export(run: Run, policy, examples: Examples, name: str) -> None:
     """Write a folder that `from_pretrained`, and prediction, read without being told more."""
     notes = {FRAME_FILE: json.dumps({"box_frame": examples.box_frame}) + "\n"}
+    card = model_card(run.folder) if run.ranks.rank == 0 else ""
     notes |= {"README.md": card} if card else {}
     run.export(policy, name, [examples.tokenizer, examples.processor], notes)
 

@@ -155,7 +155,7 @@ def test_demo_small(tmp_path, capsys):
     assert len(list((out / "pictures").glob("HICO_*.png"))) == 6
     assert (out / "pictures" / "best_and_worst.png").is_file()
     page = (out / "report.html").read_text()
-    assert all(re.search(rf"test_{name}: over the \d+ classes", page) for name in ("base", "grpo"))
+    assert all(re.search(rf"test_{n} <small>{n}/model; \d+ classes", page) for n in ("base", "grpo"))
     for name in ("base", "sft", "grpo"):
         assert json.loads((out / f"test_{name}" / "map.json").read_text())["num_images"] == 7
     assert len(metrics(out / "base")) == 2
