@@ -276,22 +276,35 @@ def map_table(result: dict) -> str:
 class EvaluateConfig(Config):
     """Options of the command."""
 
-    GROUPS = {
-        "what to read and write": "predictions data split limit drop_unknown json",
-        "what to measure": "classes breakdown official_mat",
-    }
-    predictions: Path = required("predictions.jsonl, as described above", positional=True)
-    data: Path = required("folder with anno_bbox.mat and anno.mat, or annotations.jsonl")
-    split: Literal["test", "train"] = option("test", "split of the predicted images")
-    limit: int | None = option(None, "only the first N images, as in predict", least=1)
-    drop_unknown: bool = option(False, "drop verbs that HICO does not have with the object")
-    json: Path | None = option(None, "also write the result to this file", metavar="FILE")
-    classes: Literal["all", "present"] = option(
-        "all", "means over all 600 classes, or over those with true pairs in the split"
+    predictions: Path = required(
+        "predictions.jsonl, as described above", positional=True, group="what to read and write"
     )
-    breakdown: bool = option(False, "why true pairs were missed, what that costs, F1 of pairs")
+    data: Path = required(
+        "folder with anno_bbox.mat and anno.mat, or annotations.jsonl",
+        group="what to read and write",
+    )
+    split: Literal["test", "train"] = option(
+        "test", "split of the predicted images", group="what to read and write"
+    )
+    limit: int | None = option(
+        None, "only the first N images, as in predict", least=1, group="what to read and write"
+    )
+    drop_unknown: bool = option(
+        False, "drop verbs that HICO does not have with the object", group="what to read and write"
+    )
+    json: Path | None = option(
+        None, "also write the result to this file", metavar="FILE", group="what to read and write"
+    )
+    classes: Literal["all", "present"] = option(
+        "all", "means over all 600 classes, or over those with true pairs in the split",
+        group="what to measure",
+    )
+    breakdown: bool = option(
+        False, "why true pairs were missed, what that costs, F1 of pairs", group="what to measure"
+    )
     official_mat: Path | None = option(
-        None, "also write files for the official MATLAB code; takes minutes", metavar="DIR"
+        None, "also write files for the official MATLAB code; takes minutes", metavar="DIR",
+        group="what to measure",
     )
 
     def __post_init__(self):

@@ -184,48 +184,73 @@ def collect_batch(
 class TeacherConfig(Config):
     """Options of the command."""
 
-    GROUPS = {
-        "what to read and write": "data out limit dry_run",
-        "the teacher (Sec. 3.2)": "teacher backend base_url collect",
-        "what is asked": "lists max_side max_tokens max_tokens_field extra_body attempts",
-        "what may be spent": "max_cost input_price output_price",
-        "the connection": "concurrency timeout retries backoff",
-    }
-    data: Path = required("HICO-DET's folder, with anno_bbox.mat and images")
-    out: Path = required("traces.jsonl, begun or continued")
+    data: Path = required(
+        "HICO-DET's folder, with anno_bbox.mat and images", group="what to read and write"
+    )
+    out: Path = required("traces.jsonl, begun or continued", group="what to read and write")
     backend: Literal["openai", "batch", "template"] = option(
-        "openai", "a server, files for OpenAI's Batch API, or no teacher"
+        "openai", "a server, files for OpenAI's Batch API, or no teacher",
+        group="the teacher (Sec. 3.2)",
     )
-    teacher: str = option("gpt-4o-mini", "name of the model", paper="Sec. 4.2")
-    base_url: str = option(OPENAI_URL, "an OpenAI-compatible server", metavar="URL")
-    lists: bool = option(False, "send the lists of valid classes of Fig. 4 too")
+    teacher: str = option(
+        "gpt-4o-mini", "name of the model", paper="Sec. 4.2", group="the teacher (Sec. 3.2)"
+    )
+    base_url: str = option(
+        OPENAI_URL, "an OpenAI-compatible server", metavar="URL", group="the teacher (Sec. 3.2)"
+    )
+    lists: bool = option(
+        False, "send the lists of valid classes of Fig. 4 too", group="what is asked"
+    )
     max_side: int = option(
-        512, "shrink images to this; up to 512 OpenAI bills low detail", least=1, metavar="PIXELS"
+        512, "shrink images to this; up to 512 OpenAI bills low detail", least=1, metavar="PIXELS",
+        group="what is asked",
     )
-    max_tokens: int = option(512, "longest reply; a reasoning model needs thousands", least=1)
+    max_tokens: int = option(
+        512, "longest reply; a reasoning model needs thousands", least=1, group="what is asked"
+    )
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = option(
-        "max_tokens", "name of that limit; OpenAI's reasoning models need the second one"
+        "max_tokens", "name of that limit; OpenAI's reasoning models need the second one",
+        group="what is asked",
     )
     extra_body: str = option(
-        "{}", "further fields of the request, e.g. to turn reasoning off", metavar="JSON"
+        "{}", "further fields of the request, e.g. to turn reasoning off", metavar="JSON",
+        group="what is asked",
     )
-    attempts: int = option(3, "most requests for an acceptable trace", least=1)
-    concurrency: int = option(16, "requests in flight", least=1)
-    timeout: float = option(60.0, "seconds to wait for the next byte", least=0.001)
+    attempts: int = option(
+        3, "most requests for an acceptable trace", least=1, group="what is asked"
+    )
+    concurrency: int = option(16, "requests in flight", least=1, group="the connection")
+    timeout: float = option(
+        60.0, "seconds to wait for the next byte", least=0.001, group="the connection"
+    )
     retries: int = option(
-        8, "further tries after 408, 429, 5xx, time-outs and cut connections", least=0
+        8, "further tries after 408, 429, 5xx, time-outs and cut connections", least=0,
+        group="the connection",
     )
-    backoff: float = option(1.0, "seconds before the first retry, then doubled", least=0.001)
+    backoff: float = option(
+        1.0, "seconds before the first retry, then doubled", least=0.001, group="the connection"
+    )
     max_cost: float = option(
-        math.inf, "stop at this sum; requests in flight may pass it", least=0, metavar="USD"
+        math.inf, "stop at this sum; requests in flight may pass it", least=0, metavar="USD",
+        group="what may be spent",
     )
     input_price: float | None = option(
-        None, "per million tokens, for a model without a known price", least=0, metavar="USD"
+        None, "per million tokens, for a model without a known price", least=0, metavar="USD",
+        group="what may be spent",
     )
-    output_price: float | None = option(None, "the same for its output", least=0, metavar="USD")
-    limit: int | None = option(None, "only the first N images of the training set", least=1)
-    collect: tuple[Path, ...] = option((), "result files of a batch", metavar="FILE")
-    dry_run: bool = option(False, "print a request and estimate the cost; ask nothing")
+    output_price: float | None = option(
+        None, "the same for its output", least=0, metavar="USD", group="what may be spent"
+    )
+    limit: int | None = option(
+        None, "only the first N images of the training set", least=1,
+        group="what to read and write",
+    )
+    collect: tuple[Path, ...] = option(
+        (), "result files of a batch", metavar="FILE", group="the teacher (Sec. 3.2)"
+    )
+    dry_run: bool = option(
+        False, "print a request and estimate the cost; ask nothing", group="what to read and write"
+    )
 
     def __post_init__(self):
         super().__post_init__()

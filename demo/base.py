@@ -10,6 +10,7 @@ loss are those of SFT. --out gets what a run writes; its model/ is the base mode
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
@@ -17,10 +18,14 @@ import torch.distributed as dist
 from demo.grounding import PROMPT
 from engine.data.annotations import load_split
 from engine.data.examples import END_OF_TURN, Examples
-from engine.model.policy import ClippedAdamW, Ranks, load_policy, start_ranks, weights_fingerprint
+from engine.data.loader import batches
+from engine.model.model_files import weights_fingerprint
+from engine.model.optimizer import ClippedAdamW, learning_rate
+from engine.model.policy import load_policy
 from engine.options import Config, option, parse_config, required
+from engine.ranks import Ranks, start_ranks
 from engine.runs.run_folder import open_run
-from engine.signals import Stop, one_line, resume_command
+from engine.signals import RESUME, StopSignal, one_line
 from engine.traces.trace_file import read_traces
 from hicodet import InputError
 from sft import SFT
@@ -51,13 +56,16 @@ def grounding_examples(folder: Path, model: str) -> Examples:
 class BaseConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to read and write": "dir model out resume", "the training": "steps seed"}
-    dir: Path = required("folder that python -m demo.toy wrote", positional=True)
-    out: str = required("folder for all that the run writes")
-    model: Path | None = option(None, "the weights to start from (default: DIR/model)")
-    steps: int = option(1000, "optimizer steps", least=1)
-    seed: int = option(0, "of the data order", least=0)
-    resume: bool = option(False, "go on with the run in --out")
+    dir: Path = required(
+        "folder that python -m demo.toy wrote", positional=True, group="what to read and write"
+    )
+    out: str = required("folder for all that the run writes", group="what to read and write")
+    model: Path | None = option(
+        None, "the weights to start from (default: DIR/model)", group="what to read and write"
+    )
+    steps: int = option(1000, "optimizer steps", least=1, group="the training")
+    seed: int = option(0, "of the data order", least=0, group="the training")
+    resume: bool = option(False, "go on with the run in --out", group="what to read and write")
 
 
 def make_base(config: BaseConfig, ranks: Ranks) -> None:
@@ -67,32 +75,25 @@ def make_base(config: BaseConfig, ranks: Ranks) -> None:
     settings = {"model": model, "seed": config.seed, "steps": config.steps}
     settings |= {"examples": examples.fingerprint(), "weights": weights_fingerprint(model)}
     settings |= {"stage": "sft", "command": sys.argv}
-    run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
+    run = open_run(config.out, config, settings, ranks)
     policy = load_policy(model, ranks.device, gradient_checkpointing=False)
     optimizer = ClippedAdamW(policy, beta2=0.98, weight_decay=0.0, max_grad_norm=1.0)
     done = run.load(policy, optimizer.adamw)
-    with Stop() as stop:
-        fit(
-            SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH),
-            Parts(run, policy, optimizer, replica=None, evaluation=None,
-                  steps=config.steps, done=done),
-            examples,
-            ranks,
-            stop,
-            batch_size=16,
-            seed=config.seed,
-            workers=0,
-            peak_learning_rate=1.5e-3,
-            warmup_steps=50,
-            save_every=SAVE_EVERY,
-            eval_every=0,
-        )
+    order = {"batch_size": 16, "steps": config.steps, "seed": config.seed}
+    stream = batches(examples, ranks, done=done, workers=0, **order)
+    rate = partial(
+        learning_rate, steps=config.steps, highest=1.5e-3, warmup=50, schedule=SFT.schedule
+    )
+    parts = Parts(run, examples, (), policy, optimizer, None, None, config.steps, done)
+    stage = SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH)
+    with StopSignal() as stop:
+        fit(stage, parts, stream, rate, ranks, stop, save_every=SAVE_EVERY)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a base model; --help lists the options."""
     config = parse_config(BaseConfig, __doc__, argv, prog="python -m demo.base")
-    with one_line("", f"go on with: {resume_command()}"):
+    with one_line("", RESUME):
         make_base(config, start_ranks())
     dist.destroy_process_group()
 

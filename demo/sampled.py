@@ -14,10 +14,12 @@ import torch.distributed as dist
 
 import hicodet
 from engine.data import annotations
-from engine.data.examples import Examples, read_ahead, usable
+from engine.data.examples import Examples
+from engine.data.loader import read_ahead, usable
 from engine.files import write_json
-from engine.model.policy import Ranks, load_model, start_ranks
+from engine.model.policy import load_model
 from engine.options import Config, option, parse_config, required
+from engine.ranks import Ranks, start_ranks
 from engine.sampling.sampler import Sampler
 from engine.signals import one_line
 from grpo import sample_seeds
@@ -55,12 +57,15 @@ def sampled_rewards(
 class SampledConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to read and write": "models data out", "sampling": "max_new_tokens seed"}
-    models: tuple[str, ...] = required("folders of models", metavar="MODEL", positional=True)
-    data: str = required("folder of hico_20160224_det")
-    out: Path = required("JSON file for the mean reward of each model")
-    max_new_tokens: int = option(96, "longest answer", least=1)
-    seed: int = option(0, "of sampling", least=0)
+    models: tuple[str, ...] = required(
+        "folders of models", metavar="MODEL", positional=True, group="what to read and write"
+    )
+    data: str = required("folder of hico_20160224_det", group="what to read and write")
+    out: Path = required(
+        "JSON file for the mean reward of each model", group="what to read and write"
+    )
+    max_new_tokens: int = option(96, "longest answer", least=1, group="sampling")
+    seed: int = option(0, "of sampling", least=0, group="sampling")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,7 +7,8 @@ from PIL import Image
 
 import hicodet
 from engine.data import annotations
-from engine.files import aside, open_image
+from engine.data.images import open_image
+from engine.files import aside
 from engine.report import drawing
 from engine.scoring.predictions import line_hois, stored_rows
 

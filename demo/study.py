@@ -152,13 +152,16 @@ class RunConfig(Config):
         python -m demo.study run --sections 1 2 --seeds 0
     """
 
-    GROUPS = {"what to run": "sections seeds out"}
 
     sections: tuple[typing.Literal[*SECTIONS], ...] = option(
-        tuple(SECTIONS), "parts of the page (default: all)"
+        tuple(SECTIONS), "parts of the page (default: all)", group="what to run"
     )
-    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "seeds (default: 0 to 4)", metavar="N")
-    out: str = option("runs/study", "folder for models and drawings", metavar="DIR")
+    seeds: tuple[int, ...] = option(
+        (0, 1, 2, 3, 4), "seeds (default: 0 to 4)", metavar="N", group="what to run"
+    )
+    out: str = option(
+        "runs/study", "folder for models and drawings", metavar="DIR", group="what to run"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +183,10 @@ class BlindConfig(Config):
         python -m demo.study blind --data hico_20160224_det
     """
 
-    GROUPS = {"what to read": "data"}
 
-    data: str = required("folder of hico_20160224_det: anno_bbox.mat", metavar="DIR")
+    data: str = required(
+        "folder of hico_20160224_det: anno_bbox.mat", metavar="DIR", group="what to read"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,9 +198,10 @@ class ScoresConfig(Config):
         python -m demo.study scores --data hico_20160224_det
     """
 
-    GROUPS = {"what to read": "data"}
 
-    data: str = required("folder of hico_20160224_det: anno_bbox.mat", metavar="DIR")
+    data: str = required(
+        "folder of hico_20160224_det: anno_bbox.mat", metavar="DIR", group="what to read"
+    )
 
 
 STAGES = {"run": RunConfig, "write": WriteConfig, "blind": BlindConfig, "scores": ScoresConfig}

@@ -282,16 +282,20 @@ def write_model(folder: Path, seed: int) -> None:
 class ToyConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to write": "dir train test seed", "annotations": "pairs left_out complete"}
-    dir: Path = required("folder to write data/ and model/ into", positional=True)
-    train: int = option(4000, "training images", least=1)
-    test: int = option(500, "test images", least=1)
-    pairs: int = option(2, "most pairs of an image, at most 3", least=1, below=MAX_PAIRS + 1)
-    left_out: float = option(
-        0.55, "share of the training half's further pairs that is not annotated", least=0
+    dir: Path = required(
+        "folder to write data/ and model/ into", positional=True, group="what to write"
     )
-    complete: bool = option(False, "annotate every pair, --left-out 0")
-    seed: int = option(0, "of scenes, colours and weights", least=0)
+    train: int = option(4000, "training images", least=1, group="what to write")
+    test: int = option(500, "test images", least=1, group="what to write")
+    pairs: int = option(
+        2, "most pairs of an image, at most 3", least=1, below=MAX_PAIRS + 1, group="annotations"
+    )
+    left_out: float = option(
+        0.55, "share of the training half's further pairs that is not annotated", least=0,
+        group="annotations",
+    )
+    complete: bool = option(False, "annotate every pair, --left-out 0", group="annotations")
+    seed: int = option(0, "of scenes, colours and weights", least=0, group="what to write")
 
     def __post_init__(self):
         super().__post_init__()

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 import engine.data.examples
+import engine.model.optimizer
 import engine.model.policy
 import engine.traces.trace_file
 import hicodet
@@ -103,7 +104,7 @@ def policy_of(config, ranks):
 
 def optimizer_of(policy, config):
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
-    return engine.model.policy.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
+    return engine.model.optimizer.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
 
 
 def weights(out):

@@ -15,10 +15,10 @@ import engine.data.image_check
 import hoi_r1
 import teacher
 from engine.data import annotations
-from engine.data.examples import batch_order
 from engine.data.image_check import check, odd_boxes
-from engine.files import open_image, read_image
-from engine.model.policy import Ranks
+from engine.data.images import open_image, read_image
+from engine.data.loader import batch_order
+from engine.ranks import Ranks
 from engine.runs.run_folder import BAD_IMAGES
 from hicodet import HOI, InputError, Sample
 from tests.runs import config_of, metrics, refusal, run, weights

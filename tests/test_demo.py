@@ -16,7 +16,8 @@ import teacher
 from demo import sampled, show, toy
 from demo.grounding import PROMPT
 from engine.data.examples import Examples
-from engine.model.policy import Ranks, load_model
+from engine.model.policy import load_model
+from engine.ranks import Ranks
 from hicodet import HOI, InputError, Sample
 from tests.runs import metrics, weights
 from tests.test_disk_full import no_file_above

@@ -23,8 +23,8 @@ import predict
 import sft
 import train
 from engine.data import annotations
-from engine.data.examples import read_image
-from engine.model.attention import pack, token_logprobs
+from engine.data.images import read_image
+from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
 from engine.traces.template import template_trace
 from tests.runs import config_of, examples_of, refusal

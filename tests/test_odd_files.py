@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.data.examples import box_frame_of
-from engine.model.policy import Ranks
+from engine.ranks import Ranks
 from engine.runs.run_folder import Run, open_run
 from hicodet import InputError
 from tests.runs import config_of, examples_of

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 import hoi_r1
-from engine.files import read_image
+from engine.data.images import read_image
 from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths
 from hicodet import HOI, InputError, Sample, format_completion
 from tests.run_folders import instance_row

@@ -20,8 +20,7 @@ import hicodet
 import hoi_r1
 import sft
 from engine.data import annotations
-from engine.files import read_from_model
-from engine.model.model_files import read_config
+from engine.model.model_files import read_config, read_from_model
 from tests.runs import config_of, metrics, refusal, run
 
 ROOT = Path(hoi_r1.__file__).parent

@@ -11,7 +11,8 @@ from pathlib import Path
 from PIL import Image
 
 from engine.data.annotations import load_split, require_images
-from engine.files import aside, open_image
+from engine.data.images import open_image
+from engine.files import aside
 from engine.report import drawing
 from engine.scoring.predictions import line_hois, read_lines
 from hicodet import ANSWER_OPEN, HOI, InputError, Sample

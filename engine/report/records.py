@@ -12,7 +12,8 @@ from pathlib import Path
 from PIL import Image
 
 from engine.data.annotations import image_folder, load_split
-from engine.files import json_lines, open_image, read_object
+from engine.data.images import open_image
+from engine.files import json_lines, read_object
 from engine.scoring.predictions import stored_rows
 from hicodet import HOI, InputError
 

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from engine.files import json_lines, read_image, replace_file
+from engine.data.images import read_image
+from engine.files import json_lines, replace_file
 from hicodet import InputError, Sample
 
 OPENAI_URL = "https://api.openai.com/v1"
