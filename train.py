@@ -18,6 +18,7 @@ import evaluate
 from engine.configs import CHECKPOINTS, OBJECTIVE, REWARDS, GRPOConfig, SFTConfig, TrainConfig
 from engine.data.annotations import load_split, require_images, training_counts
 from engine.data.examples import PROMPT_FILE, Example, Examples, PromptOptions
+from engine.data.image_check import read_names
 from engine.data.loader import batches
 from engine.data.training_images import (
     annotated_samples,
@@ -319,8 +320,10 @@ def export(parts: Parts, name: str) -> None:
 
 
 def held_out_examples(config: TrainConfig, options: PromptOptions) -> Examples:
-    """The test images of --eval-every, from the first."""
-    samples = load_split(config.data, "test")[: config.eval_images]
+    """The test images of --eval-every, from the first; --exclude leaves images out here too."""
+    names = read_names(config.exclude)
+    samples = [s for s in load_split(config.data, "test") if s.file_name not in names]
+    samples = samples[: config.eval_images]
     require_images(samples)
     return Examples(config.model, samples, options)
 

@@ -2,21 +2,21 @@
 
 import gc
 import json
-from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
 
-import engine.data.examples
-import engine.model.optimizer
-import engine.model.policy
-import engine.traces.trace_file
 import hicodet
 import hoi_r1
+import predict
 import sft
 from demo import toy
 from engine.data import annotations
+from engine.data.examples import Examples
+from engine.model.optimizer import ClippedAdamW
+from engine.model.policy import load_policy
 from engine.traces.template import template_trace
+from engine.traces.trace_file import read_traces
 
 
 def write_toy(folder):
@@ -75,15 +75,9 @@ def refusal(config) -> str:
 
 def examples_of(config, samples, thinks=None):
     """The samples as a stage reads them; with traces as SFT does."""
-    return engine.data.examples.Examples(
-        config.model,
-        samples,
-        thinking=config.thinking,
-        thinks=thinks,
-        prompt_text=partial(hicodet.prompt_text, task_description=config.task_description),
-        box_frame=config.box_frame,
-        target_text=None if thinks is None else sft.supervised_text,
-    )
+    target = None if thinks is None else sft.supervised_text
+    options = predict.asked_options(config)
+    return Examples(config.model, samples, options, thinks=thinks, target_text=target)
 
 
 def training_examples(config):
@@ -91,20 +85,18 @@ def training_examples(config):
     samples = [s for s in annotations.load_split(config.data, "train") if s.hois]
     if not hasattr(config, "traces"):
         return examples_of(config, samples)
-    thinks = engine.traces.trace_file.read_traces(config.traces)
+    thinks = read_traces(config.traces)
     return examples_of(config, [s for s in samples if s.file_name in thinks], thinks)
 
 
 def policy_of(config, ranks):
     checkpointing = config.gradient_checkpointing
-    return engine.model.policy.load_policy(
-        config.model, ranks.device, gradient_checkpointing=checkpointing
-    )
+    return load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
 
 
 def optimizer_of(policy, config):
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
-    return engine.model.optimizer.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
+    return ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
 
 
 def weights(out):

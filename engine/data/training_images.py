@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from engine.data.annotations import load_split, require_images
-from engine.data.image_check import odd_boxes, read_names
+from engine.data.image_check import excluded_names, odd_boxes
 from engine.traces.trace_file import read_traces
 from hicodet import InputError, Sample
 
@@ -25,12 +25,10 @@ def annotated_samples(data: str) -> list[Sample]:
 def excluded_images(exclude: str, samples: list[Sample]) -> set[int]:
     """The places of the samples that --exclude leaves out.
 
-    Raises InputError if nothing is left, FileNotFoundError if others are not on disk.
+    Raises InputError if it lists none or all of them, FileNotFoundError if others are missing.
     """
-    names = read_names(exclude, samples)
+    names = excluded_names(exclude, samples)
     excluded = {i for i, sample in enumerate(samples) if sample.file_name in names}
-    if len(excluded) == len(samples):
-        raise InputError(f"--exclude {exclude}: no training image is left")
     require_images(sample for i, sample in enumerate(samples) if i not in excluded)
     return excluded
 

@@ -35,7 +35,9 @@ def read_from_model(read: Callable, model: str, what: str):
         raise
     except Exception as error:  # the libraries raise some twenty kinds for broken files
         cause = textwrap.shorten(str(error), 200) or type(error).__name__
-        raise InputError(f"--model {model}: no {what} that can be read ({cause})") from error
+        absent = "" if Path(model).is_dir() else "there is no such folder here, and "
+        said = f"--model {model}: {absent}no {what} that can be read ({cause})"
+        raise InputError(said) from error
 
 
 def require_folder(model: str) -> None:
@@ -52,10 +54,10 @@ def require_folder(model: str) -> None:
 def folder_fault(folder: Path) -> str:
     """Why no model can be loaded from a folder; "" if nothing is known to be wrong."""
     weights = [*folder.glob("*.safetensors")]
-    for file in weights:
+    for file in [*weights, *folder.glob("*.json")]:
         with open(file, "rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
-                return f"{file.name} is a git-lfs pointer; fetch the weights with `git lfs pull`"
+                return f"{file.name} is a git-lfs pointer; fetch the file with `git lfs pull`"
     full = [file for file in weights if file.name != "adapter_model.safetensors"]
     if (folder / "adapter_config.json").is_file() and not full:
         return f"a LoRA adapter of {adapter_base(folder)}; merge it into that model"
@@ -95,14 +97,17 @@ def model_warnings(model: str, config) -> list[str]:
 
 
 def heads_differ(files: list[str]) -> bool:
-    """Whether a stored lm_head differs from the embedding in its first rows."""
+    """Whether lm_head and the embedding are both stored and differ in their first rows."""
     rows = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 if name.endswith(("lm_head.weight", "embed_tokens.weight")):
                     rows[name.split(".")[-2]] = tensors.get_slice(name)[:64]
-    return "lm_head" in rows and bool((rows["lm_head"] != rows.get("embed_tokens")).any())
+    if len(rows) < 2:
+        return False
+    head, embedding = rows["lm_head"], rows["embed_tokens"]
+    return head.shape != embedding.shape or bool((head != embedding).any())
 
 
 def read_model_config(model: str):
