@@ -59,6 +59,8 @@ def predict(config: PredictConfig) -> None:
     names = excluded_names(config.exclude, samples)
     samples = [sample for sample in samples if sample.file_name not in names]
     require_images(samples)
+    if config.exclude:
+        ranks.print(f"{len(names)} images are excluded")
     examples = Examples(config.model, samples, asked_options(config))
     if config.dry_run:
         return ranks.print(describe(examples, examples[0], text_reward))

@@ -141,7 +141,8 @@ def set_up(
     steps = config.max_steps or config.epochs * math.ceil(kept / config.batch_size)
     held_out = held_out_examples(config, examples.options) if config.eval_every else None
     run = open_run(config.out, config, settings_of(config, examples, excluded, stage, steps), ranks)
-    notes = model_warnings(config.model, examples.config) + notes_on(examples.samples, excluded)
+    notes = notes_on(examples.samples, excluded, config.exclude)
+    notes += model_warnings(config.model, examples.config)
     for line in [*notes, *small_change(steps, config.learning_rate)]:
         ranks.print(line)
     if ranks.rank == 0:

@@ -2,8 +2,10 @@
 
 import gc
 import json
+import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 import hicodet
@@ -99,8 +101,29 @@ def optimizer_of(policy, config):
     return ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
 
 
+def as_killed(out, amid):
+    """Turn a finished run into what kill -9 leaves while it writes `amid`: model/ or a checkpoint."""
+    (out / amid).rename(new := (out / amid).with_suffix(".tmp"))
+    largest = max(new.iterdir(), key=lambda path: path.stat().st_size)
+    half = largest.read_bytes()[:1000]
+    largest.unlink()  # not cut in place: `weights` has it mapped
+    largest.write_bytes(half)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    config = json.loads((out / "config.json").read_text())
+    del config["finished"]
+    (out / "config.json").write_text(json.dumps(config))
+    with open(out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')
+
+
 def weights(out):
     return load_file(Path(out) / "model" / "model.safetensors")
+
+
+def same_weights(one, other):
+    """Whether two sets of weights, or the models in two folders of runs, are equal to the bit."""
+    one, other = (found if isinstance(found, dict) else weights(found) for found in (one, other))
+    return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
 def metrics(out):

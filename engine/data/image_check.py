@@ -54,14 +54,13 @@ def read_names(path: str) -> set[str]:
 def excluded_names(path: str, samples: Sequence[Sample]) -> set[str]:
     """The images among the samples that a file of --exclude lists.
 
-    Raises InputError if it lists images, but none or all of these.
+    It may list images of another split too. Raises InputError if no sample is left.
     """
-    names, known = read_names(path), {sample.file_name for sample in samples}
-    if names and not names & known:
-        raise InputError(f"--exclude {path}: none of its {len(names)} names is an image to read")
-    if known <= names:
+    known = {sample.file_name for sample in samples}
+    names = read_names(path) & known
+    if names == known:
         raise InputError(f"--exclude {path}: no image is left")
-    return names & known
+    return names
 
 
 def bad_images(samples: Sequence[Sample], workers: int, *, desc: str = "images") -> dict[str, str]:

@@ -25,7 +25,7 @@ def annotated_samples(data: str) -> list[Sample]:
 def excluded_images(exclude: str, samples: list[Sample]) -> set[int]:
     """The places of the samples that --exclude leaves out.
 
-    Raises InputError if it lists none or all of them, FileNotFoundError if others are missing.
+    Raises InputError if no sample is left, FileNotFoundError if others are missing.
     """
     names = excluded_names(exclude, samples)
     excluded = {i for i, sample in enumerate(samples) if sample.file_name in names}
@@ -39,9 +39,12 @@ def excluded_fingerprint(excluded: set[int]) -> str:
     return f"{len(excluded)} images, {digest[:16]}" if excluded else "none"
 
 
-def notes_on(samples: list[Sample], excluded: set[int]) -> list[str]:
-    """What the user should know of the images before a training, a line each."""
-    lines = [f"{len(excluded)} of {len(samples)} images are excluded"] if excluded else []
+def notes_on(samples: list[Sample], excluded: set[int], exclude: str) -> list[str]:
+    """What the user should know of the images before a training, a line each.
+
+    exclude: the file that named the excluded ones, or "".
+    """
+    lines = [f"{len(excluded)} of {len(samples)} images are excluded"] if exclude else []
     return lines + ([odd] if (odd := odd_boxes(samples)) else [])
 
 

@@ -124,7 +124,10 @@ def read_model_config(model: str):
 
 
 def weight_files(model: str) -> list[str]:
-    """The safetensors files of a folder or of a hub's model."""
+    """The safetensors files of a folder or of a hub's model. Raises InputError without any."""
+    names = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
+    if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in names):
+        raise InputError(f"--model {model}: no {names[0]} and no {names[1]} in this folder")
     try:
         return [cached_file(model, SAFE_WEIGHTS_NAME)]
     except OSError:  # there are several, which an index lists

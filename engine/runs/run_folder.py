@@ -30,6 +30,7 @@ from hicodet import InputError
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 # what a run leaves; a folder that has none of it may be used by another run
 RESULTS = ("checkpoint-*", "model*", "part-*.jsonl", "predictions.jsonl", *LOGS)
+FINAL = ("model", "predictions.jsonl")  # a finished run has one of them
 # settings that are no options: hashes of what the options name, and how the run was started
 CONTENTS = {
     **{"examples": "content of --data or --traces", "weights": "content of --model"},
@@ -186,7 +187,7 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
         require_same_run(stored, mine, config)
         # an older result stays until a longer run replaces it: "finished" went as that began
         done = max(map(steps_of, checkpoints(folder)), default=0)
-        if stored.get("finished"):
+        if stored.get("finished") and any((folder / name).exists() for name in FINAL):
             if stored.get("steps") == mine.get("steps"):
                 return True
             # the last checkpoint may be older than the model
