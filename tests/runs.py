@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import torch
@@ -99,6 +100,12 @@ def policy_of(config, ranks):
 def optimizer_of(policy, config):
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
     return ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def as_killed(out, amid):
