@@ -22,6 +22,14 @@ from tests.runs import free_port, metrics, same_weights, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
+@pytest.fixture(autouse=True)
+def heeded():
+    """Python's own handler of Ctrl-C, which a shell script ignores in what it starts with `&`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 # A trainer whose images are so large that its workers wait for it to take them.
 READER = """
 import sys
@@ -170,15 +178,7 @@ def test_second_signal_ends_at_once():
     assert process.wait(timeout=30) == -signal.SIGTERM
 
 
-@pytest.fixture
-def handler():
-    """Python's own handler of Ctrl-C, which a shell script ignores in what it starts with `&`."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def test_signal_that_is_ignored_stays_ignored(handler):
+def test_signal_that_is_ignored_stays_ignored():
     """As Ctrl-C is after `nohup python ... &` in a script."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with StopSignal() as stop:
@@ -190,7 +190,7 @@ def test_signal_that_is_ignored_stays_ignored(handler):
 
 
 @pytest.fixture
-def ctrl_c(monkeypatch, handler):
+def ctrl_c(monkeypatch):
     """Ctrl-C as soon as a program starts its work."""
 
     def interrupted(*_):
@@ -241,7 +241,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the rank is looked for in /proc")
-def test_ctrl_c_ends_commands_of_the_demo(tmp_path, capfd, handler):
+def test_ctrl_c_ends_commands_of_the_demo(tmp_path, capfd):
     (tmp_path / "torchrun.py").write_text(AS_TORCHRUN)
     with pytest.raises(KeyboardInterrupt):
         command("{file}", file=tmp_path / "torchrun.py")
