@@ -25,8 +25,6 @@ from engine.data.training_images import (
     excluded_fingerprint,
     excluded_images,
     notes_on,
-    traces_of,
-    untraced_line,
 )
 from engine.files import naming, replace_file
 from engine.model.model_files import model_warnings, weights_fingerprint
@@ -39,6 +37,7 @@ from engine.report.events import Events
 from engine.report.run_view import model_card, update_page, verdicts
 from engine.runs.run_folder import RunFolder, open_run
 from engine.signals import RESUME, StopSignal, exit_code
+from engine.traces.trace_file import traces_of, untraced_line
 from grpo import GRPO
 from hicodet import InputError
 from predict import asked_options, predict_rows, summarise, text_reward

@@ -26,10 +26,10 @@ from demo.blind import blind_table
 from demo.score_rules import rules_table
 from demo.show import figures
 from demo.tables import MORE_ANSWERS, OPEN_FLAGS, RATES, rates_picture, study_page
+from engine.configs import DemoConfig
 from engine.files import replace_file, write_json
 from engine.options import Config, option, parse_stage, required
 from engine.signals import one_line
-from hoi_r1 import DemoConfig
 
 FIGURES = Path(__file__).parent / "study"
 PAGE = Path(__file__).parent / "STUDY.md"

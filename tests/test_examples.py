@@ -19,11 +19,10 @@ import hicodet
 import predict
 import sft
 from engine.data import annotations
-from engine.data.training_images import traces_of, untraced_line
 from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
 from engine.traces.template import template_trace
-from engine.traces.trace_file import read_traces
+from engine.traces.trace_file import read_traces, traces_of, untraced_line
 from tests.runs import config_of, examples_of, refusal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
