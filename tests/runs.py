@@ -21,6 +21,12 @@ from engine.model.policy import load_policy
 from engine.traces.template import template_trace
 from engine.traces.trace_file import read_traces
 
+# a small SFT as a command line; --out and its length are missing
+SFT_LINE = (
+    "hoi_r1.py sft --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl "
+    "--untraced skip --no-task-description --batch-size 4 --learning-rate 1e-3"
+)
+
 
 def write_toy(folder):
     """What most tests work on: 24 and 6 drawings, a tiny model of random weights, 20 traces."""

@@ -22,15 +22,6 @@ from tests.runs import (
 )
 
 
-def checkpoints(out) -> list[str]:
-    return sorted(path.name for path in out.glob("checkpoint-*"))
-
-
-def test_newest_stay(folder, tmp_path):
-    run(config_of("sft", folder, tmp_path, max_steps=4, save_every=1, keep=3))
-    assert checkpoints(tmp_path) == [f"checkpoint-00000{step}" for step in (2, 3, 4)]
-
-
 def test_saving_before_the_first_step_changes_nothing(folder, tmp_path, ranks):
     """The library would make AdamW's moments by a step of its own, and that step would count."""
     config = config_of("sft", folder, "x")
@@ -94,21 +85,6 @@ def test_checkpoint_that_cannot_be_read_is_named_with_the_one_before(spoilt, two
     SPOILT[spoilt](two.second)
     with pytest.raises(InputError, match="remove it to continue from the first step"):
         two.load()
-
-
-def test_run_continues_from_the_checkpoint_before_a_removed_one(folder, tmp_path):
-    config = config_of("sft", folder, tmp_path, max_steps=2, save_every=1)
-    run(config)
-    whole = weights(tmp_path)
-    as_killed(tmp_path, "model")
-    cut(tmp_path / "checkpoint-000002" / "__0_0.distcp")
-    again = replace(config, resume=True)
-    assert "remove it to continue from checkpoint-000001" in refusal(again)
-    for file in (tmp_path / "checkpoint-000002").iterdir():
-        file.unlink()
-    (tmp_path / "checkpoint-000002").rmdir()
-    run(again)
-    assert same_weights(whole, tmp_path)
 
 
 # What --resume may change

@@ -189,31 +189,9 @@ def test_longest_prompt_is_known_before_an_image_is_read(folder, tmp_path):
 # Scores and means of predictions
 
 
-def test_instance_scores(folder):
-    """The probability of the tokens that overlap an instance, and of no others."""
-    examples = examples_of(config_of("predict", folder, "x"), [])
-    text = '<think> é </think><answer> [{"human": [1, 2, 3, 4]}, {"human": [5, 6, 7, 8]}] </answer>'
-    ids = examples.tokenizer(text + "<|im_end|>", return_tensors="pt")["input_ids"][0]
-    completion = hicodet.parse_completion(text)
-    logprobs = -torch.rand(len(ids))
-    expected = []
-    for instance in completion.instances:
-        start, stop, place, total = *instance.span, 0, 0.0
-        encoded = text.encode()
-        start, stop = (len(text[:p].encode()) for p in (start, stop))
-        for i, token in enumerate(ids.tolist()[:-1]):
-            size = len(examples.tokenizer.convert_ids_to_tokens(token))
-            if place < stop and place + size > start:
-                total += logprobs[i].item()
-            place += size
-        assert place == len(encoded)
-        expected.append(math.exp(total))
-    found = predict.instance_scores(examples.tokenizer, completion, ids, logprobs)
-    assert found == pytest.approx(expected) and len(found) == 2
-
-
 def test_instance_scores_after_bytes_that_are_no_text(folder):
-    """Bytes of no valid UTF-8, decoded to one character each or together, shift no instance."""
+    """The probability of an instance's tokens. Bytes of no valid UTF-8, which are decoded to one
+    character each or together, shift no instance."""
     examples = examples_of(config_of("predict", folder, "x"), [])
     tokenizer, symbol_of = examples.tokenizer, bytes_to_unicode()
     one, two = '{"human": [1, 2, 3, 4]}', '{"human": [5, 6, 7, 8]}'

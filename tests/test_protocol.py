@@ -1,4 +1,4 @@
-"""Frames of boxes, prompt options of a model, folders as the Hub has them, scores, exports."""
+"""Frames of boxes, prompt options of a model, folders as the Hub has them, exports."""
 
 import json
 import shutil
@@ -154,21 +154,7 @@ def test_repetition_penalty_equals_the_librarys(model, reference, prompts, slots
     assert [ids.tolist() for ids in collect(plain, prompts).completion_ids] != found
 
 
-# Scores, traces, models of Fig. 2
-
-
-def test_scores_fall_by_rank_by_default(folder):
-    config = config_of("predict", folder, "x")
-    assert config.scores == "rank"
-    sample = next(s for s in annotations.load_split(folder / "data", "train") if len(s.hois) > 1)
-    examples = examples_of(config_of("sft", folder, "x"), [sample], {sample.file_name: "x"})
-    ids = examples[0].target_ids
-    verbs = sum(len(hoi.verbs) for hoi in sample.hois)
-    row = predict.prediction(examples, examples[0], ids, torch.zeros(len(ids)), "rank")
-    scores = [score for hoi in row["line"]["instances"] for score in hoi["scores"]]
-    assert scores == pytest.approx([1 - 0.5 * i / (verbs - 1) for i in range(verbs)])
-    row = predict.prediction(examples, examples[0], ids, torch.zeros(len(ids)), "ones")
-    assert {s for hoi in row["line"]["instances"] for s in hoi["scores"]} == {1.0}
+# Traces, models of Fig. 2
 
 
 def test_images_without_a_trace_are_listed_in_the_run(folder, tmp_path):

@@ -159,11 +159,12 @@ def test_micro_batches_do_not_change_the_step(folder, tmp_path):
 
 
 def test_epochs_steps_and_checkpoints(folder, tmp_path):
-    """20 images in batches of 8: 3 steps an epoch; the last checkpoint stays, or none is made."""
-    options = {"batch_size": 8, "max_steps": 0, "save_every": 2}
+    """20 images in batches of 8: 3 steps an epoch. The newest checkpoints stay, or none is made."""
+    options = {"batch_size": 8, "max_steps": 0, "save_every": 1, "keep": 3}
     run(config_of("sft", folder, tmp_path / "two", epochs=2, **options))
     assert len(metrics(tmp_path / "two")) == 6
-    assert folders(tmp_path / "two") == ["checkpoint-000004", "checkpoint-000006", "model"]
+    kept = [f"checkpoint-00000{step}" for step in (4, 5, 6)]
+    assert folders(tmp_path / "two") == [*kept, "model"]
     run(config_of("sft", folder, tmp_path / "one", **options | {"save_every": 0}))
     assert len(metrics(tmp_path / "one")) == 3 and folders(tmp_path / "one") == ["model"]
 
