@@ -60,11 +60,11 @@ def one_line(name: str = "", go_on: str = "") -> Iterator[None]:
     its traceback. Ranks after the first say which one speaks.
     """
     rank = int(os.environ.get("RANK", 0))
-    start = "\n" if "tqdm" in sys.modules else ""  # a progress bar may be on the line
     try:
         yield
     except (InputError, OSError) as error:
         where = f"rank {rank}: " if rank else ""
+        start = "\n" if "tqdm" in sys.modules else ""  # a progress bar may be on the line
         print(f"{start}{name}{where}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:

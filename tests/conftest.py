@@ -82,15 +82,9 @@ def ranks():
 def any_reward(monkeypatch):
     """A reward that random text earns too: an untrained model's answers are all worth 0."""
     import grpo
-    from hicodet import parse_completion
+    from tests.runs import score_tokens
 
-    def score(stage, example, rollout):
-        texts = [stage.examples.decode(ids) for ids in rollout.completion_ids]
-        values = [float((ids % 7).float().mean()) for ids in rollout.completion_ids]
-        parts = [{"format": v, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": v} for v in values]
-        return [grpo.Scored(t, parse_completion(t), p) for t, p in zip(texts, parts)]
-
-    monkeypatch.setattr(grpo.GRPO, "score", score)
+    monkeypatch.setattr(grpo.GRPO, "score", score_tokens)
 
 
 @pytest.fixture(scope="module")

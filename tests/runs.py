@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+import grpo
 import hicodet
 import hoi_r1
 import predict
@@ -112,6 +113,14 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def score_tokens(stage, example, rollout):
+    """In place of GRPO.score: a reward that random text earns too."""
+    texts = [stage.examples.decode(ids) for ids in rollout.completion_ids]
+    values = [float((ids % 7).float().mean()) for ids in rollout.completion_ids]
+    parts = [{"format": v, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": v} for v in values]
+    return [grpo.Scored(t, hicodet.parse_completion(t), p) for t, p in zip(texts, parts)]
 
 
 def as_killed(out, amid):
