@@ -73,7 +73,7 @@ def test_teacher_opens_images_as_the_trainer_does(photo):
 
 
 def test_others_keep_their_order():
-    """Two epochs of 10 samples, of which 4 and 7 are left out: batches of 3, 3 and 2."""
+    """Two epochs of 10 samples without 4 and 7: batches of 3, 3 and 2."""
     order = batch_order(10, 3, 6, seed=5, excluded={4, 7})
     assert [len(batch) for batch in order] == [3, 3, 2, 3, 3, 2]
     whole = sum(batch_order(10, 10, 2, seed=5), [])

@@ -29,14 +29,13 @@ def saved(path, pixels, **options):
 # Modes
 
 
-@pytest.mark.parametrize("name", ["grey.png", "grey.tif"])
-def test_16_bit_grey_is_scaled(name, tmp_path):
-    path = saved(tmp_path / name, np.array([[0, 100 * 257, 65535]], np.uint16))
-    assert np.asarray(open_image(path))[0].tolist() == [[0] * 3, [100] * 3, [255] * 3]
-
-
-def test_float_grey_is_scaled_from_0_to_1(tmp_path):
-    path = saved(tmp_path / "grey.tif", np.array([[0, 0.4, 1]], np.float32))
+@pytest.mark.parametrize("name, pixels", [
+    ("grey.png", np.array([[0, 102 * 257, 65535]], np.uint16)),
+    ("grey.tif", np.array([[0, 102 * 257, 65535]], np.uint16)),
+    ("grey.tif", np.array([[0, 0.4, 1]], np.float32)),
+])  # fmt: skip
+def test_grey_of_16_bits_or_floats_is_scaled(name, pixels, tmp_path):
+    path = saved(tmp_path / name, pixels)
     assert np.asarray(open_image(path))[0].tolist() == [[0] * 3, [102] * 3, [255] * 3]
 
 

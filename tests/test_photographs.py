@@ -190,7 +190,7 @@ def test_what_is_no_photograph_is_one_line(tmp_path, name, words):
         ("--image a.jpg --resume", "--resume: only with --data"),
     ],
 )
-def test_a_data_set_or_photographs(flags, words, capsys):
+def test_data_set_or_photographs(flags, words, capsys):
     with pytest.raises(SystemExit):
         hoi_r1.parse_config(["predict", "--model", "m", "--out", "o", *flags.split()])
     assert words in capsys.readouterr().err

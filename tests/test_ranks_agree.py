@@ -129,16 +129,16 @@ def test_rank_that_waits_in_vain_ends_with_the_reason():
         "ranks.rank and sys.stdin.read(); ranks.gather([0])"
     )
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    waits, stands = (
+    waits, silent = (
         subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **place, "RANK": rank},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in "01"
     )  # fmt: skip
     try:
-        assert [one.stdout.readline() for one in (waits, stands)] == ["joined\n"] * 2
+        assert [one.stdout.readline() for one in (waits, silent)] == ["joined\n"] * 2
         _, errors = waits.communicate(timeout=60)
         assert waits.returncode == 1 and "Timed out waiting 2000ms" in errors
     finally:
         waits.kill()
-        stands.communicate("")
+        silent.communicate("")

@@ -84,6 +84,7 @@ def test_signal_while_a_checkpoint_is_written_stops_after_it(folder, tmp_path, r
         train.train(config, SFT(parts.policy, parts.optimizer, ranks, 9999), parts, ranks)
     assert ended.value.code == 0 and len(metrics(tmp_path)) == 2
     assert folders(tmp_path) == ["checkpoint-000002"]
+    assert (tmp_path / "report.html").exists()  # written with each checkpoint
 
 
 def test_cut_prediction_goes_on(folder, tmp_path):
