@@ -168,7 +168,7 @@ def set_up(
 
 
 def require_trainable(config: TrainConfig, examples: Examples, ranks: Ranks) -> None:
-    """Raise InputError for quantised weights, which have no gradient, and for --offload on a CPU."""
+    """Raise InputError for quantised weights, which have no gradient, and --offload on a CPU."""
     if is_packed(examples.config):
         raise InputError(
             f"--model {config.model}: its weights are quantised (quantization_config of "

@@ -124,7 +124,7 @@ def score_tokens(stage, example, rollout):
 
 
 def as_killed(out, amid):
-    """Turn a finished run into what kill -9 leaves while it writes `amid`: model/ or a checkpoint."""
+    """Turn a finished run into what kill -9 leaves. amid: what is written, model or a checkpoint."""
     (out / amid).rename(new := (out / amid).with_suffix(".tmp"))
     largest = max(new.iterdir(), key=lambda path: path.stat().st_size)
     half = largest.read_bytes()[:1000]

@@ -212,12 +212,12 @@ def test_instance_scores_after_bytes_that_are_no_text(folder):
 
 def test_summary_of_predictions_by_hand():
     """Four images, one without ground truth. One answer was cut, three hold no instance."""
+    answers = [(3.0, 3, ["x"]), (1.0, 9, []), (None, 4, []), (2.0, 4, [])]
     rows = [
-        {"reward": reward, "length": length, "finished": length < 9, "line": {"instances": found}}
-        for reward, length, found in zip(
-            [{"total": 3.0}, {"total": 1.0}, None, {"total": 2.0}], (3, 9, 4, 4), (["x"], [], [], [])
-        )
-    ]
+        {"reward": total and {"total": total}, "length": length, "finished": length < 9,
+         "line": {"instances": found}}
+        for total, length, found in answers
+    ]  # fmt: skip
     summary = predict.summarise(rows)
     assert summary == {
         "images": 4,

@@ -1,4 +1,4 @@
-"""The folder of a model: what is wrong with it is one line that names the cause, before any work."""
+"""The folder of a model: what is wrong with it is one line that names the cause."""
 
 import json
 import re

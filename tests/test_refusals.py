@@ -91,7 +91,7 @@ def test_damaged_run_names_the_file(folder, tmp_path):
     run(config)
     (tmp_path / "model").rename(tmp_path / "first")
     again = replace(config, resume=True)
-    for name, said in (("metrics.jsonl", "line 1: not JSON"), ("config.json", "is damaged: no JSO")):
+    for name, said in (("metrics.jsonl", "line 1: not JSON"), ("config.json", "is damaged: no")):
         whole = (tmp_path / name).read_text()
         (tmp_path / name).write_text("{]\n" + whole)
         found = refusal(again)

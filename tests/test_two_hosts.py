@@ -1,4 +1,4 @@
-"""A run on two hosts, which are two agents of torchrun here: the same bits in the end, or one line."""
+"""A run on two hosts, here two agents of torchrun: the same bits in the end, or one line."""
 
 import os
 import re
