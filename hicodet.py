@@ -216,10 +216,9 @@ def to_image_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int,
     return tuple(min(max(side, 0.0), size - 1.0) for side, size in sides)
 
 
-def in_text_frame(hoi: HOI, sample: Sample, text_size: tuple[int, int]) -> HOI:
-    """An HOI of the sample with its boxes in pixels of an image of text_size, (width, height)."""
-    sizes = (sample.width, sample.height), text_size
-    human, obj = (to_model_frame(box, *sizes) for box in (hoi.human, hoi.object))
+def in_frame(hoi: HOI, old_size: tuple[int, int], new_size: tuple[int, int]) -> HOI:
+    """An HOI with its boxes in the frame of another size of the image; sizes are (width, height)."""
+    human, obj = (to_model_frame(box, old_size, new_size) for box in (hoi.human, hoi.object))
     return replace(hoi, human=human, object=obj)
 
 

@@ -33,7 +33,7 @@ class StageConfig(Config):
     )
     FREE = (FILES, CHECKPOINTS, EVALUATION, SPEED)
     model: str = required(
-        "folder or hub name of a Qwen2.5-VL model (safetensors)", group=FILES, per_host=True
+        "folder or hub name of a Qwen-VL model (safetensors)", group=FILES, per_host=True
     )
     data: str = required(DATA, group=FILES, per_host=True)
     exclude: str = option(
@@ -57,10 +57,10 @@ class StageConfig(Config):
         "prompt with the role and the valid classes (Table 2); default: as --model was trained, "
         "else on", group=PROMPT,
     )
-    box_frame: Literal["model", "original"] | None = option(
+    box_frame: Literal["model", "original", "thousand"] | None = option(
         None,
-        "pixels that boxes in the text count: of the resized image that the model sees, or of the "
-        "original; default: as --model was trained, else model", group=PROMPT,
+        "what boxes in the text count: pixels of the resized image that the model sees, pixels of "
+        "the original, or thousandths of each side; default: as --model was trained", group=PROMPT,
     )
     workers: int = option(
         2, "processes per rank that read images; 0: the rank itself reads", least=0, group=SPEED,

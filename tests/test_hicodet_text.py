@@ -102,7 +102,7 @@ def test_answers_in_real_tokens(tokenizer, real_samples):
 def in_model_frame(sample):
     """The sample's instances and the (width, height) that they are written for."""
     model = smart_resize(sample.height, sample.width, **QWEN_PIXELS)[::-1]
-    return [hicodet.in_text_frame(hoi, sample, model) for hoi in sample.hois], model
+    return [hicodet.in_frame(hoi, (sample.width, sample.height), model) for hoi in sample.hois], model
 
 
 def rounded(box):

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 import hicodet
 from engine.data.images import read_image
 from engine.files import read_object
+from engine.model.families import FAMILIES
 from engine.model.model_files import read_from_model, read_model_config
 from engine.model.packing import Prompt
 from engine.options import flag_of
@@ -24,7 +25,8 @@ from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
 PROMPT_FILE = "prompt.json"  # in an exported folder: how its model was asked in training
-BOX_FRAMES = ("model", "original")
+BOX_FRAMES = ("model", "original", "thousand")
+THOUSAND = (1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class PromptOptions:
 
     thinking: bool = True  # False: an ablation of Table 2, as is the next
     task_description: bool = True
-    box_frame: str = "model"  # what boxes in text count pixels of; one of BOX_FRAMES
+    box_frame: str = "model"  # what boxes in text count; one of BOX_FRAMES
 
     def text(self, thinking: bool) -> str:
         """The text of the user turn (Fig. 4). thinking: whether it asks for reasoning."""
@@ -45,7 +47,7 @@ class PromptOptions:
 
 
 def prompt_options(model: str, **asked) -> PromptOptions:
-    """How a model is asked: as `asked` says, else as it was trained, else by the defaults.
+    """How a model is asked: as `asked` says, else as it was trained here, else as its family was.
 
     asked: fields of PromptOptions, None if not given. Raises InputError if what is asked for
     contradicts the model's training.
@@ -66,7 +68,8 @@ def prompt_options(model: str, **asked) -> PromptOptions:
             raise InputError(
                 f"{said}: {model} was trained with {name} {trained[name]}; leave the option out"
             )
-    return PromptOptions(**trained | given)
+    taught = {"box_frame": FAMILIES[read_model_config(model).model_type].box_frame}
+    return PromptOptions(**taught | trained | given)
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,8 @@ class Example:
     sample: hicodet.Sample
     prompt: Prompt
     model_size: tuple[int, int]  # (width, height) of the image after the processor's resize
-    text_size: tuple[int, int]  # of the image whose pixels the text counts, by --box-frame
-    text_hois: tuple[hicodet.HOI, ...]  # boxes in pixels of that image
+    text_size: tuple[int, int]  # (width, height) in the units of the text, by --box-frame
+    text_hois: tuple[hicodet.HOI, ...]  # boxes in these units
     target_ids: Tensor | None  # (C,) what SFT supervises
 
 
@@ -138,8 +141,9 @@ class Examples(Dataset):
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
         original = (sample.width, sample.height)
-        size = model_size if self.options.box_frame == "model" else original
-        hois = tuple(hicodet.in_text_frame(hoi, sample, size) for hoi in sample.hois)
+        sizes = {"model": model_size, "original": original, "thousand": THOUSAND}
+        size = sizes[self.options.box_frame]
+        hois = tuple(hicodet.in_frame(hoi, original, size) for hoi in sample.hois)
         target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
         return Example(sample, prompt, model_size, size, hois, target)
 
@@ -225,6 +229,11 @@ def question(tokenizer, text: str, image_id: int, model: str) -> Tensor:
     text = read_from_model(
         lambda _: tokenizer.apply_chat_template([message], **template), model, "chat template"
     )
+    if text.rstrip().endswith("<think>"):
+        raise InputError(
+            f"--model {model}: its chat template opens <think> itself, as Thinking weights do; "
+            "take the Instruct weights of this model"
+        )
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
     if (images := int((ids == image_id).sum())) != 1:
         raise InputError(

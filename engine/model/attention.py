@@ -119,12 +119,12 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
     return torch.cat(outputs, dim=2)
 
 
-def _group_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The library's attention call; `attention_mask` is the layout that the model was given.
+def _group_attention(module, query, key, value, attention_mask, scaling, layout, **kwargs):
+    """The library's attention call. layout: as the model was given it, here or in DecodeStep.
 
     kwargs: the library passes every attention function further names; none concerns this one.
     """
-    return attention_mask.attend(module, query, key, value, scaling).transpose(1, 2), None
+    return layout.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
 def _window_attention(
@@ -182,6 +182,6 @@ def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
 
     pixels: (patches, patch size). On a CPU it takes a ninth of the convolution's time.
     """
-    return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1))
+    return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
 
 

@@ -20,6 +20,8 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from engine.model.families import FAMILIES
+from engine.model.quantized import is_packed
 from hicodet import InputError
 
 LFS_POINTER = b"version https://git-lfs"
@@ -106,15 +108,18 @@ def heads_differ(files: list[str]) -> bool:
 
 
 def read_model_config(model: str):
-    """The configuration of a Qwen2.5-VL. Raises InputError for another kind of model."""
+    """The configuration of a model. Raises InputError for a kind that is not in FAMILIES."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of token ids, which Examples checks
     try:
         config = read_from_model(AutoConfig.from_pretrained, model, "config.json")
     finally:
         logging.set_verbosity(verbosity)
-    if config.model_type != "qwen2_5_vl":
-        raise InputError(f"--model {model}: a {config.model_type}, not a Qwen2.5-VL")
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"--model {model}: a {config.model_type}; the known kinds are {known}")
+    if is_packed(config) and not FAMILIES[config.model_type].packed:
+        raise InputError(f"--model {model}: quantised weights of a {config.model_type} are not read")
     return config
 
 

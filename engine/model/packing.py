@@ -6,18 +6,14 @@ Axes as in attention.py.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from inspect import signature
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import Qwen2_5_VLTextModel
 
 from engine.model.attention import GroupLayout, to_device
+from engine.model.families import CACHE
 
-# transformers 5.24 renames the argument that takes keys and values
-NAMES = signature(Qwen2_5_VLTextModel.forward).parameters
-CACHE = "cache" if "cache" in NAMES else "past_key_values"
 HEAD_CHUNK = 1024  # completion tokens whose logits exist at a time: 0.6 GB with V = 151,936
 
 
@@ -154,7 +150,7 @@ def hidden_states(model, batch, cache):
         position_ids=batch.position_ids,
         pixel_values=batch.pixel_values,
         image_grid_thw=batch.image_grid_thw,
-        attention_mask={"full_attention": batch.layout},
+        layout=batch.layout,
         use_cache=cache is not None,
         **{CACHE: cache},
     ).last_hidden_state[0]

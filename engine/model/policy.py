@@ -12,11 +12,11 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 import engine.model.quantized  # noqa: F401  reads AWQ folders
 from engine.model.attention import use_group_attention
+from engine.model.families import FAMILIES
 from engine.model.model_files import read_from_model, read_model_config, require_complete
 from engine.model.packing import token_logprobs
 
@@ -32,18 +32,20 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None):
-    """A Qwen2.5-VL with group attention, in eval mode; from safetensors only.
+    """A model with group attention, in eval mode; from safetensors only.
 
     Raises InputError if weights are missing, or do not fit config.json.
     """
+    config = read_model_config(path)
+    family = FAMILIES[config.model_type]
     options = {"dtype": dtype or compute_dtype(device), "use_safetensors": True}
-    options |= {"config": read_model_config(path), "ignore_mismatched_sizes": True}
+    options |= {"config": config, "ignore_mismatched_sizes": True}
 
     def read(path: str):
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns of what `require_complete` refuses
         try:
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            return family.model.from_pretrained(
                 path, **options, output_loading_info=True
             )
         finally:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from engine.model.attention import has_flash
+from engine.model.families import head_size
 
 KEY_BLOCK = 128  # keys that a GPU reads or skips together
 
@@ -25,7 +26,7 @@ class GroupCache:
 
     def __init__(self, model, slots: int, group_size: int, prompt_room: int, completion_room: int):
         config = model.config.text_config
-        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        heads, size = config.num_key_value_heads, head_size(config)
         options = {"dtype": model.dtype, "device": model.device}
         self.as_blocks = has_flash(torch.empty(0, **options))
         if self.as_blocks:

@@ -10,7 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from engine.model.packing import CACHE, Prompt, hidden_states, pack
+from engine.model.families import CACHE
+from engine.model.packing import Prompt, hidden_states, pack
 from engine.sampling.decode_step import (
     DecodeStep,
     GroupCache,
@@ -173,7 +174,7 @@ class Sampler:
         hidden = self.model.model.language_model(
             inputs_embeds=self.model.get_input_embeddings()(last),
             position_ids=positions.expand(3, -1, -1),
-            attention_mask={"full_attention": step},
+            layout=step,
             use_cache=True,
             **{CACHE: step},
         ).last_hidden_state[0]

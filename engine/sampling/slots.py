@@ -2,6 +2,7 @@
 
 import torch
 
+from engine.model.families import head_size
 from engine.ranks import Ranks
 from engine.sampling.decode_step import whole_blocks
 from hicodet import InputError
@@ -15,8 +16,8 @@ def slot_bytes(config, dtype: torch.dtype, group_size: int, prompt_room: int, ne
 
     prompt_room, new: tokens of the longest prompt, and of the longest completion.
     """
-    size = config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    token = 2 * heads * head_size(config) * dtype.itemsize
     return (whole_blocks(prompt_room) + group_size * whole_blocks(new)) * token
 
 
