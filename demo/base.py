@@ -84,7 +84,9 @@ def make_base(config: BaseConfig, ranks: Ranks) -> None:
     rate = partial(
         learning_rate, steps=config.steps, highest=1.5e-3, warmup=50, schedule=SFT.schedule
     )
-    parts = Parts(run, examples, (), policy, optimizer, None, None, config.steps, done)
+    parts = Parts(
+        run, examples, (), policy, optimizer, None, None, None, None, config.steps, done
+    )
     stage = SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH)
     with StopSignal() as stop:
         fit(stage, parts, stream, rate, ranks, stop, save_every=SAVE_EVERY)

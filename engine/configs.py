@@ -15,11 +15,13 @@ SAMPLING = "sampling (Sec. 3.3)"
 OBJECTIVE = "objective (Eqs. 2-5)"
 REWARDS = "rewards (Eqs. 6-23)"  # each is a keyword of rewards.total_reward
 OPTIMIZER = "optimizer"
+LORA = "LoRA (not in the paper)"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation while training"
 DECODING = "decoding and scores"
 SPEED = "memory and speed"
 
+FULL_RATE = 1e-6  # Sec. 4.2
 DATA = "folder in the layout of hico_20160224_det: anno_bbox.mat, images/"
 
 
@@ -28,12 +30,16 @@ class StageConfig(Config):
     """Options shared by sft, grpo and predict."""
 
     GROUPS = (
-        *(FILES, PROMPT, LENGTH, SAMPLING, DECODING, OBJECTIVE, REWARDS, OPTIMIZER, CHECKPOINTS),
-        *(EVALUATION, SPEED),
+        *(FILES, PROMPT, LENGTH, SAMPLING, DECODING, OBJECTIVE, REWARDS, OPTIMIZER, LORA),
+        *(CHECKPOINTS, EVALUATION, SPEED),
     )
     FREE = (FILES, CHECKPOINTS, EVALUATION, SPEED)
     model: str = required(
         "folder or hub name of a Qwen-VL model (safetensors)", group=FILES, per_host=True
+    )
+    adapter: str = option(
+        "", "folder of a LoRA adapter for --model, ours or peft's; a training continues it",
+        group=FILES, metavar="DIR", per_host=True,
     )
     data: str = required(DATA, group=FILES, per_host=True)
     exclude: str = option(
@@ -77,9 +83,17 @@ class TrainConfig(StageConfig):
         1, "passes over the training images if --max-steps is 0", least=1, paper="Sec. 4.2",
         group=LENGTH, on_resume="allow",
     )
-    learning_rate: float = option(
-        1e-6, "peak learning rate of AdamW", least=0, paper="Sec. 4.2", group=OPTIMIZER,
-        on_resume="note",
+    learning_rate: float | None = option(
+        None, "peak learning rate of AdamW (default: 1e-6, Sec. 4.2; for LoRA 1e-4 in sft and 1e-5 "
+        "in grpo: at 1e-6 adapters hardly learn)", least=0, group=OPTIMIZER, on_resume="note",
+    )
+    lora_rank: int = option(
+        0, "train LoRA adapters of this rank instead of all weights; 0: all weights, as in the "
+        "paper", least=0, group=LORA,
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA adapters are scaled by this over their rank (default: twice the rank)",
+        least=0.001, group=LORA,
     )
     warmup_steps: int = option(
         0, "steps over which the learning rate rises", least=0, group=OPTIMIZER
@@ -124,6 +138,15 @@ class TrainConfig(StageConfig):
     )
 
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_alpha and not self.lora_rank:
+            raise ValueError("--lora-alpha: only with --lora-rank")
+        if self.learning_rate is None:
+            rate = self.LORA_RATE if self.lora_rank or self.adapter else FULL_RATE
+            object.__setattr__(self, "learning_rate", rate)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
     """Thinking distillation and answer supervision: SFT (Sec. 3.2).
@@ -138,6 +161,7 @@ class SFTConfig(TrainConfig):
             --model Qwen/Qwen2.5-VL-3B-Instruct --traces traces.jsonl --out runs/sft
     """
 
+    LORA_RATE = 1e-4
     traces: str = option("", "traces.jsonl from teacher.py", group=FILES, per_host=True)
     untraced: Literal["skip", "answer"] | None = option(
         None,
@@ -166,6 +190,7 @@ class GRPOConfig(TrainConfig):
             --model runs/sft/model --out runs/grpo
     """
 
+    LORA_RATE = 1e-5
     batch_size: int = option(
         16, "images per batch, over all ranks, each with G completions", least=1, paper="Sec. 4.2",
         group=LENGTH,

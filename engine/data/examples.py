@@ -46,13 +46,13 @@ class PromptOptions:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def prompt_options(model: str, **asked) -> PromptOptions:
+def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
     """How a model is asked: as `asked` says, else as it was trained here, else as its family was.
 
-    asked: fields of PromptOptions, None if not given. Raises InputError if what is asked for
-    contradicts the model's training.
+    adapter: its folder, which then tells how it was trained, or "". asked: fields of PromptOptions,
+    None if not given. Raises InputError if what is asked for contradicts the training.
     """
-    path, trained = Path(model) / PROMPT_FILE, {}
+    path, trained = Path(adapter or model) / PROMPT_FILE, {}
     if path.is_file():
         trained = read_object(path)
         try:
@@ -66,7 +66,7 @@ def prompt_options(model: str, **asked) -> PromptOptions:
         if trained.get(name, value) != value:
             said = f"{flag_of(name)} {value}" if name == "box_frame" else flag_of(name)
             raise InputError(
-                f"{said}: {model} was trained with {name} {trained[name]}; leave the option out"
+                f"{said}: {path.parent} was trained with {name} {trained[name]}; leave it out"
             )
     taught = {"box_frame": FAMILIES[read_model_config(model).model_type].box_frame}
     return PromptOptions(**taught | trained | given)

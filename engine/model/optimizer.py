@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from engine.model.lora import trained
 from engine.ranks import Ranks
 from hicodet import InputError
 
@@ -16,7 +17,7 @@ class ClippedAdamW:
 
     def __init__(self, policy, *, beta2: float, weight_decay: float, max_grad_norm: float):
         self.max_grad_norm, self.bad_in_a_row = max_grad_norm, 0
-        self.parameters = list(policy.parameters())
+        self.parameters = trained(policy)
         self.adamw = torch.optim.AdamW(
             self.parameters,
             betas=(0.9, beta2),
