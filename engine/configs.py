@@ -68,6 +68,11 @@ class StageConfig(Config):
         "what boxes in the text count: pixels of the resized image that the model sees, pixels of "
         "the original, or thousandths of each side; default: as --model was trained", group=PROMPT,
     )
+    text_first: bool | None = option(
+        None, "put the image after the text, whose states all images then share: faster, and "
+        "another prompt than the authors'; default: as --model was trained, else off",
+        group=PROMPT,
+    )
     workers: int = option(
         2, "processes per rank that read images; 0: the rank itself reads", least=0, group=SPEED,
         per_host=True,

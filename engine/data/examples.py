@@ -36,6 +36,7 @@ class PromptOptions:
     thinking: bool = True  # False: an ablation of Table 2, as is the next
     task_description: bool = True
     box_frame: str = "model"  # what boxes in text count; one of BOX_FRAMES
+    text_first: bool = False  # the image after the text: another prompt than the authors'
 
     def text(self, thinking: bool) -> str:
         """The text of the user turn (Fig. 4). thinking: whether it asks for reasoning."""
@@ -118,7 +119,9 @@ class Examples(Dataset):
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         text = prompt_text or options.text
         self.questions = {
-            thinking: question(self.tokenizer, text(thinking), self.image_id, model)
+            thinking: question(
+                self.tokenizer, text(thinking), self.image_id, model, options.text_first
+            )
             for thinking in (True, False)
         }
 
@@ -219,12 +222,13 @@ def require_one_model(model: str, config, tokenizer, processor) -> None:
         )
 
 
-def question(tokenizer, text: str, image_id: int, model: str) -> Tensor:
-    """(S',) ids of the user turn, with one image placeholder before its text.
+def question(tokenizer, text: str, image_id: int, model: str, text_first: bool) -> Tensor:
+    """(S',) ids of the user turn, with one image placeholder before its text, or after it.
 
     Raises InputError if the model's chat template makes another number of placeholders.
     """
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    message = {"role": "user", "content": content[::-1] if text_first else content}
     template = {"add_generation_prompt": True, "tokenize": False}
     text = read_from_model(
         lambda _: tokenizer.apply_chat_template([message], **template), model, "chat template"

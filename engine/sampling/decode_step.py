@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from engine.model.attention import has_flash
+from engine.model.attention import GroupLayout, has_flash
 from engine.model.families import head_size
 
 KEY_BLOCK = 128  # keys that a GPU reads or skips together
@@ -65,14 +65,18 @@ def kernel_options(queries: int) -> dict[str, int]:
 class Prefill:
     """Collects the keys and values of a packed row of prompts into slots of a GroupCache."""
 
-    def __init__(self, cache: GroupCache, slots: list[int], lengths: tuple[int, ...]):
-        self.cache, self.slots, self.lengths = cache, slots, lengths
+    def __init__(self, cache: GroupCache, slots: list[int], layout: GroupLayout):
+        self.cache, self.slots = cache, slots
+        self.lengths = (layout.prefix, *layout.prompt_lengths)
 
     def update(self, key, value, layer, kwargs=None):
         """The library's call in each layer; kwargs from transformers 5.24 on, not used."""
         for buffer, new in ((self.cache.prompt_keys, key), (self.cache.prompt_values, value)):
-            for slot, row in zip(self.slots, new[0].split(self.lengths, dim=1)):
-                buffer[layer][slot, :, : row.shape[1]] = row
+            prefix, *rows = new[0].split(self.lengths, dim=1)
+            for slot, row in zip(self.slots, rows):
+                start = prefix.shape[1]
+                buffer[layer][slot, :, :start] = prefix
+                buffer[layer][slot, :, start : start + row.shape[1]] = row
         return key, value
 
 
