@@ -4,18 +4,13 @@
     python evaluate.py predictions.jsonl --data hico_20160224_det --breakdown
 
 Prints a row of Table 1 in percent; --json writes the same as fractions, with the AP of all 600
-classes. No GPU and no image files are needed, only anno_bbox.mat and, if at hand, anno.mat.
-predictions.jsonl (`hoi_r1.py predict` writes it) has one line for every image of the split:
+classes. Any detector's predictions can be scored, without a GPU and without image files: only
+anno_bbox.mat is needed and, if at hand, anno.mat.
 
-    {"file_name": "HICO_test2015_00000001.jpg", "instances": [{"human":
-     [319, 305, 358, 348], "object": [147, 344.5, 375, 413], "object_class":
-     "motorcycle", "verbs": ["ride", "sit on"], "scores": [1.0, 0.7]}]}
+The top of engine/scoring/predictions.py has the format of predictions.jsonl, and --help prints it.
+engine/scoring/breakdown.py, pair_scores.py and official_mat.py say what --breakdown and
+--official-mat do; neither changes the official result.
 
-Boxes are x1, y1, x2, y2 in 0-based pixels of the original image, and each verb has its score. An
-image without predictions has an empty list of instances. Other keys, such as "text", are ignored.
-
-What --breakdown, --ties bracket and --official-mat do is defined at the top of engine/scoring/breakdown.py,
-pair_scores.py, ties.py and official_mat.py; none of them changes the official result.
 The official MATLAB code does the following, and so does this one:
 1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
 2. A detection's overlap with a true pair is the smaller of the human and the object IoU. It goes to
@@ -28,7 +23,7 @@ The official MATLAB code does the following, and so does this one:
 6. Known Object drops detections in images that do not show the class's object.
 7. A class without detections or without true pairs has AP 0, and counts in the means.
 Departure: --classes present leaves classes without true pairs out of the means, for parts of the
-data set. Every class has some in the official test set, so the result there is the same.
+data set. In the official test set every class has true pairs, so the result there is the same.
 
 Axes: N detections (one for each verb of each instance), M true pairs, I images.
 """
@@ -41,40 +36,26 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-import engine.scoring.breakdown
-import engine.scoring.official_mat
-import engine.scoring.pair_scores
-import engine.scoring.ties
 from engine.data.annotations import load_split, training_counts
 from engine.files import replace_file
 from engine.options import Config, option, parse_config, required
-from engine.scoring.predictions import read_predictions
+from engine.scoring.breakdown import break_down, breakdown_table
+from engine.scoring.official_mat import write_official
+from engine.scoring.pair_arrays import (
+    MIN_IOU,
+    Overlaps,
+    PairArrays,
+    detection_arrays,
+    truth_arrays,
+)
+from engine.scoring.pair_scores import pair_scores, pair_table
+from engine.scoring.predictions import FORMAT, drop_unknown, read_predictions
 from engine.signals import one_line
-from hicodet import HOI_CLASSES, HOI_IDS, OBJECTS, InputError, Sample
+from hicodet import HOI_CLASSES, OBJECTS, InputError, Sample
 
-MIN_IOU = 0.5  # Sec. 4.1
 RARE_BELOW = 10  # training pairs; fewer make a class rare
 # Not the decimals: 3 * 0.1 lies one ulp above 0.3, so a recall of 3/10 does not reach it.
 RECALL_GRID = tuple(k * 0.1 for k in range(11))
-
-
-class PairArrays(NamedTuple):
-    """Human-object pairs of all images as flat arrays; the order of rows is the order of ties."""
-
-    hoi_id: np.ndarray  # (N,) int, 0 to 599
-    image: np.ndarray  # (N,) int, index into the samples
-    boxes_human: np.ndarray  # (N, 4) float xyxy, 0-based pixels of the original image
-    boxes_object: np.ndarray  # (N, 4)
-    score: np.ndarray  # (N,) float; in true pairs 1.0, and never read
-
-
-class Overlaps(NamedTuple):
-    """Detections beside true pairs of their image, a row for each two, in the detections' order."""
-
-    detection: np.ndarray  # (K,) int, row of the detections
-    pair: np.ndarray  # (K,) int, row of the true pairs
-    human: np.ndarray  # (K,) float, IoU of the human boxes
-    object: np.ndarray  # (K,) float
 
 
 class Split(NamedTuple):
@@ -82,43 +63,15 @@ class Split(NamedTuple):
 
     npos: np.ndarray  # (600,) int, true pairs of each class
     known: np.ndarray  # (I, 600) bool, from known_classes
-    averaged: np.ndarray  # (600,) bool, the classes that the means are over
+    averaged: np.ndarray  # (600,) bool, the classes that the means include
     rare: np.ndarray  # (600,) bool
 
 
-def _stack(rows: list[tuple]) -> PairArrays:
-    """Rows of (hoi_id, image, human, object, score) as arrays; there may be none."""
-    columns = list(zip(*rows)) or [()] * 5
-    hoi_id, image = (np.array(column, dtype=np.int64) for column in columns[:2])
-    humans, objects = (np.array(column, dtype=float).reshape(-1, 4) for column in columns[2:4])
-    return PairArrays(hoi_id, image, humans, objects, np.array(columns[4], dtype=float))
-
-
-def detection_arrays(predictions: list[dict], samples: list[Sample]) -> PairArrays:
-    """One row for each verb of each instance, in the order of the lines and instances."""
-    index = {sample.file_name: i for i, sample in enumerate(samples)}
-    rows = []
-    for prediction in predictions:
-        image = index[prediction["file_name"]]
-        for hoi in prediction["instances"]:
-            for verb, score in zip(hoi["verbs"], hoi["scores"], strict=True):
-                hoi_id = HOI_IDS[verb, hoi["object_class"]]
-                rows.append((hoi_id, image, hoi["human"], hoi["object"], score))
-    return _stack(rows)
-
-
-def truth_arrays(samples: list[Sample]) -> PairArrays:
-    """The annotated pairs, unmerged, in the order of the annotations."""
-    return _stack(
-        [(p.hoi_id, i, p.human, p.object, 1.0) for i, s in enumerate(samples) for p in s.pairs]
-    )
-
-
 def known_classes(samples: list[Sample]) -> np.ndarray:
-    """Whether Known Object takes detections of a class in an image, which shows its object.
+    """Whether Known Object keeps an image's detections of a class: the image shows its object.
 
-    Returns (I, 600) bool. Raises InputError if an image is not known for an object that it has a
-    true pair with, which the official code asserts too.
+    Returns (I, 600) bool. Raises InputError if an image is not known for the object of one of its
+    true pairs; the official code asserts this too.
     """
     known = np.zeros((len(samples), len(OBJECTS)), dtype=bool)
     for i, sample in enumerate(samples):
@@ -151,7 +104,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def overlaps(detections: PairArrays, truth: PairArrays, *, same_class: bool) -> Overlaps:
-    """Each detection beside each true pair of its image, and of its class if `same_class`."""
+    """Each detection with each true pair of its image, only those of its class if `same_class`."""
     num_images = max(detections.image.max(initial=-1), truth.image.max(initial=-1)) + 1
     group, true_group = (
         p.hoi_id * num_images + p.image if same_class else p.image for p in (detections, truth)
@@ -169,10 +122,9 @@ def overlaps(detections: PairArrays, truth: PairArrays, *, same_class: bool) -> 
 
 
 def match(detections: PairArrays, truth: PairArrays) -> np.ndarray:
-    """The true pair that each detection overlaps most, free or not.
+    """The true pair of its class and image that each detection overlaps most, free or not.
 
-    Looks among the true pairs of the detection's class and image; the overlap is the smaller of the
-    two IoUs, and of equal ones the first row counts.
+    The overlap is the smaller of the two IoUs. Of equal overlaps the first true pair counts.
     Returns (N,) int: a row of `truth`, -1 where no overlap reaches MIN_IOU.
     """
     near = overlaps(detections, truth, same_class=True)
@@ -238,7 +190,7 @@ def measure(hoi_id: np.ndarray, image: np.ndarray, right: np.ndarray, split: Spl
     averaged, rare = split.averaged, split.rare
     rows = {"full": averaged, "rare": averaged & rare, "non_rare": averaged & ~rare}
     return {
-        setting: {m: float(ap[rows[m]].mean()) if rows[m].any() else None for m in rows}
+        setting: {name: float(ap[row].mean()) if row.any() else None for name, row in rows.items()}
         | {"ap": ap.tolist()}
         for setting, ap in aps.items()
     }
@@ -249,15 +201,26 @@ def official_order(hoi_id: np.ndarray, image: np.ndarray, score: np.ndarray) -> 
     return np.lexsort((image, -score, hoi_id))  # stable
 
 
-def evaluate_arrays(
-    detections: PairArrays, truth: PairArrays, known: np.ndarray, train_counts: list[int],
-    *, classes: str = "all", breakdown: bool = False, ties: str = "official",
+def evaluate(
+    predictions: list[dict], samples: list[Sample], train_counts: list[int],
+    *, classes: str = "all", breakdown: bool = False,
 ) -> dict:  # fmt: skip
-    """`evaluate` on flat arrays; known: (I, 600) bool, as `known_classes` gives it."""
+    """Official HICO-DET mAP (Sec. 4.1); what --json writes.
+
+    predictions: the lines of predictions.jsonl as dicts, one for each sample in any order.
+    train_counts: from annotations.training_counts.
+    classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
+    Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
+    "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],
+    "classes", "num_images", "num_predictions"}; a mean over no class is None. breakdown adds
+    "breakdown" and "pair_scores", which the modules of these names describe.
+    Raises ValueError if the predictions are not for exactly the samples' images.
+    """
+    if sorted(p["file_name"] for p in predictions) != sorted(s.file_name for s in samples):
+        raise ValueError("predictions must name every image of the samples, each exactly once")
     if classes not in ("all", "present"):
         raise ValueError(f'classes is "all" or "present", not {classes!r}')
-    if ties not in ("official", "bracket"):
-        raise ValueError(f'ties is "official" or "bracket", not {ties!r}')
+    detections, truth = detection_arrays(predictions, samples), truth_arrays(samples)
     order = official_order(detections.hoi_id, detections.image, detections.score)
     detections = PairArrays(*(column[order] for column in detections))
     matched = match(detections, truth)
@@ -265,23 +228,19 @@ def evaluate_arrays(
     npos = np.bincount(truth.hoi_id, minlength=len(HOI_CLASSES))
     found = np.bincount(detections.hoi_id[right], minlength=len(HOI_CLASSES))
     averaged = npos > 0 if classes == "present" else npos >= 0
-    split = Split(npos, known, averaged, np.asarray(train_counts) < RARE_BELOW)
+    split = Split(npos, known_classes(samples), averaged, np.asarray(train_counts) < RARE_BELOW)
     result = measure(detections.hoi_id, detections.image, right, split) | {
         "max_recall": [f / n if n else None for f, n in zip(found.tolist(), npos.tolist())],
         "true_pairs": npos.tolist(),
         "classes": classes,
-        "num_images": len(known),
+        "num_images": len(samples),
         "num_predictions": len(order),
     }
-    if breakdown:
-        result |= _break_down(detections, truth, matched, split)
-    if ties == "bracket":
-        result["ties"] = _bracket_ties(detections, matched, split)
-    return result
+    return result | (_why_missed(detections, truth, matched, right, split) if breakdown else {})
 
 
-def _break_down(
-    detections: PairArrays, truth: PairArrays, matched: np.ndarray, split: Split
+def _why_missed(
+    detections: PairArrays, truth: PairArrays, matched: np.ndarray, right: np.ndarray, split: Split
 ) -> dict:
     """What `breakdown` adds to the result; detections in the official order."""
 
@@ -290,128 +249,101 @@ def _break_down(
         return measure(hoi_id[order], image[order], right[order], split)["default"]["full"]
 
     args = detections, truth, overlaps(detections, truth, same_class=False)
-    right, images = true_positives(matched), len(split.known)
     return {
-        "breakdown": engine.scoring.breakdown.breakdown(*args, matched, right, full_map, min_iou=MIN_IOU),
-        "pair_scores": engine.scoring.pair_scores.pair_scores(*args, images, min_iou=MIN_IOU),
+        "breakdown": break_down(*args, matched, right, full_map),
+        "pair_scores": pair_scores(*args, len(split.known)),
     }
 
 
-def _bracket_ties(detections: PairArrays, matched: np.ndarray, split: Split) -> dict:
-    """What `ties="bracket"` adds to the result; detections in the official order."""
-
-    def in_order(order: np.ndarray) -> dict:
-        right = true_positives(matched[order])
-        return measure(detections.hoi_id[order], detections.image[order], right, split)
-
-    right = true_positives(matched)
-    return engine.scoring.ties.bracket(detections.hoi_id, detections.score, matched, right, in_order)
-
-
-def evaluate(
-    predictions: list[dict], samples: list[Sample], train_counts: list[int],
-    *, classes: str = "all", breakdown: bool = False, ties: str = "official",
-) -> dict:  # fmt: skip
-    """Official HICO-DET mAP (Sec. 4.1); what --json writes.
-
-    predictions: the lines of predictions.jsonl as dicts, one for each sample in any order.
-    samples: from annotations.load_split. train_counts: from annotations.training_counts.
-    classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
-    Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
-    "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],
-    "classes", "num_images", "num_predictions"}; a mean over no class is None. With breakdown also
-    "breakdown" and "pair_scores", with ties="bracket" also "ties": see the modules of these names.
-    Raises ValueError if the predictions are not for exactly the samples' images, and as
-    `known_classes` does.
-    """
-    if sorted(p["file_name"] for p in predictions) != sorted(s.file_name for s in samples):
-        raise ValueError("predictions must name every image of the samples, each exactly once")
-    return evaluate_arrays(
-        detection_arrays(predictions, samples), truth_arrays(samples), known_classes(samples),
-        train_counts, classes=classes, breakdown=breakdown, ties=ties,
-    )  # fmt: skip
-
-
-def table(result: dict) -> str:
-    """The six means of `evaluate` as a row of Table 1, in percent, with its header.
-
-    Below it are, where the result has them, the bracket of ties and the breakdown.
-    """
-    header = f"{'Default':^26} {'Known Object':^26}".rstrip()
-    names = " ".join(["    Full     Rare Non-Rare"] * 2)
-    lines = [header, names, _row(result)]
-    if "ties" in result:
-        named = engine.scoring.ties.ROWS.items()
-        lines += [f"{_row(result['ties'][row])}  {name}" for row, name in named]
+def map_table(result: dict) -> str:
+    """The six means of `evaluate` as a row of Table 1, in percent, and the breakdown, if any."""
+    means = [
+        result[setting][name]
+        for setting in ("default", "known_object")
+        for name in ("full", "rare", "non_rare")
+    ]
+    lines = [
+        f"{'Default':^26} {'Known Object':^26}".rstrip(),
+        " ".join(["    Full     Rare Non-Rare"] * 2),
+        " ".join("       -" if mean is None else f"{100 * mean:8.2f}" for mean in means),
+    ]
     if "breakdown" in result:
-        lines += ["", engine.scoring.breakdown.table(result["breakdown"])]
-        lines += ["", engine.scoring.pair_scores.table(result["pair_scores"])]
+        lines += ["", breakdown_table(result["breakdown"]), "", pair_table(result["pair_scores"])]
     return "\n".join(lines)
-
-
-def _row(means: dict) -> str:
-    """The six means of both settings in percent."""
-    subsets = ("full", "rare", "non_rare")
-    values = [means[setting][m] for setting in ("default", "known_object") for m in subsets]
-    return " ".join("       -" if value is None else f"{100 * value:8.2f}" for value in values)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
     """Options of the command."""
 
-    GROUPS = {
-        "what to read and write": "predictions data split limit json",
-        "what to measure": "classes breakdown ties official_mat",
-    }
-    predictions: Path = required("predictions.jsonl, as described above", positional=True)
-    data: Path = required("folder of hico_20160224_det: anno_bbox.mat, anno.mat")
-    split: Literal["test", "train"] = option("test", "the images that were predicted")
-    limit: int | None = option(None, "only the first so many images, as in predict", least=1)
-    json: Path | None = option(None, "also write the result to this file", metavar="FILE")
-    classes: Literal["all", "present"] = option(
-        "all", "means over all 600 classes, or over those with true pairs in the split"
+    predictions: Path = required(
+        "predictions.jsonl, as described above", positional=True, group="what to read and write"
     )
-    breakdown: bool = option(False, "why true pairs were missed, what that costs, F1 of pairs")
-    ties: Literal["official", "bracket"] = option(
-        "official", "bracket: also mAP with equal scores in random, the best and the worst order"
+    data: Path = required(
+        "folder with anno_bbox.mat and anno.mat, or annotations.jsonl",
+        group="what to read and write",
+    )
+    split: Literal["test", "train"] = option(
+        "test", "split of the predicted images", group="what to read and write"
+    )
+    limit: int | None = option(
+        None, "only the first N images, as in predict", least=1, group="what to read and write"
+    )
+    drop_unknown: bool = option(
+        False, "drop verbs that HICO does not have with the object", group="what to read and write"
+    )
+    json: Path | None = option(
+        None, "also write the result to this file", metavar="FILE", group="what to read and write"
+    )
+    classes: Literal["all", "present"] = option(
+        "all", "means over all 600 classes, or over those with true pairs in the split",
+        group="what to measure",
+    )
+    breakdown: bool = option(
+        False, "why true pairs were missed, what that costs, F1 of pairs", group="what to measure"
     )
     official_mat: Path | None = option(
-        None, "also write what the official MATLAB code reads; takes minutes", metavar="DIR"
+        None, "also write files for the official MATLAB code; takes minutes", metavar="DIR",
+        group="what to measure",
     )
 
     def __post_init__(self):
         super().__post_init__()
-        json, mat = self.json, self.official_mat
-        if json and json.resolve() == self.predictions.resolve():
+        if self.json and self.json.resolve() == self.predictions.resolve():
             raise ValueError("--json would overwrite the predictions")
-        if json and (json.is_dir() or not json.parent.is_dir()):
-            raise ValueError(f"--json {json}: give a file in a folder that exists")
-        if mat and self.limit:
-            raise ValueError("--official-mat is for code that wants the whole split: no --limit")
-        if mat and (mat.is_file() or not mat.parent.is_dir()):
-            raise ValueError(f"--official-mat {mat}: give a folder, or a new one's place")
+        if self.official_mat and self.limit:
+            raise ValueError("--official-mat needs the whole split: leave out --limit")
+
+
+def run(config: EvaluateConfig) -> None:
+    """Read, evaluate, print the table, and write what the options ask for."""
+    samples = load_split(config.data, config.split)[: config.limit]
+    train_counts = training_counts(config.data)
+    predictions = read_predictions(config.predictions, samples, any_class=config.drop_unknown)
+    if config.drop_unknown:
+        predictions, dropped = drop_unknown(predictions)
+        note = f"dropped {dropped} verbs that HICO does not have with their object"
+        print(note, file=sys.stderr)
+    result = evaluate(
+        predictions, samples, train_counts, classes=config.classes, breakdown=config.breakdown
+    )
+    absent = result["true_pairs"].count(0)
+    if absent and config.classes == "all":
+        note = f"{absent} classes have no true pair here and count as 0; see --classes present"
+        print(note, file=sys.stderr)
+    print(map_table(result), flush=True)
+    if config.json:
+        replace_file(config.json, json.dumps(result, allow_nan=False) + "\n")
+    if config.official_mat:
+        write_official(config.official_mat, detection_arrays(predictions, samples), len(samples))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line; --help prints the head of the module docstring."""
-    config = parse_config(EvaluateConfig, __doc__.partition("\nThe official MATLAB")[0], argv)
-    choices = {name: getattr(config, name) for name in ("classes", "breakdown", "ties")}
+    """Command line; --help prints the head of the module docstring and the format of a line."""
+    head = __doc__.partition("\nThe top of")[0]
+    config = parse_config(EvaluateConfig, f"{head}\n{FORMAT}", argv)
     with one_line("evaluate.py: "):
-        samples = load_split(config.data, config.split)[: config.limit]
-        train_counts = training_counts(config.data)
-        predictions = read_predictions(config.predictions, samples)
-        result = evaluate(predictions, samples, train_counts, **choices)
-        absent = result["true_pairs"].count(0)
-        if absent and config.classes == "all":
-            note = f"{absent} classes have no true pair here and count as 0; see --classes present"
-            print(note, file=sys.stderr)
-        print(table(result), flush=True)
-        if config.json:
-            replace_file(config.json, json.dumps(result, allow_nan=False) + "\n")
-        if config.official_mat:
-            rows = detection_arrays(predictions, samples)
-            engine.scoring.official_mat.write_official(config.official_mat, rows, len(samples))
+        run(config)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Departures from the paper, or readings of it:
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,9 +22,14 @@ from torch import Tensor
 
 import hicodet
 from engine.data.examples import Example, Examples
-from engine.model.attention import PackedBatch, pack, to_device
-from engine.model.policy import ClippedAdamW, Ranks, accumulate, micro_batches, refresh
+from engine.model.attention import to_device
+from engine.model.optimizer import ClippedAdamW, micro_batches, summed
+from engine.model.packing import PackedBatch, pack
+from engine.model.policy import gathered, refresh
+from engine.ranks import Ranks
+from engine.runs.rollout_metrics import group_row, rollout_metrics
 from engine.sampling.sampler import Rollout, Sampler
+from engine.scoring.predictions import predicted_instances
 from rewards import total_reward
 
 LOG_RATIO_LIMIT = 20.0  # e^20 is half a billion; more would overflow or take over all gradients
@@ -45,24 +49,6 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     rewards = rewards - rewards[:, :1]  # equal rewards become exact zeros: a mean may round
     centred = rewards - rewards.mean(1, keepdim=True)
     return centred / (rewards.std(1, keepdim=True) + eps)
-
-
-def advantage_shares(parts: dict[str, np.ndarray], eps: float = 1e-4) -> dict[str, float]:
-    """How much each part of the reward has to say in the advantages (Eq. 5). For the log.
-
-    parts: (P, G) each, whose sum is the reward. As the reward is a sum, so is an advantage: A is
-    the sum over the parts of a_part, the part less its group's mean, over the group's std of the
-    reward plus eps. A part's share is the sum of a_part A over all outputs, divided by that of A²:
-    in one group, the covariance of part and reward over the variance of the reward. Shares sum to
-    1, one below 0 is of a part that the others outvote; all are 0 where no rewards differ.
-    """
-    spread = sum(parts.values()).std(1, ddof=1, keepdims=True) + eps
-    terms = {name: (part - part.mean(1, keepdims=True)) / spread for name, part in parts.items()}
-    advantages = sum(terms.values())
-    whole = (advantages**2).sum()
-    if whole < 1e-9:  # equal but for rounding, which has no parts
-        return dict.fromkeys(parts, 0.0)
-    return {name: float((term * advantages).sum() / whole) for name, term in terms.items()}
 
 
 def policy_ratio(
@@ -149,7 +135,7 @@ def grpo_loss(
     num_outputs: float,
     **options,
 ) -> dict[str, Tensor]:
-    """The loss (Eq. 2): minus the objective's mean over outputs, as far as these B make it.
+    """The loss (Eq. 2): minus the objective's mean; here, this micro-batch's share of it.
 
     old_logprobs: (B, C), or None where pi_old is pi_theta: then its own, detached. weights: (B,),
     0 for an output not to count. num_outputs: of the global batch, so that a sum over micro-batches
@@ -171,6 +157,15 @@ def sample_seeds(seed: int, step: int, place: int, group_size: int) -> list[int]
     """One seed for each completion of the image at this place of the global batch."""
     keys = [[seed, step, place, g] for g in range(group_size)]
     return [int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1) for key in keys]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One completion with its rewards."""
+
+    text: str
+    completion: hicodet.Completion
+    rewards: dict[str, float]  # "total" and its parts (Eq. 23)
 
 
 @dataclass(frozen=True)
@@ -208,8 +203,8 @@ class GRPO:
         objective: dict,
         rewards: dict,
     ):
-        """reference: pi_ref, or None where there is no KL term. objective: options of
-        `grpo_objective`; rewards: of `rewards.total_reward`."""
+        """replica: pi_old. reference: pi_ref, or None if there is no KL term. objective: options
+        of `grpo_objective`. rewards: of `rewards.total_reward`."""
         self.policy, self.optimizer, self.replica = policy, optimizer, replica
         self.reference, self.examples, self.ranks = reference, examples, ranks
         self.group_size, self.seed, self.updates_per_batch = group_size, seed, updates_per_batch
@@ -231,22 +226,23 @@ class GRPO:
     def update(
         self, step: int, batch: list[Example], weights: list[float], lr: float
     ) -> tuple[dict, dict]:
-        """One batch. Returns what is logged, and the completions of its first image to be read."""
+        """One batch. Returns what is logged, and the completions of its first image."""
         times = [time.perf_counter()]
-        groups = self.sample(step, batch)
+        rollouts = self.sample(step, batch)
         times.append(time.perf_counter())
-        scored = [self.score(*pair) for pair in zip(batch, groups, strict=True)]
-        advantages = group_advantages(torch.tensor([[one["total"] for one in g] for g in scored]))
+        scored = [self.score(*pair) for pair in zip(batch, rollouts, strict=True)]
+        totals = [[one.rewards["total"] for one in group] for group in scored]
+        advantages = group_advantages(torch.tensor(totals))
         times.append(time.perf_counter())
-        micros = self.micro_batches(batch, weights, groups, advantages)
+        micros = self.micro_batches(batch, weights, rollouts, advantages)
         logged = self.optimize(micros, self.ranks.sum(sum(weights)) * self.group_size, lr)
         refresh(self.replica, self.policy)
         times.append(time.perf_counter())
         seconds = dict(zip(("sample", "reward", "update"), np.diff(times).tolist()))
-        counted = zip(batch, groups, scored) if weights[0] else ()
-        rows = [group_row(*one) for one in counted]
-        first = {"file_name": batch[0].sample.file_name, "completions": scored[0]}
-        return logged | rollout_metrics(self.ranks.gather(rows), seconds), first
+        counted = zip(batch, rollouts, scored) if weights[0] else ()
+        rows = [group_row(e.text_hois, rollout, *records(group)) for e, rollout, group in counted]
+        shown = shown_group(batch[0], scored[0], advantages[0].tolist())
+        return logged | rollout_metrics(self.ranks.gather(rows), seconds), shown
 
     def sample(self, step: int, batch: list[Example]) -> list[Rollout]:
         """G completions of each image from pi_old."""
@@ -254,142 +250,96 @@ class GRPO:
         seeds = [sample_seeds(self.seed, step, place, self.group_size) for place in places]
         return self.sampler.collect([example.prompt for example in batch], seeds)
 
-    def score(self, example: Example, group: Rollout) -> list[dict]:
-        """The text, its counts and the rewards (Eqs. 6-23) of each completion of an image."""
-        texts = [self.examples.decode(ids) for ids in group.completion_ids]
+    def score(self, example: Example, rollout: Rollout) -> list[Scored]:
+        """The rewards (Eqs. 6-23) of each completion of an image."""
+        texts = [self.examples.decode(ids) for ids in rollout.completion_ids]
         parsed = [hicodet.parse_completion(text) for text in texts]
         return [
-            {
-                "text": text,
-                "written": counts(completion.instances),
-                **total_reward(completion, example.text_hois, **self.rewards),
-            }
-            for text, completion in zip(texts, parsed)
+            Scored(text, one, total_reward(one, example.text_hois, **self.rewards))
+            for text, one in zip(texts, parsed)
         ]
 
     def micro_batches(
         self,
         batch: list[Example],
         weights: list[float],
-        groups: list[Rollout],
+        rollouts: list[Rollout],
         advantages: Tensor,
     ) -> list[MicroBatch]:
         """The batch in micro-batches, with pi_ref's log-probs. advantages: (P, G)."""
         lengths = [
-            len(example.prompt.prompt_ids) + sum(map(len, group.completion_ids))
-            for example, group in zip(batch, groups)
+            len(example.prompt.prompt_ids) + sum(map(len, rollout.completion_ids))
+            for example, rollout in zip(batch, rollouts)
         ]
         parts = micro_batches(lengths, weights, self.tokens_per_microbatch, self.ranks)
-        return [self.micro_batch(batch, groups, advantages, *part) for part in parts]
+        return [self.micro_batch(batch, rollouts, advantages, *part) for part in parts]
 
     @torch.no_grad()
-    def micro_batch(self, batch, groups, advantages, places, weights) -> MicroBatch:
+    def micro_batch(self, batch, rollouts, advantages, places, weights) -> MicroBatch:
         """The groups at these places of the batch, in one packed row."""
+        to, ref_logprobs = partial(to_device, device=self.ranks.device), None
         prompts = [batch[i].prompt for i in places]
-        to, reference = partial(to_device, device=self.ranks.device), None
-        completions = [groups[i].completion_ids for i in places]
+        completions = [rollouts[i].completion_ids for i in places]
         packed = pack(self.policy, prompts, completions, self.ranks.device)
         if self.reference:
-            reference = self.reference.token_logprobs(packed, **self.distribution)
+            ref_logprobs = self.reference.token_logprobs(packed, **self.distribution)
         return MicroBatch(
             packed,
             to(advantages[places].flatten()),
             to(torch.tensor(weights)).repeat_interleave(self.group_size),
-            reference,
-            to(torch.cat([row for i in places for row in groups[i].logprobs])),
+            ref_logprobs,
+            to(torch.cat([row for i in places for row in rollouts[i].logprobs])),
         )
 
     def optimize(self, micros: list[MicroBatch], num_outputs: float, lr: float) -> dict:
-        """`updates_per_batch` optimizer steps on one batch of completions. Returns their means."""
+        """`updates_per_batch` optimizer steps on one batch of completions (Eqs. 2-5).
+
+        num_outputs: of all ranks. Returns the means over the steps of what is logged.
+        """
         old_logprobs, logged = [None] * len(micros), []  # before the first step pi_old is pi_theta
         for number in range(self.updates_per_batch):
-            logprobs, values = self.optimizer_step(micros, old_logprobs, num_outputs, lr)
-            old_logprobs = old_logprobs if number else logprobs
-            logged.append(values)
-        gaps = [
-            (logprobs[micro.packed.completion_mask] - micro.sampled_logprobs).abs().max().item()
-            for micro, logprobs in zip(micros, old_logprobs)
-        ]
-        means = {name: float(np.mean([values[name] for values in logged])) for name in logged[0]}
-        return means | {"logprob_gap": max(self.ranks.gather(gaps))}
-
-    def optimizer_step(
-        self, micros: list[MicroBatch], old_logprobs: list, num_outputs: float, lr: float
-    ) -> tuple[list[Tensor], dict]:
-        """One step on Eqs. 2-5. Returns pi_theta's log-probs, detached, and what is logged.
-
-        old_logprobs: (B, C) of each micro-batch, or None. num_outputs: of all ranks.
-        """
-        found: list[Tensor] = []
-
-        def terms(pair):
-            micro, old = pair
-            logprobs = self.policy.token_logprobs(micro.packed, **self.distribution)
-            found.append(logprobs.detach())
-            return grpo_loss(
-                logprobs,
-                old,
-                micro.ref_logprobs,
-                micro.advantages,
-                micro.packed.completion_mask,
-                micro.weights,
-                num_outputs,
-                **self.objective,
-            )
-
-        pairs = list(zip(micros, old_logprobs, strict=True))
-        logged = accumulate(self.policy, pairs, terms, self.ranks)
-        return found, logged | {"grad_norm": self.optimizer.step(lr, logged["loss"])}
+            found, totals = [], {}
+            pairs = zip(micros, old_logprobs, strict=True)
+            for micro, old in gathered(self.policy, pairs):
+                logprobs = self.policy.token_logprobs(micro.packed, **self.distribution)
+                terms = grpo_loss(
+                    logprobs, old, micro.ref_logprobs, micro.advantages,
+                    micro.packed.completion_mask, micro.weights, num_outputs, **self.objective,
+                )  # fmt: skip
+                (terms["loss"] * self.ranks.world).backward()  # FSDP takes the mean over ranks
+                totals = {n: totals.get(n, 0.0) + term.detach() for n, term in terms.items()}
+                found.append(logprobs.detach())
+            means = summed(totals, self.ranks)
+            logged.append(means | {"grad_norm": self.optimizer.step(lr, means["loss"])})
+            old_logprobs = old_logprobs if number else found
+        gap = max(self.ranks.numbers(logprob_gap(micros, old_logprobs)))
+        averages = {name: float(np.mean([row[name] for row in logged])) for name in logged[0]}
+        return averages | {"logprob_gap": gap}
 
 
-def counts(instances: Sequence) -> dict[str, int]:
-    """How many instances, and verbs of them, there are. instances: predictions, or true HOIs."""
-    return {"instances": len(instances), "verbs": sum(len(one.verbs) for one in instances)}
+def records(scored: list[Scored]) -> tuple[list[dict], list[tuple]]:
+    """The rewards and the instances of each completion of a group."""
+    return [one.rewards for one in scored], [one.completion.instances for one in scored]
 
 
-def group_row(example: Example, group: Rollout, scored: list[dict]) -> dict:
-    """What `rollout_metrics` needs of the G completions of an image."""
-    named = ("text", "written")
-    return {
-        "ids": [tuple(ids.tolist()) for ids in group.completion_ids],
-        "finished": group.finished.tolist(),
-        "entropies": [float(row.sum()) for row in group.entropies],
-        "rewards": [{k: v for k, v in one.items() if k not in named} for one in scored],
-        "written": [one["written"] for one in scored],
-        "true": counts(example.text_hois),
-    }
+def logprob_gap(micros: list[MicroBatch], logprobs: list[Tensor]) -> float:
+    """The largest difference of a token's log-prob as sampled and as trained. logprobs: (B, C)."""
+    return max(
+        (found[micro.packed.completion_mask] - micro.sampled_logprobs).abs().max().item()
+        for micro, found in zip(micros, logprobs)
+    )
 
 
-def rollout_metrics(groups: list[dict], seconds: dict[str, float]) -> dict[str, float]:
-    """Means over the completions of all ranks. groups: of `group_row`."""
-    logged = {f"seconds_{name}": value for name, value in seconds.items()}
-    rewards = {
-        name: np.array([[one[name] for one in group["rewards"]] for group in groups])
-        for name in groups[0]["rewards"][0]
-    }
-    for name, values in rewards.items():
-        within = values.std(1, ddof=1)  # between images it would hide that groups are all alike
-        logged[f"reward_{name}"], logged[f"reward_{name}_std"] = values.mean(), within.mean()
-        if name == "total":
-            logged["zero_variance_groups"] = np.mean(within < 1e-3)
-    rewards.pop("total")
-    logged |= {f"advantage_{name}": v for name, v in advantage_shares(rewards).items()}
-    # a sampler that is all but greedy shows here first
-    distinct = [len(set(group["ids"])) for group in groups]
-    logged["distinct_completions"] = np.mean(distinct) / len(groups[0]["ids"])
-    lengths = [len(ids) for group in groups for ids in group["ids"]]
-    logged["completion_length"] = np.mean(lengths)
-    logged["entropy"] = sum(sum(group["entropies"]) for group in groups) / sum(lengths)
-    logged |= _written([one for group in groups for one in group["written"]], "")
-    logged |= _written([group["true"] for group in groups], "_true")
-    logged["truncated"] = np.mean([not done for group in groups for done in group["finished"]])
-    for name in ("sample", "update"):
-        logged[f"{name}_tokens_per_second"] = sum(lengths) / seconds[name]
-    return {name: float(value) for name, value in logged.items()}
-
-
-def _written(rows: list[dict[str, int]], suffix: str) -> dict[str, float]:
-    """Instances an answer and verbs an instance, 0 without any. rows: of `counts`."""
-    instances, verbs = (sum(row[name] for row in rows) for name in ("instances", "verbs"))
-    means = instances / len(rows), verbs / max(instances, 1)
-    return {f"instances{suffix}": means[0], f"verbs_per_instance{suffix}": means[1]}
+def shown_group(example: Example, scored: list[Scored], advantages: list[float]) -> dict:
+    """The completions of one image as rollouts.jsonl has them, with boxes in the original image."""
+    sizes = (example.sample.width, example.sample.height), example.text_size
+    completions = [
+        {
+            "text": one.text,
+            "rewards": one.rewards,
+            "advantage": advantage,
+            "instances": predicted_instances(one.completion, *sizes),
+        }
+        for one, advantage in zip(scored, advantages, strict=True)
+    ]
+    return {"file_name": example.sample.file_name, "completions": completions}

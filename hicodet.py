@@ -13,11 +13,9 @@ engine/data/annotations.py reads the official files.
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 Box = tuple[float, float, float, float]
 
@@ -444,66 +442,3 @@ def _to_verbs(values: list) -> tuple[str, ...]:
         return ()
     labels = (label.strip() for value in values for label in value.split(","))
     return tuple(label for label in labels if label)
-
-
-RANK_SCORES = 1.0, 0.5  # of the first and of the last triplet of an image
-
-
-def rank_scores(completion: Completion) -> list[list[float]]:
-    """The authors' scores: the triplets of an image fall from 1.0 to 0.5, linearly, as written.
-
-    A triplet is a verb of an instance with both boxes, if object class and verb are of the
-    vocabulary, even if no pair of the 600; a repeated verb is another one. A single one gets 1.0.
-    Returns a score for each verb of each instance, 0 where it is no triplet. Departures: the
-    authors cut at 100 triplets, which the official evaluation does not; they take the first of a
-    list of object classes, which is read as none here; and they may count boxes without area.
-    """
-    objects, verbs = set(OBJECTS), set(VERBS)
-    counts = [
-        [a.has_boxes and a.object_class in objects and verb in verbs for verb in a.verbs]
-        for a in completion.instances
-    ]
-    falling = iter(np.linspace(*RANK_SCORES, sum(map(sum, counts))).tolist())
-    return [[next(falling) if counted else 0.0 for counted in row] for row in counts]
-
-
-def predicted_instances(
-    completion: Completion,
-    image_size: tuple[int, int],
-    text_size: tuple[int, int],
-    scores: Sequence[float | Sequence[float]] | None = None,
-) -> list[dict]:
-    """The "instances" of one line of predictions.jsonl; boxes in pixels of the original image.
-
-    Kept are instances with both boxes and at least one verb that forms one of the 600 pairs with
-    the object class, and of their verbs those, each once. `scores` has for each instance of the
-    completion one number, which all its verbs get, or one for each verb as written, of which a
-    repeated verb gets its first; None: 1.0. Raises ValueError if the numbers of scores and of
-    instances or verbs differ. Sizes are (width, height).
-    """
-    if scores is None:
-        scores = [1.0] * len(completion.instances)
-    kept = []
-    for instance, score in zip(completion.instances, scores, strict=True):
-        score_of = _first_scores(instance.verbs, score)
-        verbs = [verb for verb in score_of if (verb, instance.object_class) in HOI_IDS]
-        if verbs and instance.has_boxes:
-            kept.append(
-                {
-                    "human": list(to_image_frame(instance.human, image_size, text_size)),
-                    "object": list(to_image_frame(instance.object, image_size, text_size)),
-                    "object_class": instance.object_class,
-                    "verbs": verbs,
-                    "scores": [score_of[verb] for verb in verbs],
-                }
-            )
-    return kept
-
-
-def _first_scores(verbs: Sequence[str], score: float | Sequence[float]) -> dict[str, float]:
-    """The score of each distinct verb, in the order of the verbs."""
-    scores = score if isinstance(score, Sequence) else [score] * len(verbs)
-    first: dict[str, float] = {}
-    for verb, value in zip(verbs, scores, strict=True):
-        first.setdefault(verb, float(value))
-    return first

@@ -1,6 +1,6 @@
 """Greedy prediction for a split of HICO-DET (Sec. 4.1), or for any photographs.
 
-`predict` and `predict_photographs` take PredictConfig of hoi_r1.py and unpack it; what they call
+`predict` and `predict_photographs` take the options of the stage and unpack them; what they call
 takes plain arguments.
 """
 
@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,138 +23,119 @@ from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hicodet
-from engine.data import annotations
-from engine.data.examples import Example, Examples, describe, read_ahead
-from engine.files import aside, json_lines, naming, replace_file, write_json
-from engine.model.policy import Ranks, load_model, start_ranks, weights_fingerprint
-from engine.report.live import LiveView
-from engine.report.photographs import as_text, draw, photographs, picture_paths
+from engine.configs import PredictConfig, StageConfig
+from engine.data.annotations import load_split, require_images
+from engine.data.examples import Example, Examples, PromptOptions, prompt_options
+from engine.data.image_check import read_names
+from engine.data.loader import read_ahead
+from engine.files import aside, write_json
+from engine.model.model_files import model_warnings, weights_fingerprint
+from engine.model.policy import load_model
+from engine.ranks import Ranks, start_ranks
+from engine.report.dry_run import describe
+from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths
+from engine.report.run_view import update_page
 from engine.runs.run_folder import open_run
 from engine.sampling.sampler import Sampler
-from engine.sampling.slots import slots_that_fit
-from rewards import total_reward
+from engine.sampling.slots import choose_slots
+from engine.scoring.predictions import (
+    part_file,
+    predicted_instances,
+    prediction_line,
+    rank_scores,
+    stored_rows,
+    write_predictions,
+    write_rows,
+)
+from rewards import reward_parts, total_reward
+
+MANY = 0.5  # share of cut or unreadable answers that is worth a warning
 
 
-def predict(config) -> None:
-    """Write predictions.jsonl and summary.json for a split. config: hoi_r1.PredictConfig."""
+def predict(config: PredictConfig) -> None:
+    """Write predictions.jsonl and summary.json for a split."""
     ranks = start_ranks()
-    samples = annotations.load_split(config.data, config.split)[: config.limit or None]
-    annotations.require_images(samples)
-    examples = Examples(config.model, samples, **prompt_options(config))
+    samples = load_split(config.data, config.split)[: config.limit or None]
+    names = read_names(config.exclude, samples)
+    samples = [sample for sample in samples if sample.file_name not in names]
+    require_images(samples)
+    examples = Examples(config.model, samples, asked_options(config))
     if config.dry_run:
-        return ranks.print(describe(examples, text_reward))
-    settings = dataclasses.asdict(config) | {"examples": examples.fingerprint()}
-    settings |= {"box_frame": examples.box_frame, "weights": weights_fingerprint(config.model)}
-    settings |= {"stage": "predict", "command": sys.argv}
-    run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
-    stored, number = stored_rows(run.folder)
+        return ranks.print(describe(examples, examples[0], text_reward))
+    settings = {
+        **dataclasses.asdict(config),
+        **dataclasses.asdict(examples.options),
+        "examples": examples.fingerprint(),
+        "weights": weights_fingerprint(config.model),
+        "stage": "predict",
+        "command": sys.argv,
+        "reward_parts": reward_parts(),
+    }
+    run = open_run(config.out, config, settings, ranks)
+    for line in model_warnings(config.model, examples.config):
+        ranks.print(line)
+    stored, number = stored_rows(run.path)
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
     dist.barrier()  # every rank has listed the parts before one is added
     todo = [index for index in range(len(samples)) if index not in stored]
-    slots = slots_that_fit(examples, ranks, config.slots, len(todo), config.max_new_tokens)
     model, started = load_model(config.model, ranks.device), time.perf_counter()
-    rows = predict_rows(model, examples, todo, ranks, slots=slots, **row_options(config))
-    mine = write_rows(run.folder / f"part-{number + ranks.rank:04d}.jsonl", rows)
+    rows = predict_rows(model, examples, todo, ranks, **row_options(config))
+    mine = write_rows(part_file(run.path, number + ranks.rank), rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
-    summary = summarise([stored[index] for index in range(len(samples))])
-    if unread := [row["unread"] for row in stored.values() if "unread" in row]:
-        summary |= {"unread": len(unread)}
+    rows = [stored[index] for index in range(len(samples))]
+    unread = [row["unread"] for row in rows if "unread" in row]
     if len(unread) == len(samples):
         raise hicodet.InputError(f"none of {len(unread)} images can be used, as {unread[0]}")
+    summary = summarise(rows) | ({"unread": len(unread)} if unread else {})
     if todo:
         seconds = time.perf_counter() - started
         tokens = sum(stored[index]["length"] for index in todo)
         summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
-    if ranks.rank == 0 and (todo or not (run.folder / "predictions.jsonl").exists()):
-        write_json(run.folder / "summary.json", summary)
-        lines = (json.dumps(stored[index]["line"]) + "\n" for index in range(len(samples)))
-        replace_file(run.folder / "predictions.jsonl", "".join(lines))
-    LiveView(run.folder, active=ranks.rank == 0).write()
-    ranks.print(json.dumps(summary, indent=2))
-    run.finish(complete=not unread)  # an image that could not be read may be mended
+    if ranks.rank == 0 and (todo or not (run.path / "predictions.jsonl").exists()):
+        write_json(run.path / "summary.json", summary)
+        write_predictions(run.path / "predictions.jsonl", (row["line"] for row in rows))
+        update_page(run.path)
+    ranks.print("\n".join([json.dumps(summary, indent=2), *warnings_of(summary)]))
+    run.finish(complete=not unread)  # an image that could not be read may be replaced
 
 
-def predict_photographs(config) -> None:
-    """Print what the model says of photographs, and draw it. config: hoi_r1.PredictConfig."""
+def predict_photographs(config: PredictConfig) -> None:
+    """Print what the model says of photographs, and draw it."""
     ranks = start_ranks()
     samples, paths = photographs(config.image), picture_paths(config.image, config.out)
-    examples = Examples(config.model, samples, upright=True, **prompt_options(config))
+    examples = Examples(config.model, samples, asked_options(config), upright=True)
     if config.dry_run:
-        return ranks.print(describe(examples))
+        return ranks.print(describe(examples, examples[0]))
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    slots = slots_that_fit(examples, ranks, config.slots, len(samples), config.max_new_tokens)
     model, indices = load_model(config.model, ranks.device), list(range(len(samples)))
-    rows = predict_rows(model, examples, indices, ranks, slots=slots, **row_options(config))
+    rows = predict_rows(model, examples, indices, ranks, **row_options(config))
     mine = []
     with closing(rows):
         for row in rows:  # drawn as it comes: a crash leaves the pictures before it
             with aside(paths[row["index"]]) as new:
-                draw(samples[row["index"]], row["line"]).save(new, format="PNG")
+                draw_photograph(samples[row["index"]], row["line"]).save(new, format="PNG")
             mine.append(row)
     rows = sorted(ranks.gather(mine), key=lambda row: row["index"])
     for sample, path, row in zip(samples, paths, rows, strict=True):
         cut = "" if row["finished"] else "The answer was cut at --max-new-tokens.\n"
-        ranks.print(f"\n{as_text(sample, row['line'])}\n{cut}picture: {path}")
+        ranks.print(f"\n{answer_text(sample, row['line'])}\n{cut}picture: {path}")
 
 
-def prompt_options(config) -> dict:
-    """How Examples are asked: the ablations of Table 2, and the frame of boxes."""
-    prompt_text = partial(hicodet.prompt_text, task_description=config.task_description)
-    return {
-        "thinking": config.thinking,
-        "prompt_text": prompt_text,
-        "box_frame": config.box_frame,
-    }
+def asked_options(config: StageConfig) -> PromptOptions:
+    """How the model is asked: the ablations of Table 2, and the frame of boxes."""
+    names = [field.name for field in dataclasses.fields(PromptOptions)]
+    return prompt_options(config.model, **{name: getattr(config, name) for name in names})
 
 
-def row_options(config) -> dict:
-    """What `predict_rows` takes of a config as it is."""
-    names = ("max_new_tokens", "workers", "scores", "repetition_penalty")
+def row_options(config: PredictConfig) -> dict:
+    """What `predict_rows` takes of the options as it is."""
+    names = ("max_new_tokens", "slots", "workers", "scores", "repetition_penalty")
     return {name: getattr(config, name) for name in names}
 
 
 def text_reward(text: str, hois: tuple[hicodet.HOI, ...], **options) -> dict[str, float]:
     """The rewards of a completion's text (Eqs. 6-23). options: of `rewards.total_reward`."""
     return total_reward(hicodet.parse_completion(text), hois, **options)
-
-
-def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
-    """The rows of a run that is resumed, by image, and the number of its first new part file.
-
-    Images that could not be read are tried again. Raises InputError naming a line that is no row.
-    """
-    parts = [p for p in sorted(folder.glob("part-*.jsonl")) if p.stem[5:].isdecimal()]
-    rows = []
-    for where, row in (found for part in parts for found in json_lines(part, cut_last=True)):
-        if not is_row(row):
-            raise hicodet.InputError(f"{where}: not written by a prediction; remove the line")
-        rows.append(row)
-    # behind the last: a crash may have come before each rank had begun its part
-    number = max((int(part.stem[5:]) + 1 for part in parts), default=0)
-    return {row["index"]: row for row in rows if "unread" not in row}, number
-
-
-def is_row(value: object) -> bool:
-    """Whether a JSON value has the shape of what `predict_rows` yields."""
-    kinds = {"index": int, "length": int, "finished": bool, "line": dict}
-    if not isinstance(value, dict) or any(type(value.get(n)) is not k for n, k in kinds.items()):
-        return False
-    reward = value.get("reward")
-    if not isinstance(reward, dict):
-        return reward is None
-    numbers = all(type(part) in (int, float) for part in reward.values())
-    return numbers and reward.keys() == text_reward("", ()).keys()
-
-
-def write_rows(path: Path, rows: Iterator[dict]) -> list[dict]:
-    """Write rows to a new file as they come, and return them."""
-    written = []
-    with naming(path), closing(rows), open(path, "x") as part:
-        for row in rows:
-            part.write(json.dumps(row) + "\n")
-            part.flush()
-            written.append(row)
-    return written
 
 
 def predict_rows(
@@ -165,20 +145,29 @@ def predict_rows(
     ranks: Ranks,
     *,
     max_new_tokens: int,
-    slots: int = 64,
+    slots: int = 0,
     workers: int = 0,
     scores: str = "rank",
     repetition_penalty: float = 1.0,
 ) -> Iterator[dict]:
     """Greedy predictions of this rank's share of the images, in the order in which they end.
 
-    A row holds the image's index, its line of predictions.jsonl, its rewards (None without ground
-    truth), its length in tokens and whether it ended by itself; of an image that cannot be used the
-    line is empty, and "unread" says why.
+    slots: most images decoded at once, 0 for as many as fit. A row holds the image's index, its
+    line of predictions.jsonl, its rewards (None without ground truth), its length in tokens and
+    whether it ended by itself. If an image cannot be used its line is empty, and "unread" says why.
     """
     mine, under_way, unread = indices[ranks.rank :: ranks.world], {}, {}
-    limits = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty}
-    sampler = greedy_sampler(model, examples, slots=min(slots, max(len(mine), 1)), **limits)
+    room = {"group_size": 1, "prompt_room": examples.longest_prompt()}
+    sampler = Sampler(
+        model,
+        **room,
+        slots=choose_slots(model, ranks, slots, len(mine), **room, new=max_new_tokens),
+        max_new_tokens=max_new_tokens,
+        end_id=examples.end_id,
+        temperature=0,
+        repetition_penalty=repetition_penalty,
+        banned=examples.banned(model.config.text_config.vocab_size).to(model.device),
+    )
 
     def arriving():
         numbers = itertools.count()
@@ -193,9 +182,8 @@ def predict_rows(
     with tqdm(total=len(mine), desc="predict", unit="image", disable=ranks.rank > 0) as bar:
         for number, rollout in sampler.run(arriving()):
             ids, finished = rollout.completion_ids[0], bool(rollout.finished[0])
-            logprobs = rollout.logprobs[0]
             index, example = under_way.pop(number)
-            row = prediction(examples, example, ids, logprobs, scores)
+            row = prediction(examples, example, ids, rollout.logprobs[0], scores)
             yield {"index": index, "length": len(ids), "finished": finished, **row}
             bar.update()
         for index, error in unread.items():
@@ -205,27 +193,10 @@ def predict_rows(
 
 def unread_row(index: int, sample: hicodet.Sample, reason: str) -> dict:
     """The row of an image that cannot be used, for which nothing is predicted."""
-    line = {"file_name": sample.file_name, "text": "", "instances": []}
+    line = prediction_line(sample.file_name, "", [])
     reward = text_reward("", sample.hois) if sample.hois else None
     row = {"index": index, "length": 0, "finished": True, "line": line, "reward": reward}
     return row | {"unread": reason}
-
-
-def greedy_sampler(
-    model, examples: Examples, *, slots: int, max_new_tokens: int, repetition_penalty: float
-) -> Sampler:
-    """What writes the likeliest completion of each example, `slots` at a time."""
-    return Sampler(
-        model,
-        slots=slots,
-        group_size=1,
-        prompt_room=examples.longest_prompt(),
-        max_new_tokens=max_new_tokens,
-        end_id=examples.end_id,
-        temperature=0,
-        repetition_penalty=repetition_penalty,
-        banned=examples.banned(model.config.text_config.vocab_size).to(model.device),
-    )
 
 
 def prediction(
@@ -236,12 +207,12 @@ def prediction(
     completion = hicodet.parse_completion(text)
     given = None
     if scores == "rank":
-        given = hicodet.rank_scores(completion)
+        given = rank_scores(completion)
     elif scores == "likelihood":
         given = instance_scores(examples.tokenizer, completion, ids, logprobs)
     size = (example.sample.width, example.sample.height)
-    instances = hicodet.predicted_instances(completion, size, example.text_size, given)
-    line = {"file_name": example.sample.file_name, "text": text, "instances": instances}
+    instances = predicted_instances(completion, size, example.text_size, given)
+    line = prediction_line(example.sample.file_name, text, instances)
     reward = total_reward(completion, example.text_hois) if example.text_hois else None
     return {"line": line, "reward": reward}
 
@@ -250,8 +221,8 @@ def instance_scores(tokenizer, completion, ids: Tensor, logprobs: Tensor) -> lis
     """The probability that the model gave to the tokens of each instance.
 
     A byte-level token has a symbol for each byte, so its place in the text is known without
-    encoding the text anew, which might cut it otherwise than the model wrote it. The bytes are
-    decoded as the tokenizer does: those that are no UTF-8 become a character too.
+    encoding the text again, which might cut it elsewhere. The bytes are decoded as the tokenizer
+    does: those that are no UTF-8 become a character too.
     """
     special, symbols = set(tokenizer.all_special_ids), tokenizer.convert_ids_to_tokens(ids)
     byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
@@ -274,4 +245,16 @@ def summarise(rows: list[dict]) -> dict:
         "reward": {name: float(np.mean([reward[name] for reward in scored])) for name in names},
         "completion_length": float(np.mean([row["length"] for row in rows])),
         "truncated": 1 - float(np.mean([row["finished"] for row in rows])),
+        "without_instances": float(np.mean([not row["line"]["instances"] for row in rows])),
     }
+
+
+def warnings_of(summary: dict) -> list[str]:
+    """What in a prediction's summary is hardly what the user wanted, a line each."""
+    lines = []
+    if summary["truncated"] > MANY:
+        lines.append("most answers were cut at --max-new-tokens")
+    if summary["without_instances"] > MANY:
+        lines.append("most answers hold no interaction that can be read")
+    hint = "was the model trained, and with these prompt options?"
+    return [f"warning: {line}; {hint}" for line in lines]

@@ -328,3 +328,17 @@ def total_reward(
         if "iou" not in without:
             parts["iou"] = iou_reward(completion.instances, hois)
     return parts | {"total": sum(parts.values())}
+
+
+def reward_parts(*, without: Collection[str] = ()) -> dict[str, dict]:
+    """Title and largest value of each part of the reward that a run has, in order."""
+    parts = {"format": ("Format", 0.8), "object": ("Object label", 1.0)}
+    parts |= {"verb": ("Verb label", 1.0), "iou": ("IoU", 1.0)}
+    left_out: set[str] = set()
+    left_out |= {"object", "verb"} if "label" in without else set()
+    left_out |= {"iou"} if "iou" in without else set()
+    return {
+        name: {"title": title, "largest": largest}
+        for name, (title, largest) in parts.items()
+        if name not in left_out
+    }

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.data.examples import END_OF_TURN, Example
-from engine.model.attention import pack
-from engine.model.policy import ClippedAdamW, Ranks, accumulate, micro_batches
+from engine.model.optimizer import ClippedAdamW, micro_batches
+from engine.model.packing import pack
+from engine.model.policy import gathered
+from engine.ranks import Ranks
 from hicodet import HOI, Sample, format_completion
 
 
@@ -26,7 +28,7 @@ def supervised_text(hois: tuple[HOI, ...], think: str | None) -> str:
 def sft_loss(logprobs: Tensor, weights: Tensor, num_tokens: float) -> Tensor:
     """Negative log-likelihood of trace and answer (Eq. 1), per supervised token of the batch.
 
-    logprobs: (B, C), zeros behind each target's end. weights: (B,), 0 for a row not to count.
+    logprobs: (B, C), zeros after each target's end. weights: (B,), 0 for a row not to count.
     num_tokens: supervised tokens of the global batch, so that a sum over micro-batches and ranks is
     the loss.
     """
@@ -49,16 +51,17 @@ class SFT:
         started, ranks = time.perf_counter(), self.ranks
         num_tokens = ranks.sum(sum(w * len(e.target_ids) for e, w in zip(batch, weights)))
         lengths = [len(e.prompt.prompt_ids) + len(e.target_ids) for e in batch]
-
-        def terms(micro):
-            places, kept = micro
-            targets = [[batch[i].target_ids] for i in places]
-            packed = pack(self.policy, [batch[i].prompt for i in places], targets, ranks.device)
-            logprobs = self.policy.token_logprobs(packed)
-            return {"loss": sft_loss(logprobs, torch.tensor(kept, device=ranks.device), num_tokens)}
-
         micros = micro_batches(lengths, weights, self.tokens_per_microbatch, ranks)
-        loss = accumulate(self.policy, micros, terms, ranks)["loss"]
+        total = 0.0
+        for places, kept in gathered(self.policy, micros):
+            prompts = [batch[i].prompt for i in places]
+            targets = [[batch[i].target_ids] for i in places]
+            packed = pack(self.policy, prompts, targets, ranks.device)
+            logprobs = self.policy.token_logprobs(packed)
+            loss = sft_loss(logprobs, torch.tensor(kept, device=ranks.device), num_tokens)
+            (loss * ranks.world).backward()  # FSDP takes the mean over ranks
+            total += loss.detach()
+        loss = ranks.sum(float(total))
         norm = self.optimizer.step(lr, loss)
         seconds = time.perf_counter() - started
         tokens = ranks.sum(sum(w * n for w, n in zip(weights, lengths)))

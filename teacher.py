@@ -1,22 +1,18 @@
 """Reasoning traces from a teacher model, for thinking distillation (Sec. 3.2).
 
-    export OPENAI_API_KEY=...
-    # what it will cost; then do it, and spend no more than that
-    python teacher.py --data hico_20160224_det --out traces.jsonl --dry-run
-    python teacher.py --data hico_20160224_det --out traces.jsonl --max-cost 60
-    # a local teacher behind vLLM or `transformers serve`: no key, no cost
-    python teacher.py --data hico_20160224_det --out traces.jsonl \\
-        --base-url http://127.0.0.1:8000/v1 --teacher NAME
-    # OpenAI's Batch API, half the price: writes traces.requests-001.jsonl etc.;
-    # hand them in (purpose "batch", endpoint /v1/chat/completions), and later
-    # collect the result files
-    python teacher.py --data hico_20160224_det --out traces.jsonl \\
-        --backend batch
-    python teacher.py --data hico_20160224_det --out traces.jsonl \\
-        --backend batch --collect results/*.jsonl
-    # no teacher at all: sentences from the ground truth, as the demo uses them
-    python teacher.py --data hico_20160224_det --out traces.jsonl \\
-        --backend template
+    export OPENAI_API_KEY=... D=hico_20160224_det
+    python teacher.py --data $D --out traces.jsonl --dry-run  # what it costs
+    python teacher.py --data $D --out traces.jsonl --max-cost 60
+    # a local teacher served by vLLM or `transformers serve`: no key, no cost
+    python teacher.py --data $D --out traces.jsonl --teacher NAME \\
+        --base-url http://127.0.0.1:8000/v1
+    # OpenAI's Batch API, half the price: write request files, hand them in
+    # (purpose "batch", endpoint /v1/chat/completions), collect the results
+    python teacher.py --data $D --out traces.jsonl --backend batch
+    python teacher.py --data $D --out traces.jsonl --backend batch \\
+        --collect results/*.jsonl
+    # no teacher: sentences from the ground truth, as the demo uses them
+    python teacher.py --data $D --out traces.jsonl --backend template
 
 Every training image with ground truth gets one line of traces.jsonl, in any order:
 
@@ -24,17 +20,12 @@ Every training image with ground truth gets one line of traces.jsonl, in any ord
      "teacher": "gpt-4o-mini", "attempts": 1,
      "usage": {"prompt_tokens": 2950, "completion_tokens": 96, "cost": 0.0005}}
 
-Stop it whenever you like, kill -9 included, and run the same command again: it asks only for what
-is missing. Images without an accepted trace are listed at the end with the reason.
+Stop it at any time, kill -9 included, and run the same command again: it asks only for what is
+missing. Images without an accepted trace are listed at the end with the reason.
 
 1. The teacher gets the image and the Reasoning Guidance of Fig. 4, as in the paper. The guidance
-   points to the lists of valid classes; --lists sends them along (about 1,800 tokens more).
-2. A trace is refused only for what would hurt training (`accept_trace`): cut at --max-tokens, not
-   within <think>, an <answer> or special tokens in it, a refusal, nothing said of the image.
-3. Cost is reckoned at list price: cached tokens in full, replies lost on the way at the most they
-   can have cost. --max-cost includes what earlier runs paid for the traces in the file. A server
-   behind http is taken for a local one, and free unless a price is known or given.
-4. Connections are direct: proxy variables are not read, redirects are not followed.
+   points to the lists of valid classes; --lists sends them too (about 1,800 tokens more).
+2. docs/teacher.md says which traces are accepted, what they cost, and how faults end.
 """
 
 import json
@@ -48,7 +39,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from itertools import count, takewhile
 from pathlib import Path
 from typing import Literal
 
@@ -62,35 +52,29 @@ from engine.traces.acceptance import accept_trace
 from engine.traces.openai_chat import (
     BATCH_DISCOUNT,
     OPENAI_URL,
-    Budget,
     Filtered,
     Refused,
-    Stop,
     Teacher,
     Transient,
     batch_results,
     complete,
-    input_tokens,
+    estimated_tokens,
     known_prices,
+    parse,
     request_body,
+    usage_of,
     write_requests,
 )
-from engine.traces.trace_file import TraceFile, read_lines, template_trace
+from engine.traces.template import template_trace
+from engine.traces.trace_file import TraceFile, read_traces
 from hicodet import InputError, Sample
 
-GIVEN_UP_IN_A_ROW = 10  # images, one after the other: the server is gone
-UNTRACED_IN_A_ROW = 30  # images, in the order asked: this teacher makes no traces
-NO_TRACES = ("{} images in a row without an acceptable trace, the last for {}; the teacher must "
-             "write <think> and </think> itself (vLLM: no --reasoning-parser); or take another one")
-PRICE_NOT_KNOWN = "price not known: give --input-price and --output-price"
+FAILURES_IN_A_ROW = 20  # images without a trace: the server is gone, or the teacher writes none
 
 TASK = "Look at the image and reason about how its people interact with objects.\n"
 REQUEST = """\
 Answer the four questions in order, in a few plain sentences, between <think> and </think>. Name \
 object classes and verbs literally. No coordinates, no lists, no <answer>."""
-
-
-# ---- asking the teacher
 
 
 @dataclass(frozen=True)
@@ -101,87 +85,81 @@ class Outcome:
     reason: str = ""  # why there is none
     attempts: int = 0  # that the server answered
     usage: dict = field(default_factory=dict)  # of all attempts
-    given_up: bool = False  # the server did not serve
-    stopped: bool = False  # the run ends; without a reason, another thread ended it
+    refused: bool = False  # as every other image would be
 
 
-def ask(
-    sample: Sample, teacher: Teacher, attempts: int, budget: Budget, stop: threading.Event
-) -> Outcome:
-    """Ask for an image's trace, again if it is rejected, at most `attempts` times."""
-    usage, attempt = Counter(), 0
+def ask(sample: Sample, teacher: Teacher, attempts: int, stop: threading.Event) -> Outcome | None:
+    """Ask for an image's trace, again if it is rejected, at most `attempts` times.
+
+    Returns None if the run ended before the image's turn.
+    """
+    if stop.is_set():
+        return None
+    usage = Counter()
     try:
-        if stop.is_set():
-            raise Stop
         body = request_body(sample, teacher)
         for attempt in range(1, attempts + 1):
-            reply, used = complete(teacher, body, budget, stop)
-            usage.update(used)
+            reply = complete(teacher, body, stop)
+            usage.update(usage_of(reply, teacher))
             think, reason = accept_trace(reply)
-            if think:
+            if think or stop.is_set():
                 break
         return Outcome(think, reason, attempt, dict(usage))
-    except Stop as error:
+    except Refused as error:
         stop.set()  # here, before this thread takes the next image
-        named = f"{sample.file_name}: " if isinstance(error, Refused) else ""
-        return Outcome(reason=f"{named}{error}", stopped=True)
-    except Transient as error:
-        return Outcome(reason=str(error), given_up=True)
-    except (InputError, Filtered) as error:  # the image is broken, or not let through
-        return Outcome(reason=str(error), attempts=attempt)
-
-
-def in_a_row(untraced: dict[int, bool], number: int) -> int:
-    """How many images around this one, in the order asked, have no trace; one in flight is a gap,
-    or quick refusals would add up. untraced: by place; False neither counts nor is a gap."""
-    sides = count(number, -1), count(number + 1)
-    return sum(untraced[n] for side in sides for n in takewhile(untraced.__contains__, side))
+        return Outcome(reason=f"{sample.file_name}: {error}", refused=True)
+    except (InputError, Filtered, Transient) as error:
+        return Outcome(reason=str(error), usage=dict(usage))
 
 
 def ask_all(
-    samples: Sequence[Sample], teacher: Teacher, file: TraceFile, budget: Budget, attempts: int,
-    concurrency: int,
+    samples: Sequence[Sample], teacher: Teacher, file: TraceFile, *, attempts: int,
+    concurrency: int, max_cost: float,
 ) -> tuple[dict[str, str], str]:
     """Ask for the traces of all samples, `concurrency` at a time, and append those accepted.
 
-    Returns why images have none, by file name, and why the run ended early ("" if it did not);
-    what is in flight then is still waited for.
+    max_cost: USD, with what the traces in the file cost. Nothing is set aside for requests in
+    flight, so the sum can pass it by their cost. Returns why images have no trace, by file name,
+    and why the run ended early ("" if it did not); it still waits for requests in flight.
     """
-    missing, untraced, ended, given_up, stop = {}, {}, "", 0, threading.Event()
+    missing, ended, failures, spent, stop = {}, "", 0, file.cost, threading.Event()
     bar, pool = tqdm(total=len(samples), desc="traces"), ThreadPoolExecutor(concurrency)
     try:
-        jobs = {pool.submit(ask, sample, teacher, attempts, budget, stop): (number, sample)
-                for number, sample in enumerate(samples)}
+        jobs = {pool.submit(ask, sample, teacher, attempts, stop): sample for sample in samples}
         for job in as_completed(jobs):
-            (number, sample), outcome = jobs.pop(job), job.result()
-            if outcome.stopped:
-                ended = ended or outcome.reason
+            sample, outcome = jobs.pop(job), job.result()
+            if outcome is None:
                 continue
+            spent += outcome.usage.get("cost", 0.0)
             if outcome.think:
                 file.append(sample, outcome.think, teacher.model, outcome.attempts, outcome.usage)
-            else:
+                failures = 0
+            elif not outcome.refused:
                 missing[sample.file_name] = outcome.reason
-                untraced[number] = outcome.attempts > 0
-            given_up = given_up + 1 if outcome.given_up else 0
-            if given_up == GIVEN_UP_IN_A_ROW:
-                ended = f"{given_up} images given up in a row, the last for {outcome.reason}"
-            elif untraced.get(number) and (row := in_a_row(untraced, number)) >= UNTRACED_IN_A_ROW:
-                ended = ended or NO_TRACES.format(row, outcome.reason)
+                failures += 1
+            ended = ended or why_end(outcome, failures, spent, max_cost)
             if ended:
                 stop.set()
-            bar.set_postfix_str(f"rejected {len(missing)}, tokens {budget.tokens:,}, "
-                                f"${budget.spent:.4f}", refresh=False)
+            bar.set_postfix_str(f"rejected {len(missing)}, ${spent:.4f}", refresh=False)
             bar.update()
     finally:  # also after Ctrl-C or on a full disk
         stop.set()
         pool.shutdown(cancel_futures=True)
         bar.close()
-    return missing, ended and f"{ended}; ${budget.spent:.4f} are spent in all"
+    return missing, ended and f"{ended}; ${spent:.4f} are spent in all"
 
 
-def collect(
-    paths: Iterable[Path], wanted: dict[str, Sample], teacher: Teacher, file: TraceFile,
-    budget: Budget,
+def why_end(outcome: Outcome, failures: int, spent: float, max_cost: float) -> str:
+    """Why the run ends after this image, "" if it goes on. failures: images in a row."""
+    if outcome.refused:
+        return outcome.reason
+    if failures >= FAILURES_IN_A_ROW:
+        return f"{failures} images in a row without a trace, the last for {outcome.reason}"
+    return f"--max-cost {max_cost:g} is reached: raise it to go on" if spent >= max_cost else ""
+
+
+def collect_batch(
+    paths: Iterable[Path], wanted: dict[str, Sample], teacher: Teacher, file: TraceFile
 ) -> dict[str, str]:
     """Append the accepted traces of a batch's result files, in any order; the first one counts.
 
@@ -196,54 +174,83 @@ def collect(
             continue
         think, reason = accept_trace(reply) if reply else (None, said)
         if think:
-            usage = budget.settle(0.0, reply.get("usage"))
-            file.append(wanted[name], think, teacher.model, 1, usage)
+            file.append(wanted[name], think, teacher.model, 1, usage_of(reply, teacher))
         else:
             missing[name] = reason
     return {name: reason for name, reason in missing.items() if name not in file.names}
-
-
-# ---- the command
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig(Config):
     """Options of the command."""
 
-    GROUPS = {
-        "what to read and write": "data out limit dry_run",
-        "the teacher (Sec. 3.2)": "teacher backend base_url collect",
-        "what is asked": "lists max_side max_tokens attempts",
-        "what may be spent": "max_cost input_price output_price",
-        "the connection": "concurrency timeout retries backoff",
-    }
-    data: Path = required("HICO-DET's folder, with anno_bbox.mat and images")
-    out: Path = required("traces.jsonl, begun or continued")
+    data: Path = required(
+        "HICO-DET's folder, with anno_bbox.mat and images", group="what to read and write"
+    )
+    out: Path = required("traces.jsonl, begun or continued", group="what to read and write")
     backend: Literal["openai", "batch", "template"] = option(
-        "openai", "a server, files for OpenAI's Batch API, or no teacher"
+        "openai", "a server, files for OpenAI's Batch API, or no teacher",
+        group="the teacher (Sec. 3.2)",
     )
-    teacher: str = option("gpt-4o-mini", "name of the model", paper="Sec. 4.2")
-    base_url: str = option(OPENAI_URL, "an OpenAI-compatible server", metavar="URL")
-    lists: bool = option(False, "send the lists of valid classes of Fig. 4 too")
+    teacher: str = option(
+        "gpt-4o-mini", "name of the model", paper="Sec. 4.2", group="the teacher (Sec. 3.2)"
+    )
+    base_url: str = option(
+        OPENAI_URL, "an OpenAI-compatible server", metavar="URL", group="the teacher (Sec. 3.2)"
+    )
+    lists: bool = option(
+        False, "send the lists of valid classes of Fig. 4 too", group="what is asked"
+    )
     max_side: int = option(
-        512, "shrink images to this; up to 512 OpenAI bills low detail", least=1, metavar="PIXELS"
+        512, "shrink images to this; up to 512 OpenAI bills low detail", least=1, metavar="PIXELS",
+        group="what is asked",
     )
-    max_tokens: int = option(512, "longest reply", least=1)
-    attempts: int = option(3, "ask so often for a trace that can be accepted", least=1)
-    concurrency: int = option(16, "requests in flight", least=1)
-    timeout: float = option(60.0, "seconds to wait for the next byte", least=0.001)
+    max_tokens: int = option(
+        512, "longest reply; a reasoning model needs thousands", least=1, group="what is asked"
+    )
+    max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = option(
+        "max_tokens", "name of that limit; OpenAI's reasoning models need the second one",
+        group="what is asked",
+    )
+    extra_body: str = option(
+        "{}", "further fields of the request, e.g. to turn reasoning off", metavar="JSON",
+        group="what is asked",
+    )
+    attempts: int = option(
+        3, "most requests for an acceptable trace", least=1, group="what is asked"
+    )
+    concurrency: int = option(16, "requests in flight", least=1, group="the connection")
+    timeout: float = option(
+        60.0, "seconds to wait for the next byte", least=0.001, group="the connection"
+    )
     retries: int = option(
-        8, "further tries after 408, 429, 5xx, time-outs and cut connections", least=0
+        8, "further tries after 408, 429, 5xx, time-outs and cut connections", least=0,
+        group="the connection",
     )
-    backoff: float = option(1.0, "seconds before the first retry, then doubled", least=0.001)
-    max_cost: float = option(math.inf, "spend no more in all", least=0, metavar="USD")
+    backoff: float = option(
+        1.0, "seconds before the first retry, then doubled", least=0.001, group="the connection"
+    )
+    max_cost: float = option(
+        math.inf, "stop at this sum; requests in flight may pass it", least=0, metavar="USD",
+        group="what may be spent",
+    )
     input_price: float | None = option(
-        None, "per million tokens, of a model whose price is not known here", least=0, metavar="USD"
+        None, "per million tokens, for a model without a known price", least=0, metavar="USD",
+        group="what may be spent",
     )
-    output_price: float | None = option(None, "the same of its output", least=0, metavar="USD")
-    limit: int | None = option(None, "only the first so many images of the training set", least=1)
-    collect: tuple[Path, ...] = option((), "result files of a batch", metavar="FILE")
-    dry_run: bool = option(False, "print a request and what it all will cost; stop")
+    output_price: float | None = option(
+        None, "the same for its output", least=0, metavar="USD", group="what may be spent"
+    )
+    limit: int | None = option(
+        None, "only the first N images of the training set", least=1,
+        group="what to read and write",
+    )
+    collect: tuple[Path, ...] = option(
+        (), "result files of a batch", metavar="FILE", group="the teacher (Sec. 3.2)"
+    )
+    dry_run: bool = option(
+        False, "print a request and estimate the cost; ask nothing", group="what to read and write"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -251,106 +258,107 @@ class TeacherConfig(Config):
             raise ValueError("--collect takes the results of a batch: give --backend batch with it")
         if self.dry_run and self.backend == "template":
             raise ValueError("--dry-run shows a request; the template makes none")
-        if not (folder := self.out.absolute().parent).is_dir():
-            raise ValueError(f"--out {self.out}: there is no folder {folder}")
+        if self.max_cost < math.inf and self.backend != "openai":
+            raise ValueError("--max-cost watches replies: for a batch use --dry-run and --limit")
 
 
-def make_teacher(args: TeacherConfig) -> Teacher:
+def make_teacher(config: TeacherConfig) -> Teacher:
     """The teacher that the flags and the environment describe. Raises InputError."""
-    host = r"(\[[0-9A-Fa-f:]+\]|[^\s/?#@:\[]+)(:[0-9]+)?"
-    if not re.fullmatch(rf"https?://{host}(/[^\s?#@]*)?", args.base_url):
-        raise InputError(f"--base-url {args.base_url}: expected http(s)://host[:port]/v1, without "
-                         "user or password; a key goes into OPENAI_API_KEY")
+    if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", config.base_url):
+        raise InputError(f"--base-url {config.base_url}: expected http(s)://host[:port]/v1, "
+                         "without user or password; a key goes into OPENAI_API_KEY")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch("[!-~]*", key):
-        raise InputError("OPENAI_API_KEY holds characters that no key has: set it anew")
-    lists = hicodet.TASK_DESCRIPTION if args.lists else ""
+        raise InputError("OPENAI_API_KEY holds characters that no key has: set it again")
+    if not isinstance(extra := parse(config.extra_body), dict):
+        raise InputError(f"--extra-body {config.extra_body}: expected a JSON object")
+    lists = hicodet.TASK_DESCRIPTION if config.lists else ""
     return Teacher(
-        args.teacher, args.base_url.rstrip("/"), key,
-        TASK + lists + hicodet.THINKING_PROCESS + REQUEST,
-        args.max_tokens, args.max_side, args.timeout, args.retries, args.backoff)
+        model=config.teacher, base_url=config.base_url.rstrip("/"), key=key,
+        prompt=TASK + lists + hicodet.THINKING_PROCESS + REQUEST, max_side=config.max_side,
+        more_fields={config.max_tokens_field: config.max_tokens, **extra}, timeout=config.timeout,
+        retries=config.retries, backoff=config.backoff, prices=prices_of(config),
+    )
 
 
-def make_budget(args: TeacherConfig, spent: float) -> tuple[Budget, str]:
-    """The teacher's prices and what may be spent; and what is to be said if prices are not known.
-
-    Raises InputError for --max-cost without prices.
-    """
-    known = known_prices(args.teacher) or (None, None)
-    given = (args.input_price, args.output_price)
-    prices = [known[i] if given[i] is None else given[i] for i in range(2)]
-    unknown = f"{args.teacher}: {PRICE_NOT_KNOWN}" if None in prices else ""
-    if args.max_cost < math.inf and unknown:
-        raise InputError(f"--max-cost {args.max_cost:g}: {unknown}")
-    factor = BATCH_DISCOUNT if args.backend == "batch" else 1.0
-    prices = tuple((price or 0.0) * factor for price in prices)
-    paid = args.base_url.startswith("https:")
-    return Budget(prices, args.max_cost, spent), unknown if paid else ""
+def prices_of(config: TeacherConfig) -> tuple[float, float]:
+    """USD per million tokens, in and out; 0 if not known. Raises InputError for --max-cost then."""
+    known, given = known_prices(config.teacher), (config.input_price, config.output_price)
+    prices = [known[i] if price is None and known else price for i, price in enumerate(given)]
+    if None in prices:
+        said = f"{config.teacher}: price not known: give --input-price and --output-price"
+        if config.max_cost < math.inf:
+            raise InputError(f"--max-cost {config.max_cost:g}: {said}")
+        if config.base_url.startswith("https:"):
+            print(f"{said}; until then costs count as 0", file=sys.stderr)
+    factor = BATCH_DISCOUNT if config.backend == "batch" else 1.0
+    return tuple((price or 0.0) * factor for price in prices)
 
 
-def dry_run(samples: Sequence[Sample], teacher: Teacher, budget: Budget, unknown: str) -> None:
-    """Prints the first request without its image, and what all will cost: `unknown`, or a sum."""
+def print_dry_run(samples: Sequence[Sample], teacher: Teacher) -> None:
+    """Print the first request without its image, and about what all will cost."""
     if not samples:
         raise InputError("no training image needs a trace: none has ground truth without one")
     body = request_body(samples[0], teacher)
     image = body["messages"][0]["content"][1]["image_url"]
     image["url"] = f"data:image/jpeg;base64,({len(image['url'])} characters)"
     print(json.dumps(body, indent=2))
-    tokens = input_tokens(teacher) * len(samples), 150 * len(samples)
-    print(f"{len(samples)} images: about {tokens[0]:,} input tokens and, at 150 a trace, "
-          f"{tokens[1]:,} output tokens: {unknown or f'${budget.cost(*tokens):.2f}'}")
-
-
-def run(args: TeacherConfig) -> bool:
-    """Makes the traces that are missing. Returns whether every image has one now."""
-    every = {sample.file_name: sample for sample in annotations.load_split(args.data, "train")}
-    samples = [sample for sample in every.values() if sample.hois][: args.limit]
-    if args.dry_run:
-        done = {trace["file_name"] for trace in read_lines(args.out)} if args.out.exists() else ()
-        todo = [sample for sample in samples if sample.file_name not in done]
-        dry_run(todo, make_teacher(args), *make_budget(args, 0.0))
-        return True
-    with TraceFile(args.out) as file:
-        if not file.names <= set(every):
-            raise InputError(f"{args.out} has {min(file.names - set(every))}, which is no training "
-                             f"image of {args.data}: give another --out")
-        todo = [sample for sample in samples if sample.file_name not in file.names]
-        print(f"{args.out}: {len(todo)} of {len(samples)} images have no trace yet")
-        missing, ended = make_traces(args, every, todo, file) if todo else ({}, "")
-        left = sum(sample.file_name not in file.names for sample in todo)
-    for name, reason in sorted(missing.items()):
-        print(f"{name}: {reason}", file=sys.stderr)
-    print(f"{args.out}: {left} of {len(samples)} images have no trace", ended and f"({ended})")
-    return left == 0
+    tokens_in, tokens_out = (count * len(samples) for count in estimated_tokens(teacher))
+    print(f"{len(samples)} images: about {tokens_in:,} input tokens and {tokens_out:,} output "
+          f"tokens: ${teacher.cost(tokens_in, tokens_out):.2f}")
 
 
 def make_traces(
-    args: TeacherConfig, every: dict[str, Sample], todo: Sequence[Sample], file: TraceFile
+    config: TeacherConfig, every: dict[str, Sample], todo: Sequence[Sample], file: TraceFile
 ) -> tuple[dict[str, str], str]:
-    """Runs the backend that the flags ask for; returns as ask_all does."""
-    if args.backend == "template":
+    """Run the backend that the flags ask for. Returns as `ask_all` does."""
+    if config.backend == "template":
         for sample in todo:
             file.append(sample, template_trace(sample.hois), "template", 1, {})
         return {}, ""
-    teacher, (budget, unknown) = make_teacher(args), make_budget(args, file.cost)
-    if unknown:
-        print(f"{unknown}; without, costs count as 0, for a later --max-cost too", file=sys.stderr)
-    if args.backend == "batch" and args.collect:
-        return collect(args.collect, every, teacher, file, budget), ""
+    teacher = make_teacher(config)
+    if config.collect:
+        return collect_batch(config.collect, every, teacher, file), ""
     annotations.require_images(todo)
-    if args.backend == "batch":
-        return write_requests(todo, teacher, args.out, budget)
+    if config.backend == "batch":
+        return write_requests(todo, teacher, config.out), ""
     if not teacher.key and teacher.base_url == OPENAI_URL:
         raise InputError("OPENAI_API_KEY is not set: export it, or give a local --base-url")
+    if file.cost >= config.max_cost:
+        raise InputError(f"--max-cost {config.max_cost:g}: the traces cost ${file.cost:.4f} so far")
     shuffled = random.sample(todo, len(todo))  # or a rerun begins with all that were refused
-    return ask_all(shuffled, teacher, file, budget, args.attempts, args.concurrency)
+    return ask_all(shuffled, teacher, file, attempts=config.attempts,
+                   concurrency=config.concurrency, max_cost=config.max_cost)
+
+
+def run(config: TeacherConfig) -> bool:
+    """Make the traces that are missing. Returns whether every image has one now."""
+    every = {sample.file_name: sample for sample in annotations.load_split(config.data, "train")}
+    samples = [sample for sample in every.values() if sample.hois][: config.limit]
+    if config.dry_run:
+        done = read_traces(config.out) if config.out.exists() else {}
+        todo = [sample for sample in samples if sample.file_name not in done]
+        print_dry_run(todo, make_teacher(config))
+        return True
+    with TraceFile(config.out) as file:
+        if others := sorted(file.names - every.keys()):
+            raise InputError(f"{config.out} has {others[0]}, which is no training image of "
+                             f"{config.data}: give another --out")
+        todo = [sample for sample in samples if sample.file_name not in file.names]
+        print(f"{config.out}: {len(todo)} of {len(samples)} images have no trace yet")
+        missing, ended = make_traces(config, every, todo, file) if todo else ({}, "")
+        left = sum(sample.file_name not in file.names for sample in todo)
+    for name, reason in sorted(missing.items()):
+        print(f"{name}: {reason}", file=sys.stderr)
+    print(f"{config.out}: {left} of {len(samples)} images have no trace", ended and f"({ended})")
+    return left == 0
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; exit status 1 if an image is left without a trace."""
-    args = parse_config(TeacherConfig, __doc__.partition("\n1. ")[0], argv)
+    config = parse_config(TeacherConfig, __doc__.partition("\n1. ")[0], argv)
     with one_line("teacher.py: ", "run the same command again to go on"):
-        sys.exit(0 if run(args) else 1)
+        sys.exit(0 if run(config) else 1)
 
 
 if __name__ == "__main__":

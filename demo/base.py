@@ -10,17 +10,22 @@ The base model is the folder model/ in --out.
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch.distributed as dist
 
 from demo.grounding import PAIRS_PROMPT, PROMPT, pair_lines
 from engine.data.annotations import load_split
-from engine.data.examples import END_OF_TURN, Examples
-from engine.model.policy import ClippedAdamW, Ranks, load_policy, start_ranks, weights_fingerprint
+from engine.data.examples import END_OF_TURN, Examples, PromptOptions
+from engine.data.loader import batches
+from engine.model.model_files import weights_fingerprint
+from engine.model.optimizer import ClippedAdamW, learning_rate
+from engine.model.policy import load_policy
 from engine.options import Config, option, parse_config, required
+from engine.ranks import Ranks, start_ranks
 from engine.runs.run_folder import open_run
-from engine.signals import Stop, one_line, resume_command
+from engine.signals import RESUME, StopSignal, one_line
 from engine.traces.trace_file import read_traces
 from hicodet import HOI, InputError
 from sft import SFT
@@ -46,9 +51,10 @@ def base_examples(folder: Path, boxes_only: bool) -> Examples:
     return Examples(
         str(folder / "model"),
         load_split(folder / "data", "train"),
+        PromptOptions(task_description=False),  # as the demo goes on
         thinks=read_traces(texts),
-        prompt_text=lambda thinking: PROMPT if boxes_only else PAIRS_PROMPT,
         target_text=target_text,
+        prompt_text=lambda thinking: PROMPT if boxes_only else PAIRS_PROMPT,
     )
 
 
@@ -56,13 +62,13 @@ def base_examples(folder: Path, boxes_only: bool) -> Examples:
 class BaseConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to read and write": "dir out resume", "the training": "boxes_only steps seed"}
-    dir: Path = required("folder that python -m demo.toy wrote", positional=True)
-    out: str = required("folder for all that the run writes")
-    boxes_only: bool = option(False, "teach boxes alone, without the lines of pairs")
-    steps: int = option(3000, "optimizer steps", least=1)
-    seed: int = option(0, "seed of the data order", least=0)
-    resume: bool = option(False, "go on with the run in --out")
+    FILES, TRAINING = "input and output", "training"
+    dir: Path = required("folder that python -m demo.toy wrote", positional=True, group=FILES)
+    out: str = required("folder for all that the run writes", group=FILES)
+    resume: bool = option(False, "go on with the run in --out", group=FILES)
+    boxes_only: bool = option(False, "teach boxes alone, without lines of pairs", group=TRAINING)
+    steps: int = option(3000, "optimizer steps", least=1, group=TRAINING)
+    seed: int = option(0, "seed of the data order", least=0, group=TRAINING)
 
 
 def make_base(config: BaseConfig, ranks: Ranks) -> None:
@@ -71,30 +77,25 @@ def make_base(config: BaseConfig, ranks: Ranks) -> None:
     settings = {"seed": config.seed, "steps": config.steps, "examples": examples.fingerprint()}
     settings |= {"model": model, "weights": weights_fingerprint(model)}
     settings |= {"stage": "sft", "command": sys.argv}
-    run = open_run(config.out, settings, resume=config.resume, ranks=ranks)
+    run = open_run(config.out, config, settings, ranks)
     policy = load_policy(model, ranks.device, gradient_checkpointing=False)
     optimizer = ClippedAdamW(policy, beta2=0.98, weight_decay=0.0, max_grad_norm=1.0)
     done = run.load(policy, optimizer.adamw)
-    with Stop() as stop:
-        fit(
-            SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH),
-            Parts(run, policy, optimizer, None, None, config.steps, done),
-            examples,
-            ranks,
-            stop,
-            batch_size=16,
-            seed=config.seed,
-            workers=0,
-            peak_learning_rate=1.5e-3,
-            warmup_steps=50,
-            save_every=SAVE_EVERY,
-        )
+    order = {"batch_size": 16, "steps": config.steps, "seed": config.seed}
+    stream = batches(examples, ranks, done=done, workers=0, **order)
+    rate = partial(
+        learning_rate, steps=config.steps, highest=1.5e-3, warmup=50, schedule=SFT.schedule
+    )
+    parts = Parts(run, examples, (), policy, optimizer, None, None, config.steps, done)
+    stage = SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH)
+    with StopSignal() as stop:
+        fit(stage, parts, stream, rate, ranks, stop, save_every=SAVE_EVERY)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a base model; --help lists the options."""
     config = parse_config(BaseConfig, __doc__, argv, prog="python -m demo.base")
-    with one_line("", f"go on with: {resume_command()}"):
+    with one_line("", RESUME):
         make_base(config, start_ranks())
     dist.destroy_process_group()
 

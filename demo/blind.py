@@ -16,6 +16,7 @@ import evaluate
 import hicodet
 from engine.data.annotations import load_split, training_counts
 from engine.options import Config, parse_config, required
+from engine.scoring.predictions import predicted_instances
 from engine.signals import one_line
 from hicodet import HOI, Sample
 from rewards import total_reward
@@ -52,7 +53,7 @@ def edit_scores(samples: list[Sample], counts: np.ndarray, edit: Callable) -> li
         size = (sample.width, sample.height)
         text = hicodet.format_completion(edit(sample.hois), "Someone is there.")
         answer = hicodet.parse_completion(text)
-        instances = hicodet.predicted_instances(answer, size, size)
+        instances = predicted_instances(answer, size, size)
         lines.append({"file_name": sample.file_name, "instances": instances})
         if sample.hois:
             rewards = [total_reward(answer, sample.hois, label_reward=r) for r in LABEL_REWARDS]
@@ -66,8 +67,7 @@ def edit_scores(samples: list[Sample], counts: np.ndarray, edit: Callable) -> li
 class BlindConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to read": "data"}
-    data: str = required("folder of hico_20160224_det: anno_bbox.mat", metavar="DIR")
+    data: str = required("folder of hico_20160224_det", metavar="DIR", group="input")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from demo.show import draw_answers, results_table
 from engine.files import remove, replace_file
-from engine.signals import one_line, resume_command
+from engine.signals import RESUME, one_line
 from hicodet import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,7 @@ def run_demo(config) -> None:
     if out.exists() and not (out / LOG).exists():  # what it holds is not ours to remove
         raise InputError(f"--resume: {out} is not the folder of a demo ({LOG} is missing)")
     require_model(config.base)
-    with one_line("", f"go on with: {resume_command()}"):
+    with one_line("", RESUME):
         run_stages(out, demo_stages(config, out))
         print(results_table(out, ("base", "sft", "grpo")))
         draw_answers(out, count=6)

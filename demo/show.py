@@ -7,9 +7,10 @@ from PIL import Image
 
 import hicodet
 from engine.data import annotations
-from engine.files import aside, json_lines, open_image
+from engine.data.images import open_image
+from engine.files import aside
 from engine.report import drawing
-from engine.report.records import line_hois
+from engine.scoring.predictions import line_hois, stored_rows
 
 MAPS = ("full", "rare", "non_rare")
 PAIRS = ("precision", "recall", "f1")
@@ -61,9 +62,7 @@ def draw_answers(out: Path, count: int) -> None:
     folder = out / "pictures"
     folder.mkdir(exist_ok=True)
     samples = annotations.load_split(out / "data", "test")
-    parts = {name: (out / f"test_{name}").glob("part-*.jsonl") for name in ("sft", "grpo")}
-    rows = {name: {row["index"]: row for part in found for _, row in json_lines(part)}
-            for name, found in parts.items()}  # fmt: skip
+    rows = {name: stored_rows(out / f"test_{name}")[0] for name in ("sft", "grpo")}
 
     def panels(index: int) -> Image.Image:
         return answers(samples[index], {name: rows[name][index] for name in rows})

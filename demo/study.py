@@ -18,10 +18,10 @@ from typing import Literal
 
 from demo import run
 from demo.show import figures
+from engine.configs import DemoConfig
 from engine.files import json_lines, naming, remove, replace_file
 from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
-from hoi_r1 import DemoConfig
 
 RESULTS, PAGE = run.ROOT / "demo" / "study.jsonl", run.ROOT / "docs" / "study.md"
 SIZES = DemoConfig()
@@ -248,15 +248,16 @@ def drawings(model: Model, seed: int, out: Path) -> Path:
 class StudyConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to do": "task", "models to run": "sections seeds out"}
+    TASK, RUN = "what to do", "models to run"
     task: Literal["run", "write"] = required(
-        "train and measure models, or write the page", metavar="TASK", positional=True
+        "run: train and measure models; write: fill docs/study.md", metavar="TASK", positional=True,
+        group=TASK,
     )
     sections: tuple[Literal[*MODELS], ...] = option(
-        tuple(MODELS), "sections of docs/study.md (default: all)"
+        tuple(MODELS), "sections of docs/study.md (default: all)", group=RUN
     )
-    seeds: tuple[int, ...] = option((0, 1, 2, 3, 4), "seeds (default: 0 to 4)", metavar="N")
-    out: Path = option(Path("runs/study"), "folder for models and drawings", metavar="DIR")
+    seeds: tuple[int, ...] = option(tuple(range(5)), "seeds (default: 0-4)", metavar="N", group=RUN)
+    out: Path = option(Path("runs/study"), "folder for models", metavar="DIR", group=RUN)
 
 
 def main(argv: list[str] | None = None) -> None:

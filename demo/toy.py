@@ -35,7 +35,7 @@ from demo.scenes import GRID, KINDS, RARE, SIDE, Scene, draw_scene, make_scenes
 from engine.files import naming
 from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
-from engine.traces.trace_file import gerund, join_words, template_trace
+from engine.traces.template import gerund, join_words, template_trace
 from hicodet import HOI, HOI_CLASSES, Box, format_completion, prompt_text
 
 MAX_PAIRS = 3
@@ -280,15 +280,16 @@ def write_model(folder: Path, seed: int) -> None:
 class ToyConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to write": "dir train test seed", "annotations": "pairs left_out"}
-    dir: Path = required("folder to write data/ and model/ into", positional=True)
-    train: int = option(4000, "training images", least=1)
-    test: int = option(500, "test images", least=1)
-    pairs: int = option(2, "most pairs of an image, at most 3", least=1, below=MAX_PAIRS + 1)
+    FILES, IMAGES = "what to write", "images and annotations"
+    dir: Path = required("folder to write data/ and model/ into", positional=True, group=FILES)
+    seed: int = option(0, "seed of scenes, colours and weights", least=0, group=FILES)
+    train: int = option(4000, "training images", least=1, group=IMAGES)
+    test: int = option(500, "test images", least=1, group=IMAGES)
+    pairs: int = option(2, "most pairs of an image, 1 to 3", least=1, below=4, group=IMAGES)
     left_out: float = option(
-        0.55, "share of the training images' further pairs to leave out; 1: all", least=0
-    )
-    seed: int = option(0, "seed of scenes, colours and weights", least=0)
+        0.55, "share of the training images' further pairs to leave out; 1: all", least=0,
+        group=IMAGES,
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -1,27 +1,18 @@
-"""Files: locked, read line by line, opened as images, replaced whole."""
+"""Files: locked, read line by line, replaced whole."""
 
 import fcntl
 import json
 import os
 import shutil
-import struct
-import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, ImageOps
+from hicodet import InputError
 
-from hicodet import InputError, Sample
-
-LOCK_SECONDS = 3.0  # that image workers of a trainer that was just killed may need to end
-# what Pillow raises for broken, hostile and huge files; TypeError for EXIF data
-UNREADABLE = (
-    *(OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, struct.error),
-    Image.DecompressionBombError,
-)
+LOCK_SECONDS = 3.0  # the image workers of a killed trainer may need this long to end
 
 
 def lock(file: IO) -> None:
@@ -41,7 +32,7 @@ def lock(file: IO) -> None:
 
 @contextmanager
 def naming(path: str | Path) -> Iterator[None]:
-    """Let errors of writing name the file: "No space left on device" comes without."""
+    """Add the path to OSErrors that lack one, such as "No space left on device"."""
     try:
         yield
     except OSError as error:
@@ -111,11 +102,13 @@ def json_lines(path: str | Path, *, cut_last: bool = False) -> Iterator[tuple[st
     """The values of a JSON lines file, each with its place, "FILE, line 7", for an error to name.
 
     cut_last: a last line without its line break was cut by a crash, and is left out.
-    Raises InputError naming file and line for what is not JSON.
+    Raises InputError naming file and line for what is not JSON, and for one list of all values.
     """
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{path}, line {number}"
+            if number == 1 and line.lstrip().startswith(b"["):
+                raise InputError(f"{path}: one object per line, not one list")
             if cut_last and not line.endswith(b"\n"):
                 return
             try:
@@ -124,54 +117,3 @@ def json_lines(path: str | Path, *, cut_last: bool = False) -> Iterator[tuple[st
                 hint = "remove the line" if line.endswith(b"\n") else "cut off? resuming drops it"
                 raise InputError(f"{where}: not JSON ({error}); {hint}") from None
             yield where, value
-
-
-def open_image(path: Path, *, upright: bool = False) -> Image.Image:
-    """An image file as RGB, decoded to its last byte. Raises InputError naming a broken one.
-
-    upright: turned as the camera noted in its EXIF data.
-    """
-    try:
-        with Image.open(path) as file:
-            return (ImageOps.exif_transpose(file) if upright else file).convert("RGB")
-    except UNREADABLE as error:
-        raise InputError(f"{path}: not a readable image ({error}); fetch it again") from None
-
-
-def read_image(sample: Sample, upright: bool = False) -> Image.Image:
-    """A sample's image as RGB. Raises InputError naming the file if it is broken or of another size
-    than annotated."""
-    image = open_image(sample.path, upright=upright)
-    if image.size != (sample.width, sample.height):
-        raise InputError(
-            f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
-            f"{sample.height}: images and anno_bbox.mat belong to different data"
-        )
-    return image
-
-
-def read_from_model(read: Callable, folder: str, what: str):
-    """read(folder), a reader of the library. Raises InputError naming the folder if it cannot."""
-    # here: teacher.py needs no model; the last two come with transformers
-    from huggingface_hub.errors import StrictDataclassError
-    from jinja2 import TemplateError
-    from safetensors import SafetensorError
-
-    known = (
-        *(OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
-        *(ImportError, RuntimeError),  # a format that needs further packages; tensors that differ
-        *(SafetensorError, StrictDataclassError, TemplateError),
-    )
-    try:
-        return read(folder)
-    except Exception as error:
-        if isinstance(error, InputError) and str(error).startswith(f"--model {folder}: "):
-            raise  # says enough
-        # the tokenizers library raises Exception itself, and no kind of it, for a broken file
-        if not isinstance(error, known) and type(error) is not Exception:
-            raise
-        cause = textwrap.shorten(str(error), 200) or type(error).__name__
-        inside = Path(folder) / "model"
-        hint = "" if Path(folder).exists() else "; there is no such folder here"
-        hint = f"; is {inside} meant?" if inside.is_dir() else hint
-        raise InputError(f"--model {folder}: no {what} that can be read ({cause}){hint}") from None

@@ -1,20 +1,105 @@
-"""Ranks that agree on what they run, or all end: one folder, examples, weights and options."""
+"""Ranks: the processes of one run, what they exchange, and what they must have in common."""
 
+import os
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
+from datetime import timedelta
 
-from engine.model.policy import Ranks
+import torch
+import torch.distributed as dist
+
+from engine.options import flag_of
 from hicodet import InputError
 
-# options in which ranks may differ: paths of one host, whose contents are compared
-FREE_ON_A_RANK = {"model", "data", "traces", "out", "workers", "host", "command"}
-CONTENTS = {"lock file": ("out",), "examples": ("data", "traces"), "weights": ("model",)}
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all of them."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def share(self, batch: list) -> tuple[list, list[float]]:
+        """This rank's part of a batch, and weights of 1.
+
+        A rank without a part takes the first item with weight 0: every rank takes part in every
+        collective call.
+        """
+        mine = batch[self.rank :: self.world]
+        return (mine, [1.0] * len(mine)) if mine else (batch[:1], [0.0])
+
+    def gather(self, rows: list, group=None) -> list:
+        """The rows of all ranks, rank after rank, on every rank. group: see `patient_group`."""
+        parts = [None] * self.world
+        dist.all_gather_object(parts, rows, group)
+        return [row for part in parts for row in part]
+
+    def numbers(self, value: float) -> list[float]:
+        """A number of each rank, rank after rank, on every rank: `gather` without its pickling."""
+        mine = torch.tensor(value, dtype=torch.float64)
+        found = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(found, mine)
+        return [float(number) for number in found]
+
+    def sum(self, value: float) -> float:
+        """The sum of a number over all ranks, in rank order."""
+        return sum(self.numbers(value))
+
+    def print(self, *values) -> None:
+        """print on the first rank."""
+        if self.rank == 0:
+            print(*values, flush=True)
 
 
-def on_first(ranks: Ranks, where: str, act: Callable, group=None):
-    """act() on the first rank, whose refusal ends all ranks; None on the others.
+def start_ranks(timeout: timedelta = timedelta(weeks=1)) -> Ranks:
+    """Join torchrun's process group, or open one of a single process.
+
+    timeout: how long a rank waits for the others before it gives up, as when a host is gone. By
+    default longer than any work that a rank may have left when another has none.
+    """
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
+    if cuda:
+        require_flash(device)
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
+
+
+def require_flash(device: torch.device) -> None:
+    """Raise InputError for a GPU on which PyTorch's flash attention, in bf16, does not run."""
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        raise InputError(
+            f"{torch.cuda.get_device_name(device)} has compute capability {capability[0]}."
+            f"{capability[1]}; this needs 8.0 or newer, as A100, RTX 3090, 4090 and H100 have"
+        )
+
+
+def use_all_cores() -> None:
+    """Let AdamW on the host (`--offload`) use this rank's share of the cores.
+
+    torchrun sets OMP_NUM_THREADS=1 for each rank. Any other value is the user's, and stays.
+    """
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":
+        cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        torch.set_num_threads(max(cores // ranks, 1))
+
+
+def patient_group():
+    """A process group that waits for weeks, for ranks that wait while the first one writes."""
+    return dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
+
+
+def on_first(ranks: Ranks, act: Callable, group=None):
+    """act() on the first rank; None on the others. Its InputError or OSError ends all ranks.
 
     group: in which the others wait, within its timeout.
     """
@@ -23,7 +108,7 @@ def on_first(ranks: Ranks, where: str, act: Callable, group=None):
         try:
             result = act()
         except (InputError, OSError) as error:
-            refusal = f"{where}{error}"
+            refusal = str(error)
     if refusal := ranks.gather([refusal], group)[0]:
         if ranks.rank:
             sys.exit(1)  # the first rank says why
@@ -31,29 +116,23 @@ def on_first(ranks: Ranks, where: str, act: Callable, group=None):
     return result
 
 
-def agree(folder: Path, settings: dict, ranks: Ranks) -> None:
-    """Raise InputError, on every rank, unless all have this folder, these options and contents."""
-    path = folder / "run.lock"
-    word = path.read_text() if path.exists() else "none"
-    found = ranks.gather([{"lock file": word} | settings | {"host": socket.gethostname()}])
-    on_first(ranks, "", lambda: compare_ranks(found))
+def require_agreement(settings: dict, free: set[str], ranks: Ranks) -> None:
+    """End all ranks, naming the first difference, unless all have the settings of the first.
 
-
-def compare_ranks(found: list[dict]) -> None:
-    """Raise InputError naming the first difference. found: the settings of each rank, "host" and
-    "lock file", whose text all read if they have one folder."""
-    first = found[0]
-    for rank, other in enumerate(found):
-        for name in [name for name in first if name not in FREE_ON_A_RANK]:
-            if other.get(name) != first[name]:
-                raise InputError(
-                    f"ranks must agree: {_setting(first, name)} on rank 0 ({first['host']}), "
-                    f"{_setting(other, name)} on rank {rank} ({other['host']})"
-                )
-
-
-def _setting(of: dict, name: str) -> str:
-    """An option as a flag; a content as the flags that name it."""
-    names = CONTENTS.get(name, (name,))
-    flags = " ".join(f"--{n.replace('_', '-')} {of.get(n)}" for n in names if of.get(n) != "")
-    return f"{flags} ({name}: {of.get(name)})" if name in CONTENTS else flags
+    settings: options, and hashes of what they name. free: settings that may differ.
+    """
+    host = socket.gethostname()
+    first, first_host = ranks.gather([(settings, host)])[0]
+    difference = ""
+    for name in sorted(first.keys() - free):
+        if settings.get(name) != first[name]:
+            difference = (
+                f"ranks must agree: {flag_of(name)} {first[name]} on rank 0 ({first_host}), "
+                f"{settings.get(name)} on rank {ranks.rank} ({host})"
+            )
+            break
+    found = [text for text in ranks.gather([difference]) if text]
+    if found and ranks.rank:
+        sys.exit(1)  # the first rank says which
+    if found:
+        raise InputError(found[0])

@@ -25,17 +25,18 @@ import grpo
 import hicodet
 import hoi_r1
 from engine.data.examples import Example
-from engine.model.attention import head_logprobs, pack, token_logprobs, use_group_attention
+from engine.model.attention import use_group_attention
+from engine.model.optimizer import ClippedAdamW
+from engine.model.packing import head_logprobs, pack, token_logprobs
 from engine.model.policy import (
-    ClippedAdamW,
     checkpoint_activations,
     compute_dtype,
     refresh,
     shard_policy,
     shard_reference,
-    start_ranks,
 )
 from engine.options import Config, option, parse_config, required
+from engine.ranks import start_ranks
 from engine.sampling.sampler import Sampler
 from tests import bench_cpu
 from tests.bench_fits import bench_fits
@@ -340,17 +341,15 @@ GUARDED = {"cuda": ("sampler", "update", "vision", "sft"), "cpu": ("evaluate", "
 class BenchConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to measure": "what model_size peer repeats baseline json write"}
     what: Literal[*MODEL_BENCHES, *bench_cpu.BENCHES, "fits", "guard"] = required(
         f"{', '.join([*MODEL_BENCHES, *bench_cpu.BENCHES])}, fits or guard",
-        positional=True, metavar="WHAT",
-    )
-    model_size: Literal[*SIZES] = option("tiny", "tiny, or for a GPU the 3B's shape, 80 GB or more")
-    repeats: int = option(3, "runs of each", least=1)
-    baseline: bool = option(True, "ours only")
-    json: Path | None = option(None, "file for the figures", metavar="FILE")
-    peer: Literal["trl"] | None = option(None, "of step: another program as the baseline")
-    write: bool = option(False, "of guard: write tests/BENCH.json instead of comparing with it")
+        positional=True, metavar="WHAT", group="what to measure")
+    model_size: Literal[*SIZES] = option("tiny", "tiny, or for a GPU the 3B's shape, 80 GB or more", group="what to measure")
+    repeats: int = option(3, "runs of each", least=1, group="what to measure")
+    baseline: bool = option(True, "ours only", group="what to measure")
+    json: Path | None = option(None, "file for the figures", metavar="FILE", group="what to measure")
+    peer: Literal["trl"] | None = option(None, "of step: another program as the baseline", group="what to measure")
+    write: bool = option(False, "of guard: write tests/BENCH.json instead of comparing with it", group="what to measure")
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,7 +15,7 @@ from itertools import product
 import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from engine.model.attention import HEAD_CHUNK
+from engine.model.packing import HEAD_CHUNK
 from engine.sampling.sampler import PREFILL_PROMPTS
 from engine.sampling.slots import HEADROOM, activation_bytes, cache_bytes
 from tests.bench_models import SIZES, model_config

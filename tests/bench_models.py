@@ -12,7 +12,8 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 
 import grpo
 import hicodet
-from engine.model.attention import Prompt, use_group_attention
+from engine.model.attention import use_group_attention
+from engine.model.packing import Prompt
 
 REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "qwen2.5-vl"
 IMAGE_ID, START_ID, END_ID = 151655, 151652, 151645  # of the real tokenizer

@@ -24,7 +24,9 @@ import hicodet
 import rewards
 from demo import toy
 from engine.data.examples import Example, Examples
-from engine.model.policy import ClippedAdamW, load_model, load_policy, load_reference, start_ranks
+from engine.model.optimizer import ClippedAdamW
+from engine.model.policy import load_model, load_policy, load_reference
+from engine.ranks import start_ranks
 from engine.sampling.sampler import Rollout
 from tests import bench_cpu
 from tests.bench_measure import Result, Runs, measure, result

@@ -89,25 +89,6 @@ class Chromium:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
-    def click(self, selector):
-        """Press the left button of the mouse in the middle of an element."""
-        x, y = self.value(
-            f"(e => {{ e.scrollIntoView({{block: 'center'}}); const r = e.getBoundingClientRect();"
-            f" return [r.x + r.width / 2, r.y + r.height / 2] }})"
-            f"(document.querySelector({json.dumps(selector)}))"
-        )
-        for kind in ("mousePressed", "mouseReleased"):
-            where = {"x": x, "y": y, "button": "left", "clickCount": 1}
-            self.send("Input.dispatchMouseEvent", type=kind, **where)
-
-    def key(self, key, text=""):
-        """Press a key on what has the focus."""
-        code = {"Enter": 13, "Tab": 9, " ": 32}[key]
-        for kind in ("keyDown", "keyUp"):
-            pressed = {"key": key, "windowsVirtualKeyCode": code}
-            pressed |= {"text": text} if text and kind == "keyDown" else {}
-            self.send("Input.dispatchKeyEvent", type=kind, **pressed)
-
     def complaints(self):
         """Errors of the console and requests for anything but the page and its own data."""
         found = []

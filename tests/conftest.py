@@ -66,7 +66,7 @@ def ranks():
 
     import engine.model.policy
 
-    ranks = engine.model.policy.start_ranks()
+    ranks = engine.ranks.start_ranks()
     yield ranks
     torch.distributed.destroy_process_group()
 

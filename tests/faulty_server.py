@@ -8,15 +8,16 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-THINK = "There is one person. The person is riding and sitting on a bicycle. The verbs are ride."
+from tests.replies import THINK, reply
+
 FAULTS = ("429", "500", "half a body", "invalid JSON", "closed socket", "stall")
-USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
 
 
 class Server(ThreadingHTTPServer):
-    """Chat completions on 127.0.0.1; `answer(images)` says what to do with each request.
+    """Chat completions on 127.0.0.1; `answer()` says what to do with each request.
 
-    It returns a fault's name, a status with a text, or the content of a completion.
+    It returns a fault's name, a status with a body and perhaps headers, or the content of a
+    completion. As an HTTP proxy the server answers for every host.
     """
 
     request_queue_size, daemon_threads = 128, True
@@ -25,7 +26,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answer, self.delay, self.lock = answer, delay, threading.Lock()
         self.in_flight = self.most_in_flight = 0
-        self.bodies, self.keys, self.outcomes = [], set(), Counter()
+        self.bodies, self.outcomes = [], Counter()
+        self.keys, self.paths, self.agents = set(), set(), set()
         self.asked = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -41,12 +43,13 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions"
         with server.lock:
             server.in_flight += 1
             server.most_in_flight = max(server.most_in_flight, server.in_flight)
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
+            server.paths.add(self.path)
+            server.agents.add(self.headers["User-Agent"])
             answer = server.answer()
         server.asked.set()
         time.sleep(server.delay)
@@ -55,6 +58,12 @@ class Handler(BaseHTTPRequestHandler):
             fault = answer if answer in FAULTS else ("ok" if isinstance(answer, str) else "status")
             server.outcomes[fault] += 1
         self.respond(answer)
+
+    def do_CONNECT(self):
+        """A request to pass HTTPS on, which this proxy refuses."""
+        self.server.paths.add(self.path)
+        self.server.keys.add(self.headers["Authorization"])
+        self.send(403, b"not through here")
 
     def respond(self, answer):
         if answer == "closed socket":
@@ -65,17 +74,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send(429, {"error": {"message": "slow down"}}, {"Retry-After": "0.01"})
         elif answer == "500":
             self.send(500, {"error": {"message": "oops"}})
+        elif answer == "invalid JSON":
+            self.send(200, b'{"choices": [{"mess')
         elif isinstance(answer, tuple):
             self.send(*answer)
-        elif answer == "invalid JSON":
-            self.send(200, None)
         else:
-            message = {"role": "assistant", "content": answer}
-            self.send(200, {"choices": [{"message": message, "finish_reason": "stop"}],
-                            "usage": USAGE}, cut=answer == "half a body")
+            self.send(200, reply(answer), cut=answer == "half a body")
 
     def send(self, status, value, headers=(), cut=False):
-        text = b'{"choices": [{"mess' if value is None else json.dumps(value).encode()
+        text = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         for name, content in dict(headers).items():
             self.send_header(name, content)

@@ -45,11 +45,9 @@ def reference_iou(a, b):
 
 
 def reference_ap(detections, truth, seen):
-    """One class, one detection after the other. detections: (image, human, object, score) in tie
-    order; truth: (image, human, object). Counts in `seen` which rules came into play."""
-    taken = [False] * len(truth)
-    tp = fp = 0
-    recalls, precisions = [], []
+    """One class, one detection after the other. detections: (image, human, object, score) in the
+    order of ties; truth: (image, human, object). `seen` counts how often each rule decided."""
+    taken, right = [False] * len(truth), []
     for image, human, object_, _ in sorted(detections, key=lambda detection: -detection[3]):
         best, best_overlap = None, float("-inf")
         for j, (true_image, true_human, true_object) in enumerate(truth):
@@ -61,18 +59,19 @@ def reference_ap(detections, truth, seen):
         seen["no truth in image"] += best is None
         seen["exactly half"] += best_overlap == 0.5
         seen["already taken"] += best_overlap >= 0.5 and taken[best]
-        if best_overlap >= 0.5 and not taken[best]:
+        right.append(best_overlap >= 0.5 and not taken[best])
+        if right[-1]:
             taken[best] = True
-            tp += 1
-        else:
-            fp += 1
-        recalls.append(tp / len(truth) if truth else float("nan"))
-        precisions.append(tp / (tp + fp))
-    ap = 0.0
-    for k in range(11):
-        reached = [p for p, r in zip(precisions, recalls) if r >= k * 0.1]
-        ap += max(reached, default=0.0) / 11
-    return ap
+    return eleven_points(right, len(truth))
+
+
+def eleven_points(right, npos):
+    """AP as in VOCevaldet_bboxpair.m. right: of each detection, in the order of falling score."""
+    hits, points = 0, []
+    for seen, is_right in enumerate(right, start=1):
+        hits += is_right
+        points.append((hits / npos if npos else float("nan"), hits / seen))
+    return sum(max((p for r, p in points if r >= k * 0.1), default=0.0) / 11 for k in range(11))
 
 
 def random_box(rng):
@@ -114,7 +113,7 @@ def random_problem(rng):
 
 
 def reference_problem(samples, lines, hoi_id, known_object, seen):
-    """Collects one class's rows in tie order and hands them to reference_ap."""
+    """reference_ap of one class."""
     verb, object_class = hicodet.HOI_CLASSES[hoi_id]
     detections, truth = [], []
     for image, (sample, line) in enumerate(zip(samples, lines)):

@@ -1,11 +1,10 @@
-"""A picture of a run's page, by a headless Chromium; the README's is made with it.
+"""A picture of a run's page, taken with a headless Chromium.
 
     python -m tests.picture runs/demo/test_grpo/report.html assets/report.png health progress
 
-Sections are the page's own names (engine/report/page.py: SECTIONS); without any it is the whole page.
+The last words are sections by their names in engine/report/page.py; without any, the whole page.
 """
 
-import argparse
 import io
 import json
 import sys
@@ -36,17 +35,7 @@ def take(page: Path, sections: list[str]) -> Image.Image:
             return image.convert("RGB").quantize(COLOURS, rare, dither=Image.Dither.NONE)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Write the picture; --help lists the options."""
-    parser = argparse.ArgumentParser(description="A picture of a run's page.")
-    parser.add_argument("page", type=Path, help="report.html of a run")
-    parser.add_argument("picture", type=Path, help="PNG to write")
-    parser.add_argument("sections", nargs="*", help="of the page, as health or progress")
-    args = parser.parse_args(argv)
-    if chromium.PROGRAM is None:
-        sys.exit(f"error: no browser is installed; looked for {', '.join(chromium.NAMES)}")
-    take(args.page, args.sections).save(args.picture, optimize=True)
-
-
 if __name__ == "__main__":
-    main()
+    if chromium.PROGRAM is None or len(sys.argv) < 3:
+        sys.exit(f"{__doc__}It needs one of: {', '.join(chromium.NAMES)}")
+    take(Path(sys.argv[1]), sys.argv[3:]).save(sys.argv[2], optimize=True)

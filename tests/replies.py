@@ -4,16 +4,17 @@ import json
 
 from PIL import Image
 
-import engine.traces.openai_chat
+from engine.traces.openai_chat import Teacher
 from hicodet import Sample
 
 THINK = "There is one person. The person is riding a bicycle. Bicycle: ride, sit on."
 USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
 
 
-def reply(content, finish_reason="stop"):
-    return {"choices": [{"message": {"content": content}, "finish_reason": finish_reason}],
-            "usage": USAGE}
+def reply(content, finish_reason="stop", **message):
+    """A chat completion; more fields of its message may be given."""
+    choice = {"message": {"content": content, **message}, "finish_reason": finish_reason}
+    return {"choices": [choice], "usage": USAGE}
 
 
 def make_samples(folder, count):
@@ -28,8 +29,9 @@ def make_samples(folder, count):
 
 def make_teacher(**changes):
     fields = {"model": "gpt-4o-mini", "base_url": "http://127.0.0.1:9/v1", "key": "", "prompt": "p",
-              "max_tokens": 512, "max_side": 512, "timeout": 1.0, "retries": 0, "backoff": 0.0}
-    return engine.traces.openai_chat.Teacher(**fields | changes)
+              "more_fields": {"max_tokens": 512}, "max_side": 512, "timeout": 1.0, "retries": 0,
+              "backoff": 0.0, "prices": (0.15, 0.6)}
+    return Teacher(**fields | changes)
 
 
 def write(path, *traces):

@@ -8,6 +8,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 import engine.data.examples
+import engine.model.optimizer
 import engine.model.policy
 import engine.traces.trace_file
 import hicodet
@@ -15,6 +16,7 @@ import hoi_r1
 import sft
 from demo import toy
 from engine.data import annotations
+from engine.traces.template import template_trace
 
 
 def write_toy(folder):
@@ -27,8 +29,7 @@ def write_toy(folder):
 def write_traces(folder, count=None):
     """traces.jsonl from the ground truth of the first `count` training images."""
     samples = annotations.load_split(folder / "data", "train")[:count]
-    think = engine.traces.trace_file.template_trace
-    rows = [{"file_name": s.file_name, "think": think(s.hois)} for s in samples]
+    rows = [{"file_name": s.file_name, "think": template_trace(s.hois)} for s in samples]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -103,7 +104,7 @@ def policy_of(config, ranks):
 
 def optimizer_of(policy, config):
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
-    return engine.model.policy.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
+    return engine.model.optimizer.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
 
 
 def weights(out):

@@ -12,10 +12,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import Module
 
 import engine.model.attention
+import engine.model.packing
 import engine.model.policy
 import engine.sampling.sampler
 from demo.toy import tiny_model
-from engine.model.attention import pack, token_logprobs, use_group_attention
+from engine.model.attention import use_group_attention
+from engine.model.packing import pack, token_logprobs
 from tests.tiny import make_prompt, text_ids
 
 pytestmark = pytest.mark.slow
@@ -60,13 +62,13 @@ def test_the_head_is_one_graph_for_all_chunks(model, graphs, monkeypatch):
     fused = torch.compile(plain, dynamic=True, backend=graphs)
     vocabulary, width = model.lm_head.weight.shape
     banned = torch.arange(vocabulary) % 5 == 1
-    monkeypatch.setattr(engine.model.attention, "HEAD_CHUNK", 12)
+    monkeypatch.setattr(engine.model.packing, "HEAD_CHUNK", 12)
     for count in (11, 7, 40, 12):  # 40 are chunks of 12, 12, 12 and 4
         ids, values, found = torch.arange(count) * 5, torch.randn(count, width), []
         for chunk_logprobs in (fused, plain):
             monkeypatch.setattr(engine.model.attention, "_chunk_logprobs", chunk_logprobs)
             hidden, weight = values.clone().requires_grad_(), model.lm_head.weight
-            logprobs = engine.model.attention.head_logprobs(model.lm_head, hidden, ids, 0.7, banned)
+            logprobs = engine.model.packing.head_logprobs(model.lm_head, hidden, ids, 0.7, banned)
             gradients = torch.autograd.grad(logprobs.square().sum(), (hidden, weight))
             found.append((logprobs, *gradients))
         for mine, other in zip(*found, strict=True):

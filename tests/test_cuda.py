@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 import engine.model.policy
-from engine.model.attention import pack, token_logprobs
+from engine.model.packing import pack, token_logprobs
 from engine.model.policy import SMALLEST_PART, shard_policy
 from tests.runs import config_of, metrics, run, weights
 from tests.tiny import make_prompt, sample

@@ -23,9 +23,10 @@ import predict
 import sft
 import train
 from engine.data import annotations
-from engine.data.examples import read_image
-from engine.model.attention import pack, token_logprobs
+from engine.data.images import read_image
+from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
+from engine.traces.template import template_trace
 from tests.runs import config_of, examples_of, refusal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -80,7 +81,7 @@ def test_only_the_target_is_in_the_loss(folder):
     """The packed loss equals cross-entropy with labels on the target's tokens alone (Eq. 1)."""
     config = config_of("sft", folder, "unused")
     samples = annotations.load_split(folder / "data", "train")[:3]
-    thinks = {s.file_name: engine.traces.trace_file.template_trace(s.hois) for s in samples}
+    thinks = {s.file_name: template_trace(s.hois) for s in samples}
     examples = examples_of(config, samples, thinks)
     model = load_model(config.model, torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import engine.model.attention
+import engine.model.packing
 import engine.sampling.decode_step
 import engine.sampling.sampler
 from tests.test_blocks import flex_of_a_copy
@@ -100,10 +101,10 @@ def test_shared_products_follow_the_weights_that_are_copied_in(model, prompts, c
         for mine, new in zip(replica.parameters(), other.parameters(), strict=True):
             new.add_(0.1 * torch.randn_like(new))
             mine.copy_(new)
-        packed = engine.model.attention.pack(model, prompts, completions)
-        expected = engine.model.attention.token_logprobs(other, packed)
-        torch.testing.assert_close(engine.model.attention.token_logprobs(replica, packed), expected)
-        assert not torch.allclose(engine.model.attention.token_logprobs(model, packed), expected)
+        packed = engine.model.packing.pack(model, prompts, completions)
+        expected = engine.model.packing.token_logprobs(other, packed)
+        torch.testing.assert_close(engine.model.packing.token_logprobs(replica, packed), expected)
+        assert not torch.allclose(engine.model.packing.token_logprobs(model, packed), expected)
     assert list(replica.state_dict()) == list(other.state_dict())
 
 

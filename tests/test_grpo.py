@@ -9,8 +9,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.model.attention
+import engine.model.packing
 import grpo
-from engine.model.attention import GroupLayout, mask_from_lengths, pack, token_logprobs
+from engine.model.attention import GroupLayout
+from engine.model.packing import mask_from_lengths, pack, token_logprobs
 from engine.model.policy import checkpoint_activations
 from tests.tiny import plain_logprobs
 
@@ -204,7 +206,7 @@ def test_token_logprobs_equal_separate_forwards(model, reference, prompts, compl
 
 def test_gradients_equal_separate_forwards(model, reference, prompts, completions, monkeypatch):
     """Every parameter's gradient, vision tower included, with the head in several chunks."""
-    monkeypatch.setattr(engine.model.attention, "HEAD_CHUNK", 4)
+    monkeypatch.setattr(engine.model.packing, "HEAD_CHUNK", 4)
     weights = torch.randn(7)
     rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
     model.zero_grad(), reference.zero_grad()

@@ -14,7 +14,7 @@ import hicodet
 import predict
 import train
 from engine.data import annotations
-from engine.model.attention import token_logprobs
+from engine.model.packing import token_logprobs
 from engine.model.policy import load_model, load_reference
 from engine.sampling.sampler import Rollout
 from sft import supervised_text

@@ -110,15 +110,14 @@ def test_predict_does_not_list_a_seed_which_it_takes(page_of):
 class Small(Config):
     """A small config."""
 
-    GROUPS = {"first": "where rate", "second": "kind quiet colour absent"}
-    where: Path = required("a folder", positional=True, metavar="DIR")
-    names: tuple[int, ...] = required("some numbers")
-    rate: float = option(2e-5, "above 5 % of it", least=0, below=1, paper="Sec. 4.2")
-    most: float | None = option(None, "a bound that may be absent", least=1)
-    kind: Literal["a", "b"] = option("a", "one of two")
-    quiet: bool = option(False, "say nothing")
-    colour: bool = option(True, "black and white")
-    hidden: int = option(3, "")
+    where: Path = required("a folder", positional=True, metavar="DIR", group="first")
+    names: tuple[int, ...] = required("some numbers", group="more options")
+    rate: float = option(2e-5, "above 5 % of it", least=0, below=1, paper="Sec. 4.2", group="first")
+    most: float | None = option(None, "a bound that may be absent", least=1, group="more options")
+    kind: Literal["a", "b"] = option("a", "one of two", group="second")
+    quiet: bool = option(False, "say nothing", group="second")
+    colour: bool = option(True, "black and white", group="second")
+    hidden: int = option(3, "", group="more options")
 
 
 PAGE = """\

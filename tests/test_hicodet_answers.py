@@ -1,4 +1,4 @@
-"""hicodet.py, answers: as they are written, what is read of any text, predictions and scores."""
+"""hicodet.py, answers: as they are written, and what is read of any text."""
 
 import dataclasses
 import json
@@ -7,6 +7,7 @@ import random
 import pytest
 
 import hicodet
+from engine.scoring.predictions import predicted_instances
 from hicodet import HOI
 
 RIDER = HOI((1.4, 2.6, 30, 40), (5, 6, 70.2, 80), "bicycle", ("ride", "sit on"))
@@ -197,7 +198,7 @@ def test_parser_never_raises():
         for found in completion.instances:
             assert text[found.span[0]] == "{" and text[found.span[1] - 1] == "}"
             assert all(verb == verb.strip() != "" for verb in found.verbs)
-        for line in hicodet.predicted_instances(completion, (640, 480), (644, 476)):
+        for line in predicted_instances(completion, (640, 480), (644, 476)):
             json.dumps(line, allow_nan=False).encode()  # finite, and free of lone surrogates
     for _ in range(300):
         kept = list(hicodet.format_completion([RIDER] * 2, "Two."))
@@ -215,85 +216,3 @@ def test_parser_takes_linear_time(unit):
     """A quadratic parser would take many minutes here, which is not to be overlooked."""
     for opening in ("", "<answer> [", '<answer> {"a": "', "<answer> {'a': '"):
         hicodet.parse_completion(opening + unit * (50_000 // len(unit)))
-
-
-def test_predicted_instances():
-    def answer(**changes):
-        keys = json.loads(RIDER_TEXT) | {k.replace("_", " "): v for k, v in changes.items()}
-        return json.dumps(keys)
-
-    good = answer(human=[10, 20, 2000, 40], verb_class="ride, fly, ride, sit on")
-    answers = [
-        answer(object_class="unicorn"), good, answer(human=[1, 2, 3]), answer(object=None),
-        answer(verb_class="fly"), answer(verb_class=""), "{}", answer(object_class="Bicycle"),
-    ]  # fmt: skip
-    completion = hicodet.parse_completion(f"<answer> [{', '.join(answers)}]")
-    assert len(completion.instances) == len(answers)
-    # The picture is twice the model's frame; 2000 lies beyond it, the last pixel is 199.
-    expected = {
-        "human": [20, 40, 199, 80], "object": [10, 12, 140, 99],
-        "object_class": "bicycle", "verbs": ["ride", "sit on"], "scores": [1.0, 1.0],
-    }  # fmt: skip
-    sizes = (200, 100), (100, 50)
-    assert hicodet.predicted_instances(completion, *sizes) == [expected]
-    scores = [index / 10 for index in range(len(answers))]
-    expected["scores"] = [0.1, 0.1]
-    assert hicodet.predicted_instances(completion, *sizes, scores) == [expected]
-    with pytest.raises(ValueError):
-        hicodet.predicted_instances(completion, *sizes, scores[:-1])
-
-
-def answer_of(*rows):
-    """A text whose instances are (object class, verbs), or anything else to be written as it is."""
-    boxes = {"human": [1, 2, 3, 4], "object": [5, 6, 7, 8]}
-    return json.dumps([
-        boxes | {"object class": row[0], "verb class": row[1]} if isinstance(row, tuple) else row
-        for row in rows
-    ])  # fmt: skip
-
-
-RANKS = {  # rows of an answer -> a score for each verb of each instance
-    "none": ([], []),
-    "a single triplet": ([("bicycle", "ride")], [[1.0]]),
-    "two": ([("bicycle", "ride, sit on")], [[1.0, 0.5]]),
-    "three": ([("bicycle", "ride, sit on"), ("dog", "walk")], [[1.0, 0.75], [0.5]]),
-    "no pair of the 600 takes its place": (
-        [("bicycle", "ride, type on"), ("dog", "walk")], [[1.0, 0.75], [0.5]]),
-    "a repeated verb takes another place": (
-        [("bicycle", "ride, ride"), ("dog", "walk")], [[1.0, 0.75], [0.5]]),
-    "words of no vocabulary take none": (
-        [("unicorn", "ride"), ("bicycle", "fly to, ride"), ("Dog", "walk"), ("dog", "walk")],
-        [[0.0], [0.0, 1.0], [0.0], [0.5]]),
-    "a list of classes takes none": ([(["dog"], "walk"), ("dog", "walk")], [[0.0], [1.0]]),
-    "no verbs": ([("dog", ""), ("dog", "walk")], [[], [1.0]]),
-    "a box missing": (
-        [{"human": [1, 2, 3, 4], "object class": "dog", "verb class": "walk"}, ("dog", "walk")],
-        [[0.0], [1.0]]),
-    "a box without area": (
-        [{"human": [1, 2, 1, 4], "object": [5, 6, 7, 8], "object class": "dog",
-          "verb class": "walk"}, ("dog", "walk")], [[0.0], [1.0]]),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("rows, expected", RANKS.values(), ids=RANKS)
-def test_rank_scores(rows, expected):
-    assert hicodet.rank_scores(hicodet.parse_completion(answer_of(*rows))) == expected
-
-
-def test_rank_scores_of_more_than_a_hundred():
-    completion = hicodet.parse_completion(answer_of(*[("bicycle", "ride")] * 251))
-    scores = [score for (score,) in hicodet.rank_scores(completion)]
-    assert scores == pytest.approx([1 - 0.002 * place for place in range(251)])
-
-
-def test_predictions_with_a_score_for_each_verb():
-    rows = [("dog", "ride, walk, type on, walk"), ("unicorn", "ride"), ("bicycle", "ride, sit on")]
-    completion = hicodet.parse_completion(answer_of(*rows))
-    # ride, walk, type on, walk, ride, sit on: six places, 0.1 apart. A dog is walked only.
-    ranks = hicodet.rank_scores(completion)
-    found = hicodet.predicted_instances(completion, (9, 9), (9, 9), ranks)
-    assert [row["verbs"] for row in found] == [["walk"], ["ride", "sit on"]]
-    assert [row["scores"] for row in found] == [[pytest.approx(0.9)], pytest.approx([0.6, 0.5])]
-    for scores in (ranks[:-1], [*ranks[:-1], [1.0]], [*ranks[:-1], [1.0] * 3]):
-        with pytest.raises(ValueError):
-            hicodet.predicted_instances(completion, (9, 9), (9, 9), scores)

@@ -10,6 +10,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 import evaluate
 import hicodet
 from engine.data import annotations
+from engine.scoring.predictions import predicted_instances, rank_scores
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 HICO_DET, QWEN = SHARED / "hico_det", SHARED / "qwen2.5-vl"
@@ -134,8 +135,8 @@ def test_truth_written_as_text_keeps_its_map(frame, full, real_samples):
         size = sample.width, sample.height
         hois, model = in_model_frame(sample) if frame == "model" else (sample.hois, size)
         completion = hicodet.parse_completion(hicodet.format_answer(hois))
-        for name, scores in ("ones", None), ("rank", hicodet.rank_scores(completion)):
-            instances = hicodet.predicted_instances(completion, size, model, scores)
+        for name, scores in ("ones", None), ("rank", rank_scores(completion)):
+            instances = predicted_instances(completion, size, model, scores)
             predictions[name].append({"file_name": sample.file_name, "instances": instances})
     counts = annotations.training_counts(HICO_DET)
     for lines in predictions.values():

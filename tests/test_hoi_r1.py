@@ -9,11 +9,13 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import distribute_tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
+import engine.model.optimizer
 import engine.model.policy
+import engine.ranks
 import grpo
 import hoi_r1
-from engine.data.examples import batch_order
-from engine.model.attention import pack, token_logprobs
+from engine.data.loader import batch_order
+from engine.model.packing import pack, token_logprobs
 from engine.model.policy import accumulate
 from hicodet import InputError
 from tests.runs import config_of, optimizer_of, policy_of, training_examples
@@ -169,26 +171,26 @@ def test_rollout_metrics_by_hand():
 
 
 def test_learning_rates():
-    rates = [engine.model.policy.learning_rate(step, 4, 1.0, 0, "cosine") for step in range(4)]
+    rates = [engine.model.optimizer.learning_rate(step, 4, 1.0, 0, "cosine") for step in range(4)]
     # (1 + cos(pi k / 4)) / 2
     assert rates == pytest.approx([1.0, 0.853553, 0.5, 0.146447], abs=1e-6)
-    rates = [engine.model.policy.learning_rate(step, 4, 1.0, 0, "linear") for step in range(4)]
+    rates = [engine.model.optimizer.learning_rate(step, 4, 1.0, 0, "linear") for step in range(4)]
     assert rates == [1.0, 0.75, 0.5, 0.25]
-    rates = [engine.model.policy.learning_rate(step, 4, 1.0, 2, "linear") for step in range(4)]
+    rates = [engine.model.optimizer.learning_rate(step, 4, 1.0, 2, "linear") for step in range(4)]
     assert rates == [0.5, 1.0, 1.0, 0.5]
 
 
 def test_micro_batches(ranks):
-    parts = engine.model.policy.micro_batches([3, 9, 4, 20, 1], [1.0, 1.0, 0.0, 1.0, 1.0], 10, ranks)
+    parts = engine.model.optimizer.micro_batches([3, 9, 4, 20, 1], [1.0, 1.0, 0.0, 1.0, 1.0], 10, ranks)
     assert parts == [([3], [1.0]), ([1], [1.0]), ([2, 0, 4], [0.0, 1.0, 1.0])]
     lengths = np.random.default_rng().integers(1, 40, 30).tolist()
-    parts = engine.model.policy.micro_batches(lengths, [1.0] * 30, 50, ranks)
+    parts = engine.model.optimizer.micro_batches(lengths, [1.0] * 30, 50, ranks)
     assert sorted(i for part, _ in parts for i in part) == list(range(30))
     assert all(sum(lengths[i] for i in part) <= 50 for part, _ in parts)
 
 
 def test_a_rank_without_a_part_weighs_nothing():
-    share = engine.model.policy.Ranks(2, 4, torch.device("cpu")).share
+    share = engine.ranks.Ranks(2, 4, torch.device("cpu")).share
     assert share([7, 8, 9, 10, 11, 12, 13]) == ([9, 13], [1.0, 1.0])
     assert share([7, 8]) == ([7], [0.0])
 

@@ -6,9 +6,8 @@ import shutil
 import pytest
 import torch
 
-import predict
 from engine.data.examples import box_frame_of
-from engine.model.policy import Ranks
+from engine.ranks import Ranks
 from engine.runs.run_folder import Run, open_run
 from hicodet import InputError
 from tests.runs import config_of, examples_of
@@ -52,25 +51,6 @@ def test_a_line_separator_of_unicode_ends_no_line(tmp_path):
     log.write_text(json.dumps(row, ensure_ascii=False) + '\n{"step": 2}\n', encoding="utf-8")
     Run(tmp_path, None, ALONE)._cut_logs(1)
     assert json.loads(log.read_text()) == row
-
-
-REWARD = {"format": 0.0, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": 0.0}
-ROW = {"index": 0, "length": 3, "finished": True, "line": {"file_name": "a"}, "reward": REWARD}
-NO_ROW = {"list": [], "null": None, "nothing": {}, "index": ROW | {"index": []},
-          "length": ROW | {"length": "3"}, "finished": ROW | {"finished": 1},
-          "line": ROW | {"line": None}, "reward": ROW | {"reward": [1]},
-          "part": ROW | {"reward": REWARD | {"iou": None}}, "total": ROW | {"reward": {"x": 1.0}}}
-
-
-@pytest.mark.parametrize("row", NO_ROW.values(), ids=NO_ROW)
-def test_a_part_of_a_prediction_has_rows(row, tmp_path):
-    (tmp_path / "part-mine.jsonl").write_text("not of the run")
-    (tmp_path / "part-0002.jsonl").write_text(json.dumps(ROW) + "\n")
-    assert predict.stored_rows(tmp_path) == ({0: ROW}, 3)
-    part = tmp_path / "part-0003.jsonl"
-    part.write_text(f"{json.dumps(ROW | {'reward': None})}\n{json.dumps(row)}\n")
-    with pytest.raises(InputError, match=f"{part}, line 2: not written by a prediction"):
-        predict.stored_rows(tmp_path)
 
 
 @pytest.mark.parametrize("text", [*NO_OBJECT.values(), '{"box_frame": 5}', "{}"])

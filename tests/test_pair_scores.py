@@ -85,8 +85,7 @@ def test_a_duplicate_is_a_wrong_detection():
 
 
 def test_class_and_image_must_agree_and_half_is_enough():
-    truth = [(BOX, BOX, RIDE_BICYCLE)]
-    samples = [make_sample("a", truth), make_sample("b")]
+    samples = [make_sample("a", [(BOX, BOX, RIDE_BICYCLE)]), make_sample("b")]
     right, verb = (BOX, (0, 0, 19, 9), RIDE_BICYCLE, 1.0), (BOX, BOX, HOLD_BICYCLE, 1.0)
     small = (BOX, (0, 0, 20, 9), RIDE_BICYCLE, 1.0)
     for a, b, hits in ([right], [], 1), ([], [right], 0), ([verb], [], 0), ([small], [], 0):
@@ -94,7 +93,7 @@ def test_class_and_image_must_agree_and_half_is_enough():
         assert result["micro"]["recall"] == hits
 
 
-def test_scores_and_order_play_no_part():
+def test_scores_and_order_do_not_count():
     samples, lines = random_problem(random.Random())
     expected = scores_of(samples, lines)
     rng = random.Random()
@@ -116,26 +115,19 @@ def most_hits(fits, taken=frozenset()):
     return best
 
 
-def reference_counts(samples, lines):
-    """{(image, class): [hits, detections, pairs]} of the classes that random_problem uses."""
-    counts = {}
-    for image, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-        for hoi_id in RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE, 599:
-            verb, name = hicodet.HOI_CLASSES[hoi_id]
-            pairs = [pair for pair in sample.pairs if pair.hoi_id == hoi_id]
-            detections = [
-                i for i in line["instances"] if (i["verbs"], i["object_class"]) == ([verb], name)
-            ]
-            fits = [
-                [
-                    row for row, pair in enumerate(pairs)
-                    if reference_iou(i["human"], pair.human) >= 0.5
-                    and reference_iou(i["object"], pair.object) >= 0.5
-                ]
-                for i in detections
-            ]  # fmt: skip
-            counts[image, hoi_id] = [most_hits(fits), len(detections), len(pairs)]
-    return counts
+def reference_counts(sample, line, hoi_id):
+    """[hits, detections, pairs] of one image and class."""
+    verb, name = hicodet.HOI_CLASSES[hoi_id]
+    pairs = [pair for pair in sample.pairs if pair.hoi_id == hoi_id]
+    fits = [
+        [
+            row for row, pair in enumerate(pairs)
+            if reference_iou(i["human"], pair.human) >= 0.5
+            and reference_iou(i["object"], pair.object) >= 0.5
+        ]
+        for i in line["instances"] if (i["verbs"], i["object_class"]) == ([verb], name)
+    ]  # fmt: skip
+    return [most_hits(fits), len(fits), len(pairs)]
 
 
 def reference_averages(groups):
@@ -154,17 +146,14 @@ def test_equals_the_reference_on_random_data():
         samples, lines = random_problem(random.Random(seed))
         for line in lines:
             line["instances"] = line["instances"][:7]  # all matchings are tried
-        counts = reference_counts(samples, lines)
+        hoi_ids = RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE, 599  # those of random_problem
+        counts = np.array([
+            [reference_counts(sample, line, hoi_id) for hoi_id in hoi_ids]
+            for sample, line in zip(samples, lines, strict=True)
+        ])  # (images, classes, 3)
+        images, classes = counts.sum(1).tolist(), counts.sum(0).tolist()
         result = scores_of(samples, lines)
-
-        def summed(axis):
-            keys = sorted({key[axis] for key in counts})
-            rows = [[c for key, c in counts.items() if key[axis] == k] for k in keys]
-            return [[sum(column) for column in zip(*row)] for row in rows]
-
-        images, classes = summed(0), summed(1)
-        everything = [[sum(column) for column in zip(*images)]]
-        assert shares(result, "micro") == reference_averages(everything), seed
+        assert shares(result, "micro") == reference_averages([counts.sum((0, 1)).tolist()]), seed
         assert shares(result, "macro") == reference_averages(classes), seed
         assert shares(result, "image") == reference_averages(images), seed
         exact = sum(hits == detections == pairs for hits, detections, pairs in images)
@@ -175,14 +164,14 @@ def test_equals_the_reference_on_random_data():
 def test_nothing_at_all():
     result = scores_of([], [])
     assert shares(result, "micro") == [None] * 3 and result["image"]["exact"] is None
-    rows = [line.split() for line in pair_scores.table(result).splitlines()[1:]]
+    rows = [line.split() for line in pair_scores.pair_table(result).splitlines()[1:]]
     assert [row.count("-") for row in rows] == [3, 3, 4]
 
 
 def test_table_by_hand():
     samples = [make_sample("a", [(BOX, BOX, RIDE_BICYCLE)]), make_sample("b")]
     lines = [make_line("a", [(BOX, BOX, RIDE_BICYCLE, 1.0)] * 2), make_line("b")]
-    printed = pair_scores.table(scores_of(samples, lines)).splitlines()
+    printed = pair_scores.pair_table(scores_of(samples, lines)).splitlines()
     assert printed[0].split()[-4:] == ["Precision", "Recall", "F1", "Exact"]
     assert printed[1].split()[-3:] == ["50.00", "100.00", "66.67"]
     assert printed[3].split()[-4:] == ["50.00", "100.00", "66.67", "50.00"]

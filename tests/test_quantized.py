@@ -12,7 +12,7 @@ from torch import nn
 import hicodet
 from demo import toy
 from engine.data import annotations
-from engine.model.attention import pack, token_logprobs
+from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
 from engine.model.quantized import PackedLinear, is_packed, pack_layers, unpack
 from tests.runs import config_of, examples_of, refusal, run

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from engine.model.policy import weights_fingerprint
+from engine.model.model_files import weights_fingerprint
 from engine.ranks import compare_ranks
 from hicodet import InputError
 
@@ -111,7 +111,7 @@ def test_other_contents_are_named_by_their_flags(name, flags):
 def test_a_rank_that_waits_in_vain_ends_with_the_reason():
     """The other one has joined and then stands still, as a host does whose link is cut."""
     code = (
-        "import sys; from datetime import timedelta; from engine.model.policy import start_ranks; "
+        "import sys; from datetime import timedelta; from engine.ranks import start_ranks; "
         "ranks = start_ranks(timedelta(seconds=2)); print('joined', flush=True); "
         "ranks.rank and sys.stdin.read(); ranks.gather([0])"
     )

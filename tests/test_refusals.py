@@ -20,8 +20,7 @@ import hicodet
 import hoi_r1
 import sft
 from engine.data import annotations
-from engine.files import read_from_model
-from engine.model.model_files import read_config
+from engine.model.model_files import read_config, read_from_model
 from tests.runs import config_of, metrics, refusal, run
 
 ROOT = Path(hoi_r1.__file__).parent
@@ -251,7 +250,8 @@ def test_numbers_are_within_bounds(capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("data, message", [
     ("data", "--out {out}: holds files that are not of a run; choose another folder"),
-    ("x", "{folder}/x/anno_bbox.mat is missing: the data folder is that of hico_20160224_det"),
+    ("x", "{folder}/x/anno_bbox.mat is missing: the data folder is that of hico_20160224_det, or "
+     "has annotations.jsonl for other images"),
 ])  # fmt: skip
 def test_under_torchrun_one_rank_says_why(data, message, folder, tmp_path):
     """What only the first one finds, and what all of them find: before torchrun's own page."""

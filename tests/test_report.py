@@ -1,6 +1,5 @@
-"""The page of a run: what it shows, what may be missing, and that no file's content breaks it."""
+"""The page of a run: what it shows, what may be missing, and that no text of a file breaks it."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -8,373 +7,289 @@ import sys
 from html import escape
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
-from engine.data import annotations
-from engine.report import figures, records
-from engine.report import page as report
+from engine.report.page import SECTIONS, TABLE_1, page, write_page
 from engine.report.records import read_run
+from hicodet import InputError
 from tests import run_folders
-from tests.run_folders import EVIL, TRUTH, write_lines, write_prediction, write_training
+from tests.run_folders import group_row, write_lines, write_prediction, write_sft, write_training
 
 ROOT = Path(__file__).resolve().parents[1]
-SECTIONS = [ident for ident, *_ in report.SECTIONS]
+WHOLE = {"classes": "all", "num_images": 9658}  # results on HICO-DET's test set
 
 
 def page_of(*folders):
-    return report.page([read_run(folder) for folder in folders])
+    return page([read_run(folder) for folder in folders])
 
 
-def column(run):
-    return figures.Column(run.folder.name, "red", run)
+def section(text, name):
+    """The HTML of one section; "" if the page leaves it out."""
+    return text.partition(f'<section id="{name}">')[2].partition("</section>")[0]
 
 
-def shown(page):
-    return re.findall(r'<section id="(\w+)">', page)
+def sections(text):
+    return set(re.findall(r'<section id="(\w+)">', text))
+
+
+def charts(text):
+    """Of every chart the title, and (name, colour, dashed) of each line."""
+    found = []
+    for figure in re.findall("<figure>.*?</figure>", text):
+        title = re.search("<span>(.*?) <small>", figure)[1]
+        lines = re.findall(r'<g><title>(.*?)</title><path class="[^"]*" stroke="(.*?)"( s)?', figure)
+        found.append((title, [(name, colour, bool(dashed)) for name, colour, dashed in lines]))
+    return found
 
 
 def test_training_and_prediction_fill_every_section(tmp_path):
-    page = page_of(write_training(tmp_path), write_prediction(tmp_path))
-    assert shown(page) == SECTIONS
-    assert len(page) < 5e6
-
-
-def test_page_needs_no_network_and_no_file(tmp_path):
-    page = page_of(write_training(tmp_path), write_prediction(tmp_path))
-    sources = re.findall(r'(?:src|href)="([^"]*)"', page)
+    folders = [write_training(tmp_path), write_prediction(tmp_path)]
+    folders.append(write_prediction(tmp_path / "whole"))
+    (folders[-1] / "map.json").write_text(json.dumps(run_folders.result(**WHOLE)))
+    text = page_of(*folders)
+    assert sections(text) == {name for name, *_ in SECTIONS} and len(text) < 1e6
+    sources = re.findall(r'(?:src|href)="([^"]*)"', text)  # no network and no file is needed
     assert sources and all(source.startswith(("data:", "#")) for source in sources)
-    assert "@import" not in page and "url(" not in page
+    assert "@import" not in text and "url(" not in text
 
 
 @pytest.mark.parametrize(
     "file, missing",
     [
-        ("grpo/metrics.jsonl", {"progress", "rewards", "training", "seconds"}),
+        ("grpo/metrics.jsonl", {"progress", "rewards", "training"}),
         ("grpo/rollouts.jsonl", {"group"}),
-        ("test/map.json", {"table1", "classes"}),
-        ("test/part-0000.jsonl", set()),
+        ("test/map.json", {"map", "classes"}),
+        ("test/part-0000.jsonl", {"examples"}),
         ("test/summary.json", set()),
-        ("grpo/config.json", set()),
     ],
 )
 def test_section_without_its_file_is_left_out(tmp_path, file, missing):
     folders = write_training(tmp_path), write_prediction(tmp_path)
+    whole = sections(page_of(*folders))
     (tmp_path / file).unlink()
-    assert shown(page_of(*folders)) == [name for name in SECTIONS if name not in missing]
+    assert sections(page_of(*folders)) == whole - missing
+    # a run that has just started
+    run_folders.write_config(tmp_path / "new", stage="grpo", model="m", data="d")
+    assert sections(page_of(tmp_path / "new")) == {"health", "options"}
 
 
-def test_empty_folder_has_a_page_that_says_so(tmp_path):
-    page = page_of(tmp_path)
-    assert shown(page) == ["health"] and "Nothing to judge yet." in page
+def test_older_run_has_a_page_without_what_it_did_not_write(tmp_path):
+    folder = write_training(tmp_path, parts={})
+    old = {"text": "a", "format": 0.2, "total": 0.2}
+    row = {"step": 1, "file_name": "a.jpg", "completions": [old, old]}
+    write_lines(folder / "rollouts.jsonl", [row])
+    text = page_of(folder)
+    assert "group" not in sections(text)
+    assert [title for title, _ in charts(section(text, "rewards"))] == ["Total"]
 
 
-def test_missing_folder_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such folder"):
-        read_run(tmp_path / "absent")
+@pytest.mark.parametrize("name", ["absent", "empty", "model"])
+def test_folder_that_is_no_run_is_refused_in_one_line(tmp_path, name):
+    (tmp_path / "empty").mkdir()
+    run_folders.write_config(tmp_path / "model", hidden_size=8)  # an exported model
+    with pytest.raises(InputError, match=f"{name} is not a run: ") as refused:
+        write_page([write_training(tmp_path), tmp_path / name])
+    assert "\n" not in str(refused.value) and not list(tmp_path.rglob("report.html"))
 
 
-def test_page_without_a_run_is_an_error():
-    with pytest.raises(ValueError, match="at least one run"):
-        report.page([])
-
-
-@pytest.mark.parametrize(
-    "name", ["config.json", "metrics.jsonl", "rollouts.jsonl", "predictions.jsonl", "map.json"]
-)
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\xff\xfe\x00", b"[" * 100_000, b"null", b"[1, 2]", b'{"step": ', b"9" * 5000]
-    + [b'{"step": 1, "completions": [1, {"text": 5}], "loss": 1e999, "kl": "x"}']
-    + [b'{"step": 1, "default": 1, "instances": 3, "file_name": 7}']
-    + [b'{"step": 1, "default": {"ap": 1}, "known_object": [], "model": 5, "data": [], "split": 1}']
-    + [b'{"step": 1, "file_name": "x.jpg", "instances": [4, {"human": [1], "verbs": 2}]}'],
-)
-def test_damaged_file_does_not_stop_the_page(tmp_path, name, content):
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "rollouts.jsonl"])
+def test_damaged_file_is_named_in_one_line(tmp_path, name):
     folder = write_training(tmp_path)
-    (folder / name).write_bytes(content)
-    assert "health" in shown(page_of(folder))
+    (folder / name).write_text('{"step": 1, \n{}\n')
+    with pytest.raises(InputError, match=name) as refused:
+        read_run(folder)
+    assert "\n" not in str(refused.value)
 
 
-def test_half_a_last_line_and_nulls_are_left_out(tmp_path):
+def test_half_a_last_line_and_nulls_leave_gaps(tmp_path):
     folder = write_training(tmp_path, steps=3)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 4, "loss": null, "kl": NaN}\n{"step": 5, "lo')
-    run = read_run(folder)
-    assert [row["step"] for row in run.metrics] == [1, 2, 3, 4]
-    steps, losses = figures.logged(run, "loss")
-    assert steps == [1, 2, 3, 4] and np.isnan(losses[3])
-    assert not [svg for svg in re.findall("<svg.*?</svg>", report.page([run])) if "nan" in svg]
+    assert [row["step"] for row in read_run(folder).metrics] == [1, 2, 3, 4]
+    assert not [svg for svg in re.findall("<svg.*?</svg>", page_of(folder)) if "nan" in svg]
 
 
 def test_text_of_a_model_is_escaped(tmp_path):
-    page = page_of(write_training(tmp_path), write_prediction(tmp_path))
-    assert "<script>window.hacked" not in page and "<img src=x" not in page
-    assert page.count(escape(EVIL)) >= 3
+    text = page_of(write_training(tmp_path), write_prediction(tmp_path))
+    assert "<script>window.hacked" not in text and "<img src=x" not in text
+    assert text.count(escape(run_folders.EVIL)) >= 3
 
 
-def test_names_of_files_and_folders_are_escaped(tmp_path):
-    folder = write_training(tmp_path / "<b>run")
-    row = run_folders.group_row(3, 1.0, 2.0) | {"file_name": "<i>.jpg"}
+def test_names_of_files_options_and_parts_are_escaped(tmp_path):
+    parts = run_folders.PARTS | {"<p>": {"title": "<t>", "largest": 1.0}}
+    folder = write_training(tmp_path / "<b>run", parts=parts)
+    row = group_row(3, 1.0, 2.0, parts=parts) | {"file_name": "<i>.jpg"}
     write_lines(folder / "rollouts.jsonl", [row])
     config = json.loads((folder / "config.json").read_text()) | {"<u>": "<s>"}
     (folder / "config.json").write_text(json.dumps(config))
-    assert not re.search(r"<(b>run|i>\.jpg|u>|s>)", page_of(folder))
+    assert not re.search(r"<(b>run|i>\.jpg|u>|s>|t>|p>\")", page_of(folder))
 
 
-def test_table1_has_the_papers_row_and_ours(tmp_path):
-    page = page_of(write_prediction(tmp_path))
-    cells = re.findall(r'<tr class="ours">(.*?)</tr>', page)[0]
-    assert re.findall(r'<td class="n">(.*?)</td>', cells) == ["12.34", "–", "20.00"] * 2
+def test_half_a_character_does_not_stop_the_page(tmp_path):
+    folder = write_prediction(tmp_path)
+    rows = (folder / "part-0000.jsonl").read_text().replace('"text": "', '"text": "\\ud83d')
+    (folder / "part-0000.jsonl").write_text(rows)
+    assert "?&lt;script" in write_page([folder]).read_text()
+
+
+def test_table1_is_shown_for_the_whole_test_set_only(tmp_path):
+    toy, whole = write_prediction(tmp_path / "toy"), write_prediction(tmp_path / "whole")
+    (whole / "map.json").write_text(json.dumps(run_folders.result(**WHOLE)))
+    text = page_of(whole)
+    (row,) = re.findall(r'<tr class="ours">(.*?)</tr>', section(text, "table1"))
+    assert re.findall(r"<td>([^<]*)</td>", row) == ["12.34", "–", "20.00"] * 2
     numbers = "18.33 16.03 19.02 19.83 16.25 20.90".split()
-    assert "".join(f'<td class="n">{n}</td>' for n in numbers) in page
-    assert "over the 599 classes with true pairs in 3 images, not to be compared" in page
+    assert "".join(f"<td>{n}</td>" for n in numbers) in text and "map" not in sections(text)
+    text = page_of(toy)
+    assert "table1" not in sections(text) and "18.33" not in text and 'class="ours"' not in text
+    assert "grpo/model; 599 classes, 3 images" in section(text, "map")
+
+
+def test_scores_that_the_paper_does_not_use_are_named(tmp_path):
+    folder = write_prediction(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    for scores, count in (("rank", 0), ("ones", 1), ("likelihood", 1)):
+        (folder / "config.json").write_text(json.dumps(config | {"scores": scores}))
+        assert section(page_of(folder), "map").count(f"--scores {scores}, while") == count
 
 
 def test_full_of_the_paper_is_the_mean_of_rare_and_non_rare():
     for *_, full, rare, other, known, known_rare, known_other in (
-        row for rows in report.TABLE_1.values() for row in rows
+        row for rows in TABLE_1.values() for row in rows
     ):  # 138 and 462 of 600 classes; Rare and Non-Rare are rounded to 0.005
         assert full == pytest.approx((138 * rare + 462 * other) / 600, abs=0.011)
         assert known == pytest.approx((138 * known_rare + 462 * known_other) / 600, abs=0.011)
 
 
-def test_result_of_the_whole_test_set_is_compared(tmp_path):
-    folder = write_prediction(tmp_path)
-    whole = run_folders.result(classes="all", num_images=9658)
-    (folder / "map.json").write_text(json.dumps(whole))
-    assert "not to be compared" not in page_of(folder)
+def class_rows(text):
+    """The cells of each row of the table of classes, its heads first."""
+    rows = re.findall(r"<tr.*?</tr>", section(text, "classes"))
+    return [re.findall(r">([^<>]+)<", row) for row in rows]
 
 
-def test_result_of_other_scores_than_the_papers_says_so(tmp_path):
-    run = read_run(write_prediction(tmp_path))
-    whole = dataclasses.replace(run, result=run_folders.result(classes="all", num_images=9658))
-    for scores, words in (("rank", 0), ("ones", 1), ("likelihood", 1)):
-        scored = dataclasses.replace(whole, config=run.config | {"scores": scores})
-        note = f"test: scored by --scores {scores}; the paper&#x27;s by rank."
-        assert report.page([scored]).count(note) == words
-
-
-def figures_of_classes(page):
-    """The table of classes, a list a row, its heads first."""
-    table = page.partition('<table class="sortable">')[2].partition("</table>")[0]
-    return [re.findall(r">([^<>]+)<", row) for row in re.findall(r"<tr.*?</tr>", table)]
-
-
-def test_table_of_classes_has_600_rows_and_no_value_without_true_pairs(tmp_path):
-    heads, *rows = figures_of_classes(page_of(write_prediction(tmp_path)))
-    assert len(rows) == 600
-    assert rows[12] == ["13", "inspect", "bicycle", "7", "1.20", "1.20", "50.00"]
-    assert rows[-1][3:] == ["0", "–", "–", "–"]
-
-
-def test_an_ap_is_blank_by_the_true_pairs_of_its_own_run(tmp_path):
-    """The first run was evaluated on images without class 13."""
+def test_class_without_true_pairs_has_no_ap(tmp_path):
+    """The first of two runs was evaluated on images without class 13."""
     folders = write_prediction(tmp_path / "a"), write_prediction(tmp_path / "b")
+    rows = class_rows(page_of(folders[0]))
+    assert len(rows) == 1 + 599  # the last class has no true pair
+    assert rows[13] == ["inspect bicycle ", "13", "7", "1.20", "1.20", "50.00"]
     fewer = run_folders.result(true_pairs=[7] * 12 + [0] + [7] * 586 + [0])
     (folders[0] / "map.json").write_text(json.dumps(fewer))
-    page = figures_of_classes(page_of(*folders))
-    assert page[0][3::4] == ["a/test: True pairs", "b/test: True pairs"]
-    blank = ["0", "–", "–", "–"]
-    assert page[13] == ["13", "inspect", "bicycle", *blank, "7", "1.20", "1.20", "50.00"]
-    assert page[600][3:] == blank + blank
-    (folders[0] / "map.json").write_text(json.dumps(run_folders.result()))
-    page = page_of(*folders)
-    assert figures_of_classes(page)[0][3] == "True pairs" and page.count('<tr class="none">') == 1
+    row = class_rows(page_of(*folders))[13]
+    assert row[2:] == ["0 / 7", "–", "–", "–", "1.20", "1.20", "50.00"]
 
 
-def test_advantages_by_hand():
-    # mean 2, sample standard deviation sqrt(2): 1 / (1.41421 + 0.0001)
-    assert figures.advantages([1.0, 3.0]) == pytest.approx([-0.707057, 0.707057], abs=1e-6)
-    assert figures.advantages([2.0, 2.0]) == [0.0, 0.0]
-    assert figures.advantages([2.0]) == [0.0]
+def test_map_of_predictions_is_drawn_at_the_steps_of_their_models(tmp_path):
+    """SFT from "base", RL from its model; predictions of "base", of both and of SFT's step 20."""
+    sft = write_sft(tmp_path, steps=50, model=str(tmp_path / "base"))
+    grpo = write_training(tmp_path, model=str(tmp_path / "sft" / "model"))
+    tests = [
+        write_prediction(tmp_path / str(i), model=f"../{model}")
+        for i, model in enumerate(("base", "sft/model", "sft/model-000020", "grpo/model"))
+    ]
+    text = section(page_of(sft, grpo, *tests), "progress")
+    assert re.findall("<title>([^<]*): 12.34</title>", text) == [
+        "sft, 0", "sft, 20", "sft, 50", "grpo, 0", "grpo, 20",
+    ]  # fmt: skip
+    assert "<title>grpo, 5: 5</title>" in text  # eval_map, from its own first step
+    assert 'class="keys"' not in text  # one run per chart
+
+
+def test_stages_have_charts_of_their_own(tmp_path):
+    text = page_of(write_sft(tmp_path, steps=1000), write_training(tmp_path))
+    found = charts(section(text, "training"))
+    assert [[name for name, *_ in lines] for title, lines in found if title == "Loss"] == [
+        ["sft"], ["grpo"],
+    ]  # fmt: skip
+    assert section(text, "training").index("<h3>SFT") < section(text, "training").index("<h3>GRPO")
+
+
+def test_ground_truth_is_dashed(tmp_path):
+    found = dict(charts(section(page_of(write_training(tmp_path)), "training")))
+    written, true = found["Instances per answer"]
+    assert (written[0], written[2], true[0], true[2]) == ("grpo", False, "ground truth", True)
+
+
+def test_titles_bounds_and_colours_of_rewards_are_those_of_the_run(tmp_path):
+    """Six parts, of which a second run lacks the first."""
+    six = {str(i): {"title": f"Part {i}", "largest": i / 2} for i in range(1, 7)}
+    five = {name: part for name, part in six.items() if name != "1"}
+    folders = [write_training(tmp_path / n, parts=p) for n, p in (("6", six), ("5", five))]
+    text = page_of(*folders)
+    bounds = re.findall("(Total|Part .) <small>at most ([^<]*)<", section(text, "rewards"))
+    assert bounds == [("Total", "10 or 10.5")] + [(f"Part {i}", f"{i / 2:g}") for i in range(1, 7)]
+    shares = [lines for title, lines in charts(section(text, "rewards")) if "Share in" in title]
+    assert shares[0] == [(f"Part {i}", f"var(--p{i - 1})", False) for i in range(1, 7)]
+    assert shares[1] == shares[0][1:]
+    css = (ROOT / "engine/report/page.css").read_text()
+    assert all(css.count(f"--p{i}: #") == 2 for i in range(8))  # in both themes
+    assert section(text, "group").count("</b> of 10 <") == 2
 
 
 def test_group_is_the_last_one_whose_rewards_differ(tmp_path):
     folder = write_training(tmp_path)
-    rows = [run_folders.group_row(step, 1.0, 1.0 + (step < 3)) for step in (1, 2, 3, 4)]
+    rows = [group_row(step, 1.0, 1.0 + (step < 3)) for step in (1, 2, 3, 4)]
     write_lines(folder / "rollouts.jsonl", rows)
-    assert read_run(folder).group.step == 2
+    assert read_run(folder).group["step"] == 2
     write_lines(folder / "rollouts.jsonl", rows[2:])
-    assert read_run(folder).group.step == 4
+    assert read_run(folder).group["step"] == 4
 
 
 def test_group_shows_the_best_completion_first(tmp_path):
-    page = page_of(write_training(tmp_path))
-    assert re.findall(r"Completion \d, advantage (.\d\.\d\d)", page) == ["+0.71", "−0.71"]
-
-
-def test_boxes_of_a_completion_are_brought_into_the_image(tmp_path):
-    # 100 x 100 pixels are seen as 112 x 112, four patches of 28: by 100 / 112
     folder = write_training(tmp_path)
-    run_folders.write_image(tmp_path / "data/images/train2015/a.jpg", (100, 100))
-    (hoi,) = read_run(folder).group.answers[0].hois
-    assert hoi.human == pytest.approx([side * 100 / 112 for side in TRUTH.human])
-    assert hoi.verbs == TRUTH.verbs
+    text = section(page_of(folder), "group")
+    assert re.findall(r"Completion \d, advantage (.\d\.\d\d)", text) == ["+1.00", "−1.00"]
+    assert text.count("<img") == 2
+    (tmp_path / "data/images/train2015/a.jpg").unlink()
+    text = section(page_of(folder), "group")
+    assert "<img" not in text and text.count("<p>ride, sit on bicycle</p>") == 2
 
 
-@pytest.mark.parametrize("kept", [{"min_pixels": 784, "max_pixels": 12544}, {}, None])
-def test_model_size_is_that_of_the_image_processor(tmp_path, kept):
-    from transformers import Qwen2VLImageProcessorPil
-
-    newer = kept == {}
-    if newer:  # the layout of newer files
-        kept = {"size": {"shortest_edge": 50_000, "longest_edge": 200_000}}
-    if kept:
-        (tmp_path / "preprocessor_config.json").write_text(json.dumps(kept))
-    options = kept or {"min_pixels": 56**2, "max_pixels": 28**2 * 16384}
-    processor = Qwen2VLImageProcessorPil(**options)
-    for width, height in ((640, 480), (427, 640), (28, 28), (30, 500), (333, 501), (1500, 900)):
-        grid = processor(Image.new("RGB", (width, height)))["image_grid_thw"][0]
-        found = records.model_size((width, height), {"model": str(tmp_path)})
-        assert found == (14 * grid[2], 14 * grid[1]), (width, height)
+@pytest.mark.parametrize(
+    "rewards, titles, names",
+    [
+        ([i / 10 for i in range(15)] + [None], ["4 best by reward", "4 worst by reward"],
+         [14, 13, 12, 11, 3, 2, 1, 0]),
+        ([0.0] * 9, ["8 first images"], range(8)),  # no answer is better than another
+        ([None] * 3, ["3 first images"], range(3)),
+    ],
+)  # fmt: skip
+def test_examples_are_the_best_and_the_worst(tmp_path, rewards, titles, names):
+    text = section(page_of(write_prediction(tmp_path, rewards)), "examples")
+    assert re.findall(r"<h3>test: the (.*?)</h3>", text) == titles
+    assert re.findall(r"<span>(\d+)\.jpg</span>", text) == [str(name) for name in names]
 
 
-def test_box_frame_original_needs_no_resize():
-    assert records.model_size((640, 427), {"box_frame": "original"}) == (640, 427)
+def test_example_is_next_to_its_ground_truth(tmp_path, folder):
+    data, names = folder / "data", [f"HICO_test2015_0000000{i}.jpg" for i in (1, 2)]
+    prediction = write_prediction(tmp_path, [1.0, 2.0], data=data, names=names)
+    text = section(page_of(prediction), "examples")
+    assert re.findall('alt="(ground truth)?', text) == ["ground truth", ""] * 2
 
 
-def test_seconds_leave_out_the_first_step_and_name_the_rest(tmp_path):
-    rows = [run_folders.metrics_row(step) for step in (1, 2, 3)]
-    rows[0]["seconds"] = rows[0]["seconds_update"] = 900.0
-    folder = write_training(tmp_path)
-    write_lines(folder / "metrics.jsonl", rows)
-    found = figures.phase_seconds(read_run(folder))
-    expected = {"sample": 3.0, "reward": 0.5, "update": 4.0, "waiting": 0.5, "rest": 1.0}
-    assert found == pytest.approx(expected)
+def test_runs_of_the_same_folder_name_have_different_names(tmp_path):
+    text = page_of(*(write_training(tmp_path / name) for name in "ab"), write_sft(tmp_path))
+    names = [str(tmp_path / "a" / "grpo"), str(tmp_path / "b" / "grpo"), "sft"]
+    assert f"<title>{', '.join(names)} · HOI-R1</title>" in text
 
 
-def test_curve_of_rl_goes_on_where_sft_ended(tmp_path):
-    sft = tmp_path / "sft"
-    sft.mkdir()
-    (sft / "config.json").write_text('{"traces": "t.jsonl", "max_steps": 50}')
-    rows = [{"step": step, "eval_map": 1.0} for step in (25, 50)]
-    write_lines(sft / "metrics.jsonl", rows)
-    grpo = write_training(tmp_path, before=sft)
-    run = read_run(grpo)
-    assert [(r.folder.name, done) for r, done in figures.chain(run)] == [("sft", 0), ("grpo", 50)]
-    page = report.page([run])
-    assert "<title>sft, 25: 1</title>" in page and "<title>grpo, 55: 5</title>" in page
-    assert ">RL</text>" in page and "before: sft" in page
-    assert "before: sft" not in page_of(sft, grpo)
+def test_command_and_options_are_those_of_config_json(tmp_path):
+    folder = write_training(tmp_path / "a b")
+    text = section(page_of(folder), "options")
+    assert f"--data &#x27;{tmp_path}/a b/data&#x27;</pre>" in text
+    options = json.dumps(json.loads((folder / "config.json").read_text()), indent=2)
+    assert f"<pre>{escape(options)}</pre>" in text
 
 
-def test_shares_are_a_line_a_part_for_each_run_that_logged_them(tmp_path):
-    run = read_run(write_training(tmp_path))
-    other = dataclasses.replace(run, folder=tmp_path / "<other>")
-    (figure,) = re.findall("<figure>.*?</figure>", figures.reward_parts([column(run)]))[4:]
-    names = re.findall("<g><title>(.*?)</title>", figure)
-    assert names == ["Format", "Object label", "Verb label", "IoU"]
-    assert "<title>IoU, 20: 0.7</title>" in figure and "<title>Format, 1: −0.1</title>" in figure
-    both = figures.reward_parts([column(run), column(other)])
-    assert both.count("Share in the advantages, &lt;other&gt;") == 1
-    rows = [{name: v for name, v in row.items() if "advantage" not in name} for row in run.metrics]
-    without = dataclasses.replace(run, metrics=tuple(rows))
-    assert "Share in" not in figures.reward_parts([column(without)])
-
-
-def test_rewards_are_shown_of_the_most_that_the_run_can_earn(tmp_path):
-    """Without labels that is 0.8 + 1, of the format and the IoU."""
-    run = read_run(write_training(tmp_path))
-    other = dataclasses.replace(run, folder=tmp_path / "all", config=run.config | {"without": []})
-    flat = tuple(row | {"reward_total": 1.0} for row in run.metrics)
-    run = dataclasses.replace(run, config=run.config | {"without": ["label"]}, metrics=flat)
-    page = report.page([run])
-    assert re.findall("<small>at most ([^<]*)<", page) == ["1.8", "0.8", "1"]  # no labels
-    assert page.count("</b> of 1.8 <") == 2  # completions of the group
-    assert "Flat. Expected near 1.8 and" in page
-    both = figures.reward_parts([column(run), column(other)])
-    assert re.findall("<small>at most ([^<]*)<", both) == ["1.8 or 3.8", "0.8", "1", "1", "1"]
-
-
-def test_ground_truth_is_dashed_beside_what_is_written(tmp_path):
-    page = figures.training([column(read_run(write_training(tmp_path)))])
-    (figure,) = (f for f in re.findall("<figure>.*?</figure>", page) if "Instances of" in f)
-    written, true = re.findall("<g>.*?</g>", figure)
-    assert "<title>grpo, 1: 1.2</title>" in written and "dasharray" not in written
-    assert "<title>grpo, ground truth, 1: 2.3</title>" in true and "stroke-dasharray" in true
-
-
-def test_examples_are_the_best_and_the_worst_by_reward(tmp_path):
-    rewards = [i / 10 for i in range(15)] + [None]
-    run = read_run(write_prediction(tmp_path, rewards))
-    names = [example.file_name for example in run.examples]
-    assert names == [f"{i}.jpg" for i in (14, 13, 12, 11, 10, 9, 5, 4, 3, 2, 1, 0)]
-    page = report.page([run])
-    assert "the 6 best by reward" in page and "the 6 worst by reward" in page
-
-
-def test_examples_without_rewards_are_ordered_by_missed_pairs(tmp_path, folder):
-    rewards = [None] * 6
-    prediction = write_prediction(tmp_path, rewards, data=folder / "data")
-    samples = annotations.load_split(folder / "data", "test")
-    (right, hois), *others = ((sample.file_name, sample.hois) for sample in samples)
-    lines = [{"file_name": name, "instances": []} for name, _ in others]
-    lines.append({"file_name": right, "instances": [dataclasses.asdict(hoi) for hoi in hois]})
-    write_lines(prediction / "predictions.jsonl", lines)
-    run = read_run(prediction)
-    assert run.examples_by == "missed pairs" and run.examples[0].file_name == right
-    assert run.examples[0].truth == hois
-
-
-def test_unfinished_prediction_is_read_from_its_parts(tmp_path):
-    folder = write_prediction(tmp_path)
-    (folder / "predictions.jsonl").unlink()
-    assert len(read_run(folder).examples) == 3
-
-
-def test_page_stays_small_with_many_runs(tmp_path):
-    noise = np.random.default_rng(0).normal(128, 12, (480, 640, 3)).clip(0, 255)
-    photograph = Image.fromarray(noise.astype(np.uint8))
-    folders = []
-    for i in range(8):
-        folders.append(write_prediction(tmp_path / str(i), [1.0] * 12))
-        for path in (tmp_path / str(i) / "data/images/test2015").iterdir():
-            photograph.save(path)
-    assert len(page_of(*folders)) < 5e6
-
-
-def test_names_tell_runs_of_the_same_folder_name_apart(tmp_path):
-    folders = [tmp_path / name for name in ("a/grpo", "b/grpo", "a/test")]
-    runs = [records.Run(folder, {}) for folder in folders]
-    assert report.unique_names(runs) == ["a/grpo", "b/grpo", "test"]
-    assert report.unique_names([runs[0], runs[0]]) != 2 * [report.unique_names([runs[0]])[0]]
-
-
-def test_command_has_every_option_unless_it_was_kept(tmp_path):
-    run = read_run(write_training(tmp_path / "a b"))
-    quoted = f"--data '{tmp_path}/a b/data' --out '{tmp_path}/a b/grpo'"
-    assert run.command == (
-        f"python hoi_r1.py grpo --model Qwen/Qwen2.5-VL-3B-Instruct {quoted} --group-size 2 "
-        "--max-steps 20 --batch-size 16 --thinking --without iou"
-    )
-    assert records.Run(tmp_path, {"command": ["torchrun", "x y"]}).command == "torchrun 'x y'"
-
-
-def test_written_page_replaces_the_old_one_and_leaves_nothing(tmp_path):
+def test_written_page_replaces_the_old_one_and_leaves_nothing_else(tmp_path):
     folder, path = write_training(tmp_path), tmp_path / "grpo" / "report.html"
     path.write_text("old")
     before = {p.name for p in folder.iterdir()}
-    report.write_page([folder], path)
-    assert path.read_text().startswith("<!doctype html>")
+    assert write_page([folder]) == path and path.read_text().startswith("<!doctype html>")
     assert {p.name for p in folder.iterdir()} == before
 
 
-def test_page_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
-    folder, path = write_training(tmp_path), tmp_path / "grpo" / "report.html"
-    path.write_text("old")
-
-    def full_disk(self, target):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "replace", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        report.write_page([folder], path)
-    assert path.read_text() == "old" and not list(folder.glob("*.tmp"))
-
-
-def test_page_is_made_without_torch():
-    code = "import sys; import engine.report.page, engine.report.card; print('torch' in sys.modules)"
+def test_report_and_show_do_not_load_torch():
+    code = "import sys, engine.report.page, engine.report.pictures; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "False", done.stderr

@@ -7,6 +7,7 @@ import torch
 
 import engine.model.attention
 import engine.sampling.decode_step
+import engine.sampling.draw
 import engine.sampling.sampler
 from tests.tiny import collect, generate, make_prompt, plain_distributions, sample
 
@@ -89,7 +90,7 @@ def test_first_token_follows_the_exact_softmax():
     banned = torch.tensor([False, False, False, False, False, True])
     draws = 20_000
     uniforms = torch.rand(draws, generator=torch.Generator().manual_seed(3))
-    ids, logprobs, _ = engine.sampling.decode_step.draw_tokens(
+    ids, logprobs, _ = engine.sampling.draw.draw_tokens(
         logits.expand(draws, -1), temperature=2.0, uniforms=uniforms, banned=banned
     )
     expected = torch.softmax(logits[:5] / 2.0, 0)
@@ -103,7 +104,7 @@ def test_first_token_follows_the_exact_softmax():
 def test_draw_tokens_never_draws_what_is_banned_at_the_ends():
     banned = torch.tensor([True, False, True])
     uniforms = torch.tensor([0.0, 1 - 2**-24])
-    ids, *_ = engine.sampling.decode_step.draw_tokens(
+    ids, *_ = engine.sampling.draw.draw_tokens(
         torch.zeros(2, 3), temperature=1.0, uniforms=uniforms, banned=banned
     )
     assert ids.tolist() == [1, 1]
@@ -121,7 +122,7 @@ def test_draw_tokens_inverts_the_distribution_function(vocabulary):
     banned[vocabulary // 2] = False
     uniforms = torch.cat([torch.arange(199) / 199, torch.tensor([1 - 2**-24])]).repeat(3)
     options = {"temperature": 0.7, "banned": banned}
-    ids, logprobs, _ = engine.sampling.decode_step.draw_tokens(logits, uniforms=uniforms, **options)
+    ids, logprobs, _ = engine.sampling.draw.draw_tokens(logits, uniforms=uniforms, **options)
     expected = torch.log_softmax(logits.double().masked_fill(banned, -torch.inf) / 0.7, -1)
     at = expected.exp().cumsum(-1).gather(1, ids[:, None])[:, 0]
     drawn = expected.gather(1, ids[:, None])[:, 0]

@@ -33,8 +33,9 @@ import sys
 
 import torch
 
-from engine.model.attention import Prompt
-from engine.data.examples import Example, read_ahead
+from engine.model.packing import Prompt
+from engine.data.examples import Example
+from engine.data.loader import read_ahead
 from engine.files import lock
 
 class Examples:

@@ -1,22 +1,32 @@
-"""teacher.py against servers that do harm: endless replies, drips, odd numbers, control codes."""
+"""One request of teacher.py: faults, errors, redirects, proxies, and servers that do harm."""
 
 import contextlib
 import itertools
 import json
 import math
+import re
 import socket
 import threading
 import time
 
 import pytest
 
-import engine.traces.acceptance
 import engine.traces.openai_chat
-import teacher
-from engine.traces.acceptance import accept_trace
-from engine.traces.openai_chat import Budget, Stop, Transient
-from tests.replies import THINK, make_samples, make_teacher, reply, write
+from engine.traces.openai_chat import (
+    MAX_RETRY_AFTER,
+    Filtered,
+    Refused,
+    Transient,
+    batch_results,
+    complete,
+    estimated_tokens,
+    post,
+    usage_of,
+)
+from tests.faulty_server import FAULTS, Server
+from tests.replies import THINK, USAGE, make_teacher, reply, write
 
+KEY = "sk-loopback-0123456789"
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
@@ -28,7 +38,8 @@ def raw_server(pieces, pause=0.0):
     def serve():
         connection, _ = server.accept()
         with connection, contextlib.suppress(OSError):  # the client hangs up
-            connection.recv(65536)
+            while not connection.recv(65536).endswith(b"{}"):  # the body
+                pass
             for piece in pieces:
                 connection.sendall(piece)
                 time.sleep(pause)
@@ -41,129 +52,191 @@ def raw_server(pieces, pause=0.0):
     assert not thread.is_alive()
 
 
-def failure(pieces, pause=0.0, **changes):
-    """What `post` raises."""
-    with raw_server(pieces, pause) as url, pytest.raises((Transient, Stop)) as failed:
-        engine.traces.openai_chat.post(make_teacher(base_url=url, **changes), {})
+def failure(url, **changes):
+    """What `post` raises, with an environment's key that no error may show."""
+    with pytest.raises((Transient, Filtered, Refused)) as failed:
+        post(make_teacher(base_url=url, **{"key": KEY} | changes), {})
+    assert KEY not in str(failed.value) and str(failed.value).isprintable()
     return failed.value
 
 
-DRIPS = {"header": b"X: ", "body": b"\r\n", "body of known length": b"Content-Length: 99\r\n\r\n"}
+def raw_failure(pieces, pause=0.0, **changes):
+    with raw_server(pieces, pause) as url:
+        return failure(url, **changes)
 
 
-@pytest.mark.parametrize("start", DRIPS.values(), ids=DRIPS)
-def test_a_server_that_drips_is_cut_off(start, monkeypatch):
-    """A byte before each time-out, so that none comes; 0.4 s are given to it all."""
-    monkeypatch.setattr(engine.traces.openai_chat, "MAX_TIMEOUTS", 2)
-    drops = iter([b"x"] * 40)  # 4 s
-    error = failure(itertools.chain([HEAD + start], drops), 0.1, timeout=0.2)
-    assert any(drops)  # it did not get to the last one
-    assert isinstance(error, Transient) and error.billed
-    # a body without a length ends as if it were whole
-    assert "no whole reply in 0.4 s" in str(error) or "no chat completion" in str(error)
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_worth_another_try(fault):
+    error = failure(Server(lambda: fault).url, timeout=0.3)
+    assert isinstance(error, Transient) and error.retry_after == (0.01 if fault == "429" else 0)
+
+
+@pytest.mark.parametrize("header, expected", [
+    ("", 0), ("2.5", 2.5), ("-3", 0), ("soon", 0), ("1e300", MAX_RETRY_AFTER), ("nan", 0),
+    ("Fri, 31 Dec 9999 23:59:59 GMT", 0),
+])
+def test_retry_after(header, expected):
+    error = failure(Server(lambda: (429, {}, {"Retry-After": header})).url)
+    assert error.retry_after == expected
+
+
+def test_retries_end_with_the_last_fault_or_a_reply():
+    replies = iter(["429", "stall", "500", f"<think>{THINK}</think>"])
+    server, go_on = Server(lambda: next(replies)), threading.Event()
+    one = make_teacher(base_url=server.url, retries=3, timeout=0.3, backoff=0.001)
+    assert complete(one, {}, go_on) == reply(f"<think>{THINK}</think>")
+    server.answer = lambda: "500"
+    with pytest.raises(Transient, match="500.*oops"):
+        complete(one, {}, go_on)
+    assert len(server.bodies) == 8
+    go_on.set()  # the run ends: no further try
+    with pytest.raises(Transient):
+        complete(one, {}, go_on)
+    assert len(server.bodies) == 9
+
+
+@pytest.mark.parametrize("error, kind", [
+    ({"code": 429, "message": "busy"}, Transient), ({"code": "502", "message": "busy"}, Transient),
+    ({"code": None, "message": "busy"}, Transient), ("busy", Transient),
+    ({"code": 400, "message": "busy"}, Refused), ({"code": 401, "message": "busy"}, Refused),
+    ({"code": "content_filter", "message": "busy"}, Filtered),
+])
+@pytest.mark.parametrize("choices", [{}, {"choices": None}, {"choices": []}])
+def test_error_with_status_200_is_treated_by_its_code(error, kind, choices):
+    failed = failure(Server(lambda: (200, {"error": error, **choices})).url)
+    assert type(failed) is kind and "busy" in str(failed)
+
+
+@pytest.mark.parametrize("body", [
+    {"choices": None, "detail": "busy"}, {"choices": [{"error": {"message": "busy"}}]},
+    {"choices": [{"message": {"content": ""}, "error": {"code": 502, "message": "busy"}}]},
+    {"choices": [{"message": "busy"}]}, ["busy"],
+])
+def test_reply_without_completion_is_shown_and_retried(body):
+    failed = failure(Server(lambda: (200, body)).url)
+    assert type(failed) is Transient and "no chat completion: " in str(failed)
+    assert "busy" in str(failed)
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_page_of_html_is_retried_and_its_words_shown(status):
+    page = b"<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head>\n<body>nginx</body>"
+    failed = failure(Server(lambda: (status, page)).url)
+    assert type(failed) is Transient and str(failed).endswith(": 502 Bad Gateway nginx")
+
+
+@pytest.mark.parametrize("status, said, kind, hint", [
+    (400, "Use 'max_completion_tokens' instead.", Refused, "--max-tokens-field max_completion_tok"),
+    (429, "insufficient_quota", Refused, "insufficient_quota"), (404, KEY, Refused, r"\(key\)"),
+    (408, "late", Transient, "late"), (403, "moderation_blocked", Filtered, "moderation_blocked"),
+    (404, "content_filter", Refused, "404"), (204, "", Refused, "204"),
+])
+def test_status_says_whether_to_go_on(status, said, kind, hint):
+    failed = failure(Server(lambda: (status, said.encode())).url)
+    assert type(failed) is kind and re.search(hint, str(failed))
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_redirect_does_not_take_the_key_to_another_host(status):
+    other = Server()
+    to = {"Location": f"{other.url}/chat/completions?{KEY}"}
+    error = failure(Server(lambda: (status, {}, to)).url)
+    assert type(error) is Refused and f"redirects to {other.url}" in str(error)
+    assert not other.bodies
+
+
+def test_key_is_removed_from_what_the_server_says():
+    assert KEY not in repr(make_teacher(key=KEY))
+    server = Server(lambda: f"<think>Your key is {KEY}. None of them rides.</think>")
+    said = post(make_teacher(base_url=server.url, key=KEY), {})["choices"][0]["message"]["content"]
+    assert said == "<think>Your key is (key). None of them rides.</think>"
+    assert server.keys == {f"Bearer {KEY}"}
+    # what people set for a server that wants no key is no secret, and traces hold such words
+    said = post(make_teacher(base_url=server.url, key="None"), {})["choices"][0]["message"]
+    assert "None of them rides" in said["content"]
+
+
+@pytest.fixture
+def proxy(monkeypatch):
+    """A proxy on loopback that HTTP_PROXY and HTTPS_PROXY name."""
+    server = Server()
+    for name in ("http_proxy", "https_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, f"http://user:password@127.0.0.1:{server.server_port}")
+    return server
+
+
+def test_http_proxy_is_used(proxy):
+    teacher = make_teacher(base_url="http://teacher.invalid/v1")
+    assert post(teacher, {}) == reply(f"<think>{THINK}</think>")
+    assert proxy.paths == {"http://teacher.invalid/v1/chat/completions"}
+    proxy.answer = lambda: "500"
+    said = str(failure("http://teacher.invalid/v1"))
+    assert f"through the proxy 127.0.0.1:{proxy.server_port}: 500" in said
+
+
+def test_https_proxy_is_asked_to_connect_and_does_not_get_the_key(proxy):
+    error = failure("https://teacher.invalid/v1")
+    assert type(error) is Transient and "Tunnel connection failed: 403" in str(error)
+    assert "password" not in str(error)
+    assert (proxy.paths, proxy.keys) == ({"teacher.invalid:443"}, {None})
+
+
+def test_no_proxy_and_this_machine_are_asked_directly(proxy, monkeypatch):
+    assert post(make_teacher(base_url=Server().url), {}) == reply(f"<think>{THINK}</think>")
+    monkeypatch.setenv("NO_PROXY", "teacher.invalid")
+    assert "proxy" not in str(failure("http://teacher.invalid/v1"))  # there is no such host
+    assert not proxy.bodies
+
+
+def test_proxy_variable_that_is_no_address_is_one_line(proxy, monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "http:/127.0.0.1")
+    assert "proxy URL with no authority" in str(failure("http://teacher.invalid/v1"))
+
+
+@pytest.mark.parametrize("start", [b"X: ", b"\r\n", b"Content-Length: 99\r\n\r\n"])
+def test_reply_that_stops_ends_by_the_timeout(start):
+    error = raw_failure([HEAD + start, b"x", b""], 0.7, timeout=0.2)
+    assert isinstance(error, Transient) and "timed out" in str(error)
+
+
+def test_spaces_that_keep_a_connection_alive_are_read():
+    text = json.dumps(reply(THINK)).encode()
+    with raw_server([HEAD + b"\r\n", *[b" "] * 8, text], 0.1) as url:
+        assert post(make_teacher(base_url=url, timeout=0.4), {}) == reply(THINK)
 
 
 @pytest.mark.parametrize("length", [b"", b"Content-Length: 99999999999\r\n"])
-def test_an_endless_reply_is_not_kept(length, monkeypatch):
+def test_endless_reply_is_read_to_its_limit(length, monkeypatch):
     monkeypatch.setattr(engine.traces.openai_chat, "MAX_REPLY", 1_000_000)
-    error = failure(itertools.chain([HEAD + length + b"\r\n"], [b"x" * 65536] * 99))
-    assert isinstance(error, Transient) and error.billed and "more than 1000000 bytes" in str(error)
+    error = raw_failure(itertools.chain([HEAD + length + b"\r\n"], [b"x" * 65536] * 99))
+    assert isinstance(error, Transient) and "no chat completion: xxx" in str(error)
 
 
-def test_a_reply_of_16_mb_is_the_longest():
-    assert engine.traces.openai_chat.MAX_REPLY == 16 * 1024 * 1024
-
-
-def test_a_servers_words_do_not_reach_the_terminal_as_codes():
-    """ESC, BEL, a C1 control, DEL, and U+202E, behind which text runs backwards."""
+def test_servers_words_do_not_reach_the_terminal_as_codes(tmp_path):
+    """ESC, BEL, a C1 control, DEL, and U+202E, after which text runs backwards."""
     said = "no \x1b[2J\x07\x9b1m\x7f\u202e such\nmodel".encode()
-    head = b"HTTP/1.1 404 \x1b[2J\r\nContent-Length: %d\r\n\r\n" % len(said)
-    error = failure([head + said])
-    assert isinstance(error, Stop) and str(error).endswith(": 404: no  [2J  1m   such model")
-    assert str(failure([b"\x1b[2J\r\n"])).isprintable()  # no HTTP at all
-
-
-def test_the_words_of_a_batch_are_printable_too(tmp_path):
+    error = failure(Server(lambda: (404, said)).url)
+    assert isinstance(error, Refused) and str(error).endswith(": 404: no [2J 1m such model")
+    raw_failure([b"\x1b[2J\r\n"])  # no HTTP at all
+    raw_failure([HEAD + b'\r\n{"error": "\\ud800"}'])
     path = write(tmp_path / "r.jsonl", {"custom_id": "a.jpg", "error": "\x1b[2J \x7f \u202e"})
-    ((_, _, _, said),) = engine.traces.openai_chat.batch_results([path])
+    ((_, _, _, said),) = batch_results([path])
     assert said.isprintable()
 
 
-@pytest.mark.parametrize("count", [10**400, 10**4000, 10_000_001, -1, True, 1.5, math.nan, "9", []])
-def test_a_count_that_cannot_be_is_reckoned_as_the_most(count):
-    """As where a server reports nothing: 0.5 USD of 1e6 tokens at the most are set aside."""
-    budget = Budget((0.5, 0.0), max_cost=9.0)
-    bound = budget.reserve(1_000_000, 0)
-    usage = budget.settle(bound, {"prompt_tokens": count, "completion_tokens": 1})
-    assert (usage["cost"], budget.spent, budget.tokens, budget.reserved) == (0.5, 0.5, 0, 0.0)
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"choices": ' + "9" * 5000 + "}", ""])
+def test_odd_json_is_no_reply(text):
+    assert isinstance(raw_failure([HEAD + b"\r\n" + text.encode()]), Transient)
 
 
-def test_max_cost_says_what_is_spent_and_in_flight():
-    budget = Budget((1.0, 0.0), max_cost=0.01)
-    budget.settle(budget.reserve(2000, 0), {"prompt_tokens": 2000, "completion_tokens": 0})
-    budget.reserve(7000, 0)
-    with pytest.raises(Stop, match=r"^\$0.0020 are spent, those in flight can cost \$0.0070, and"):
-        budget.reserve(2000, 0)
-
-
-def test_the_end_says_what_is_spent_in_all(tmp_path, monkeypatch):
-    """One request is in flight when another one meets the limit; it ends, and counts."""
-    refused = threading.Event()
-
-    def complete(one, body, budget, stop):
-        try:
-            bound = budget.reserve(6000, 0)
-        except Stop:
-            refused.set()
-            raise
-        assert refused.wait(10)
-        used = budget.settle(bound, {"prompt_tokens": 5000, "completion_tokens": 0})
-        return reply(f"<think>{THINK}</think>"), used
-
-    monkeypatch.setattr(teacher, "complete", complete)
-    budget = Budget((1.0, 0.0), max_cost=0.01)
-    with engine.traces.trace_file.TraceFile(tmp_path / "t.jsonl") as file:
-        samples = make_samples(tmp_path, 2)
-        _, ended = teacher.ask_all(samples, make_teacher(), file, budget, 1, 2)
-    assert ended.startswith("$0.0000 are spent, those in flight can cost $0.0060")  # no image
-    assert ended.endswith("; $0.0050 are spent in all")
-
-
-@pytest.mark.parametrize("cost", ["NaN", "Infinity", "-1", "1" + "0" * 400, '"9"', "null", "true"])
-def test_a_cost_in_the_file_is_a_number(cost, tmp_path):
-    """NaN would end the watch over --max-cost."""
-    path = tmp_path / "t.jsonl"
-    path.write_text(f'{{"file_name": "a", "think": "A", "usage": {{"cost": {cost}}}}}\n')
-    with pytest.raises(engine.traces.trace_file.InputError, match=f'{path}, line 1: "cost" must be a number'):
-        engine.traces.trace_file.TraceFile(path)
-
-
-def test_a_last_line_of_deep_nesting_is_dropped(tmp_path):
-    path = write(tmp_path / "t.jsonl", {"file_name": "a", "think": "A"})
-    whole = path.read_text()
-    path.write_text(whole + "[" * 100_000)
-    with engine.traces.trace_file.TraceFile(path) as file:
-        assert file.names == {"a"}
-    assert path.read_text() == whole
-
-
-def test_a_very_long_text_is_no_trace():
-    """The patterns take the square of its length: minutes for a megabyte."""
-    longest = "<think>" + "person " * 1425 + "</think>"  # 7 + 9975 + 8 characters
-    assert accept_trace(reply(longest))[0] is not None
-    assert accept_trace(reply(longest + "." * 11)) == (
-        None, "has more than 10000 characters")
-
-
-@pytest.mark.parametrize("part", ["<think>", "</think>", "<think> </think>", "<", "a"])
-def test_the_tags_of_a_megabyte_are_found_at_once(part, monkeypatch):
-    """A pattern that takes the square of the length would need minutes."""
-    monkeypatch.setattr(engine.traces.acceptance, "MAX_CHARACTERS", 1_000_000)
-    assert "no text within" in accept_trace(reply(part * (999_999 // len(part))))[1]
-
-
-def test_deep_nesting_and_lone_surrogates_are_no_reply():
-    long = '{"choices": ' + "9" * 5000 + "}"
-    for text in ("[" * 100_000, json.dumps({"choices": "\ud800"}), long):
-        error = failure([HEAD + b"\r\n" + text.encode()])
-        assert isinstance(error, Transient) and error.billed
+@pytest.mark.parametrize("count", [10**400, 10_000_001, -1, True, 1.5, math.nan, "9", [], None])
+def test_usage_that_cannot_be_is_estimated(count):
+    teacher = make_teacher(prices=(1.0, 2.0))
+    tokens_in, tokens_out = estimated_tokens(teacher)
+    usage = usage_of({"usage": {"prompt_tokens": count, "completion_tokens": 1}}, teacher)
+    assert usage == usage_of({}, teacher) == {
+        "prompt_tokens": tokens_in, "completion_tokens": tokens_out,
+        "cost": (tokens_in + 2 * tokens_out) / 1e6}
+    assert usage_of({"usage": USAGE}, teacher)["cost"] == pytest.approx(0.0012)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 import engine.data.examples
+import engine.data.loader
 import engine.runs.run_folder
 import grpo
 import predict
@@ -283,7 +284,7 @@ def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
     part.with_name("part-0001.jsonl").write_text("".join(lines[:2]) + lines[2][:-9])
     part.unlink()
     (tmp_path / "test" / "predictions.jsonl").unlink()
-    asked, read = [], engine.data.examples.read_ahead
+    asked, read = [], engine.data.loader.read_ahead
 
     def read_ahead(examples, indices, workers):
         asked.extend(indices)

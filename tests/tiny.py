@@ -3,6 +3,7 @@
 import torch
 
 import engine.model.attention
+import engine.model.packing
 import engine.sampling.sampler
 
 
@@ -19,7 +20,7 @@ def make_prompt(model, rows, columns, before, after, generator):
         [text_ids(model, before, generator), image, text_ids(model, after, generator)]
     )
     pixels = torch.randn(rows * columns * 4, 3 * 2 * 14 * 14, generator=generator)
-    return engine.model.attention.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
+    return engine.model.packing.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
 
 
 def plain_logprobs(reference, prompt, completion, *options, **named):

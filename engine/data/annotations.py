@@ -1,96 +1,185 @@
-"""HICO-DET's annotations: the official anno_bbox.mat and anno.mat, read into Samples (Sec. 4.1).
+"""The annotations of HICO-DET, or of other images, read into Samples (Sec. 4.1).
 
-1. The official files count pixels from 1. The reader subtracts 1, once.
-2. Entries marked `invis` have no boxes: they are no ground truth, but their image belongs to the
+HICO-DET has anno_bbox.mat and anno.mat.
+1. Both count pixels from 1. The reader subtracts 1, once.
+2. Entries marked `invis` have no boxes. They are no ground truth, but their image belongs to the
    Known Object setting of their object.
+
+Other images have annotations.jsonl in place of both, with HICO's 600 classes. A line is an image:
+
+    {"file_name": "beach.jpg", "split": "train", "width": 640, "height": 480, "pairs": [
+     {"human": [319, 105, 398, 348], "object": [147, 344.5, 375, 413],
+      "object_class": "surfboard", "verb": "hold"}]}
+
+Boxes are x1, y1, x2, y2 in 0-based pixels of the image as it is stored, whatever its EXIF data say.
+"split" is "train" or "test". A pair with several verbs has one entry for each. "pairs" may be
+empty. An image is known for the objects of its pairs.
+
+The images of a split are in images/train2015 or images/test2015. Where there is no such folder,
+they are directly in images.
 """
 
-import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from hicodet import HOI_CLASSES, Box, InputError, Pair, Sample, merge_pairs
+from engine.checks import at, expect, expect_box, expect_class
+from engine.files import json_lines
+from hicodet import HOI_CLASSES, HOI_IDS, Box, InputError, Pair, Sample, merge_pairs
 
+SPLITS = ("train", "test")
 LAYOUT_HINT = "Expected the layout of hico_20160224_det, the official release of HICO-DET."
+# File name, width, height, pairs and known objects of an image.
+Row = tuple[str, int, int, tuple[Pair, ...], Iterable[str]]
 
 
 def load_split(root: str | Path, split: str) -> list[Sample]:
-    """Reads the "train" or "test" half of HICO-DET from `root`, in the order of the file.
+    """Read the images of one split, "train" or "test", in the order of the file; none is opened.
 
-    `root` holds anno_bbox.mat, images/train2015, images/test2015 and, optionally, anno.mat, whose
-    image-level labels say which objects an image is known for; without it the classes listed in
-    anno_bbox.mat do, invisible ones included. Images are not opened.
-    Raises InputError for another layout, FileNotFoundError without anno_bbox.mat.
+    root: folder of hico_20160224_det, where anno.mat may be missing, or of annotations.jsonl.
+    anno.mat says which objects an image is known for; without it the classes listed in
+    anno_bbox.mat do, invisible ones included.
+    Raises InputError for another layout or an empty split, FileNotFoundError without annotations.
     """
-    if split not in ("train", "test"):
+    if split not in SPLITS:
         raise ValueError(f'split must be "train" or "test", not {split!r}')
-    root = Path(root)
-    folder = root / "images" / f"{split}2015"
-    return [_to_sample(folder, *row) for row in _read_rows(root, split)]
+    path, folder = _annotation_file(Path(root)), image_folder(root, split)
+    rows = _own_rows(path)[split] if path.suffix == ".jsonl" else _official_rows(path, split)
+    if not rows:
+        raise InputError(f"{path}: no image of the split {split!r}")
+    return [
+        Sample(name, folder / name, width, height, merge_pairs(pairs), pairs, frozenset(objects))
+        for name, width, height, pairs, objects in rows
+    ]
+
+
+def splits(root: str | Path) -> list[str]:
+    """The splits that have images."""
+    path = _annotation_file(Path(root))
+    own = path.suffix == ".jsonl"
+    return [split for split, rows in _own_rows(path).items() if rows] if own else list(SPLITS)
 
 
 def training_counts(root: str | Path) -> list[int]:
     """Visible training pairs of each of the 600 HOI classes; a class with fewer than 10 is Rare."""
-    return _read_counts(Path(root) / "anno_bbox.mat")
+    path, counts = _annotation_file(Path(root)), [0] * len(HOI_CLASSES)
+    if path.suffix == ".jsonl":
+        for _, _, _, pairs, _ in _own_rows(path)["train"]:
+            for pair in pairs:
+                counts[pair.hoi_id] += 1
+        return counts
+    for where, record in _records(path, "train"):
+        with _layout(where):
+            for entry in record["hoi"].ravel():  # no boxes: they would take as long as reading
+                hoi_id, visible = _read_class(entry)
+                counts[hoi_id] += visible and len(entry["connection"])
+    return counts
+
+
+def image_folder(root: str | Path, split: str) -> Path:
+    """Where the images of a split are: images/train2015 or images/test2015, if there, or images."""
+    folder = Path(root) / "images" / f"{split}2015"
+    return folder if folder.is_dir() else folder.parent
 
 
 def require_images(samples: Iterable[Sample]) -> None:
     """Raises FileNotFoundError if images are missing on disk, with their number and the first."""
-    missing = [str(sample.path) for sample in samples if not sample.path.is_file()]
+    missing = [sample.path for sample in samples if not sample.path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} images are missing, first {', '.join(missing[:3])}. Unpack the "
-            "images of hico_20160224_det into images/train2015 and images/test2015, beside "
-            "anno_bbox.mat."
+            f"{len(missing)} images are missing, first {missing[0]} (places: images/train2015 and "
+            "images/test2015, or images). `python hoi_r1.py check` lists all that are missing, and "
+            "--exclude FILE leaves them out"
         )
 
 
-def _to_sample(
-    folder: Path, name: str, width: int, height: int, pairs: Sequence, objects: Sequence[str]
-) -> Sample:
-    """A Sample from a row of `_read_rows`."""
-    pairs = tuple(Pair(tuple(human), tuple(obj), hoi_id) for human, obj, hoi_id in pairs)
-    return Sample(name, folder / name, width, height, merge_pairs(pairs), pairs, frozenset(objects))
+def _annotation_file(root: Path) -> Path:
+    """anno_bbox.mat or annotations.jsonl, whichever is there."""
+    official, own = root / "anno_bbox.mat", root / "annotations.jsonl"
+    if own.is_file() and official.is_file():
+        raise InputError(f"{root} has both {own.name} and {official.name}; keep one of them")
+    if not own.is_file() and not official.is_file():
+        raise FileNotFoundError(
+            f"{official} is missing: the data folder is that of hico_20160224_det, or has "
+            "annotations.jsonl for other images"
+        )
+    return own if own.is_file() else official
 
 
-def _read_rows(root: Path, split: str) -> list[tuple]:
-    """(file name, width, height, pairs, known objects) of each image, in the order of the file.
+def _own_rows(path: Path) -> dict[str, list[Row]]:
+    """The rows of annotations.jsonl by split."""
+    rows = {split: {} for split in SPLITS}
+    for where, line in json_lines(path):
+        with at(where):
+            split, row = _own_row(line)
+            _check_name(row[0], rows[split])
+        rows[split][row[0]] = row
+    return {split: list(by_name.values()) for split, by_name in rows.items()}
 
-    A pair is (human, object, hoi_id), as in Pair; known objects are in the alphabet's order.
-    """
-    path, variable = root / "anno_bbox.mat", f"bbox_{split}"
-    variables = _read_mat(path, (variable, "list_action"))
-    known = _image_level_objects(root / "anno.mat", split)
-    rows = {}
-    where = "list_action"
-    try:
-        _check_actions(variables["list_action"])
-        for index, record in enumerate(variables[variable].ravel(), start=1):
-            where = f"{variable}({index})"
+
+def _check_name(name: str, rows: dict[str, Row]) -> None:
+    """Raises ValueError for a file outside of the folder of images, and for one that has a row."""
+    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
+        raise ValueError(f"file name {name!r} is outside of the folder of images")
+    if name in rows:
+        raise ValueError(f"file name {name!r} for the second time in its split")
+
+
+def _own_row(line: object) -> tuple[str, Row]:
+    """The split and the row of a line; ValueError names a key whose value is wrong."""
+    expect(isinstance(line, dict), "the line", "an object", line)
+    keys = "file_name", "split", "width", "height", "pairs"
+    name, split, width, height, pairs = map(line.get, keys)
+    expect(isinstance(name, str), "'file_name'", "the name of a file", name)
+    expect(split in SPLITS, "'split'", '"train" or "test"', split)
+    for key, side in (("width", width), ("height", height)):
+        expect(type(side) is int and side > 0, f"{key!r}", "a whole number of pixels", side)
+    expect(isinstance(pairs, list), "'pairs'", "a list, which may be empty", pairs)
+    read = tuple(_own_pair(pair, f"pairs[{i}]") for i, pair in enumerate(pairs))
+    return split, (name, width, height, read, {HOI_CLASSES[pair.hoi_id][1] for pair in read})
+
+
+def _own_pair(pair: object, where: str) -> Pair:
+    expect(isinstance(pair, dict), where, "an object", pair)
+    for key in ("human", "object"):
+        expect_box(pair.get(key), f"{key!r} of {where}")
+    object_class, verb = pair.get("object_class"), pair.get("verb")
+    expect_class(verb, object_class, "'verb'", where)
+    human, object_ = (tuple(map(float, pair[key])) for key in ("human", "object"))
+    return Pair(human, object_, HOI_IDS[verb, object_class])
+
+
+def _official_rows(path: Path, split: str) -> list[Row]:
+    """The rows of anno_bbox.mat, with known objects from anno.mat, if it is there."""
+    known, rows = _image_level_objects(path.with_name("anno.mat"), split), {}
+    for where, record in _records(path, split):
+        with _layout(where):
             row = _read_row(record, known)
-            if row[0] in rows:
-                raise ValueError(f"field filename: {row[0]} for the second time")
-            rows[row[0]] = row
-    except ValueError as error:
-        raise InputError(f"{path}, {where}: {error}. {LAYOUT_HINT}") from error
+            _check_name(row[0], rows)
+        rows[row[0]] = row
     return list(rows.values())
 
 
-def _read_counts(path: Path) -> list[int]:
-    variables = _read_mat(path, ("bbox_train", "list_action"))
-    counts = [0] * len(HOI_CLASSES)
+@contextmanager
+def _layout(where: str) -> Iterator[None]:
+    """Turn errors of reading MATLAB's structs into an InputError that names the place."""
     try:
+        yield
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise InputError(f"{where}: {kind}{error}. {LAYOUT_HINT}") from error
+
+
+def _records(path: Path, split: str) -> Iterator[tuple[str, np.void]]:
+    """The images of a split as anno_bbox.mat has them, each with its place."""
+    variables = _read_mat(path, (f"bbox_{split}", "list_action"))
+    with _layout(f"{path}, list_action"):
         _check_actions(variables["list_action"])
-        for record in variables["bbox_train"].ravel():
-            for entry in record["hoi"].ravel():  # no boxes: they would take as long as reading
-                hoi_id, visible = _read_class(entry)
-                counts[hoi_id] += visible and len(entry["connection"])
-    except ValueError as error:
-        raise InputError(f"{path}, bbox_train: {error}. {LAYOUT_HINT}") from error
-    return counts
+    for index, record in enumerate(variables[f"bbox_{split}"].ravel(), start=1):
+        yield f"{path}, bbox_{split}({index})", record
 
 
 def _read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
@@ -98,9 +187,7 @@ def _read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: the data folder is that of hico_20160224_det")
-    # What loadmat raises for a file that is cut short, damaged, of MATLAB 7.3, or none at all.
+    # What loadmat raises for a file that is cut short, damaged, of MATLAB 7.3, or no .mat at all.
     unreadable = MatReadError, NotImplementedError, ValueError, IndexError, OSError, zlib.error
     try:
         variables = loadmat(path, variable_names=names)
@@ -113,99 +200,62 @@ def _read_mat(path: Path, names: tuple[str, ...]) -> dict[str, np.ndarray]:
 
 
 def _check_actions(actions: np.ndarray) -> None:
-    """Ids mean what HOI_CLASSES says only if the file's own list of HOI classes is the same."""
-    found = tuple(
-        tuple(_item(action, name, str).replace("_", " ") for name in ("vname", "nname"))
-        for action in actions.ravel()
-    )
-    if found != HOI_CLASSES:
+    """Ids mean what HOI_CLASSES says only if the file has the same list of HOI classes."""
+    names = "vname", "nname"
+    found = [tuple(str(a[n].item()).replace("_", " ") for n in names) for a in actions.ravel()]
+    if found != list(HOI_CLASSES):
         odd = next((one for one in found if one not in HOI_CLASSES), "another order or number")
         raise ValueError(f"not the {len(HOI_CLASSES)} HOI classes of HICO in their order: {odd}")
 
 
-def _image_level_objects(path: Path, split: str) -> dict[str, frozenset[str]] | None:
+def _image_level_objects(path: Path, split: str) -> dict[str, set[str]] | None:
     """Object classes of each image of the split by file name; None without anno.mat."""
     if not path.is_file():
         return None
     variables = _read_mat(path, (f"list_{split}", f"anno_{split}"))
-    files, labels = variables[f"list_{split}"].ravel(), variables[f"anno_{split}"]
-    if labels.shape != (len(HOI_CLASSES), files.size):
-        raise InputError(
-            f"{path}: anno_{split} has shape {labels.shape}, not {len(HOI_CLASSES)} classes x "
-            f"{files.size} images of list_{split}. {LAYOUT_HINT}"
-        )
-    objects = [set() for _ in files]
-    for hoi_id, column in np.argwhere(labels == 1):  # -1 is no, 0 ambiguous, NaN not asked
-        objects[column].add(HOI_CLASSES[hoi_id][1])
-    return {str(np.squeeze(f)): frozenset(names) for f, names in zip(files, objects, strict=True)}
+    with _layout(path):
+        files, labels = variables[f"list_{split}"].ravel(), variables[f"anno_{split}"]
+        if labels.shape != (len(HOI_CLASSES), files.size):
+            raise ValueError(f"anno_{split} has shape {labels.shape}, not (600, {files.size})")
+        objects = {str(np.squeeze(file)): set() for file in files}
+        names = list(objects)
+        for hoi_id, column in np.argwhere(labels == 1):  # -1 is no, 0 ambiguous, NaN not asked
+            objects[names[column]].add(HOI_CLASSES[hoi_id][1])
+    return objects
 
 
-def _read_row(record: np.void, known: dict[str, frozenset] | None) -> tuple:
-    name = _item(record, "filename", str)
-    if Path(name).is_absolute() or ".." in Path(name).parts or "\0" in name:
-        raise ValueError(f"field filename: {name!r} is no name in the folder of images")
+def _read_row(record: np.void, known: dict[str, set[str]] | None) -> Row:
+    name, (size,) = record["filename"].item(), record["size"].ravel()
     if known is not None and name not in known:
-        raise ValueError(f"field filename: {name} is not in the list of anno.mat")
-    sizes = [(_item(size, "width"), _item(size, "height")) for size in record["size"].ravel()]
-    if len(sizes) != 1 or min(sizes[0]) < 1:
-        raise ValueError(f"field size: {sizes} is not one width and height")
-    width, height = map(int, sizes[0])
+        raise ValueError(f"{name} is not in the list of anno.mat")
     pairs, listed = [], set()
     for entry in record["hoi"].ravel():
-        hoi_id, visible = _read_hoi(entry)
-        pairs += visible
+        hoi_id, visible = _read_class(entry)
+        pairs += _read_pairs(entry, hoi_id) if visible else []
         listed.add(HOI_CLASSES[hoi_id][1])
-    return name, width, height, pairs, sorted(listed if known is None else known[name])
+    width, height = (int(size[side].item()) for side in ("width", "height"))
+    return name, width, height, tuple(pairs), listed if known is None else known[name]
 
 
 def _read_class(entry: np.void) -> tuple[int, bool]:
     """The class (0-based) of one entry of `hoi`, and whether it is visible."""
-    number = _item(entry, "id")
-    if not (number.is_integer() and 1 <= number <= len(HOI_CLASSES)):
-        raise ValueError(f"field id: {number:g} is not one of 1..{len(HOI_CLASSES)}")
-    return int(number) - 1, not _item(entry, "invis")
+    number = int(entry["id"].item())
+    if not 1 <= number <= len(HOI_CLASSES):
+        raise ValueError(f"id {number} is not one of 1..{len(HOI_CLASSES)}")
+    return number - 1, not entry["invis"].item()
 
 
-def _read_hoi(entry: np.void) -> tuple[int, list[tuple[Box, Box, int]]]:
-    """The class (0-based) of one entry of `hoi`, and its pairs, none if it is invisible."""
-    hoi_id, visible = _read_class(entry)
-    if not visible:
-        return hoi_id, []
-    rows = entry["connection"]
-    if rows.size and (rows.shape[1:] != (2,) or rows.dtype.kind not in "uif"):
-        raise ValueError(f"field connection: {rows.dtype} {rows.shape} is not n x 2 numbers")
-    humans, objects = (_read_boxes(entry, name) for name in ("bboxhuman", "bboxobject"))
-    pairs = []
-    for human, obj in rows.reshape(-1, 2).tolist():
-        if human not in humans or obj not in objects:
-            raise ValueError(
-                f"field connection: ({human:g}, {obj:g}) points beyond {len(humans)} human and "
-                f"{len(objects)} object boxes"
-            )
-        pairs.append((humans[human], objects[obj], hoi_id))
-    return hoi_id, pairs
+def _read_pairs(entry: np.void, hoi_id: int) -> list[Pair]:
+    """A pair for each row of `connection`, which numbers the boxes from 1."""
+    humans, objects = (
+        dict(enumerate(map(_read_box, entry[name].ravel()), start=1))
+        for name in ("bboxhuman", "bboxobject")
+    )
+    links = entry["connection"].reshape(-1, 2).tolist()
+    return [Pair(humans[human], objects[object_], hoi_id) for human, object_ in links]
 
 
-def _read_boxes(entry: np.void, name: str) -> dict[int, Box]:
-    """Boxes by the number that `connection` calls them, from 1; their pixels become 0-based."""
-    boxes = [
-        tuple(_item(box, side) - 1 for side in ("x1", "y1", "x2", "y2"))
-        for box in entry[name].ravel()
-    ]
-    return dict(enumerate(boxes, start=1))
-
-
-def _finite(value: object) -> float:
-    # A float at once: the official file may hold unsigned bytes, for which 0 - 1 is 255.
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"{number} is not finite")
-    return number
-
-
-def _item(record: np.void, name: str, kind: Callable = _finite) -> float | str:
-    """The one value in a field of a MATLAB struct."""
-    try:
-        return kind(record[name].item())
-    except (ValueError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"field {name}: {error}") from error
+def _read_box(box: np.void) -> Box:
+    """A box in 0-based pixels."""
+    # A float first: the official file may hold unsigned bytes, for which 0 - 1 is 255.
+    return tuple(float(box[side].item()) - 1 for side in ("x1", "y1", "x2", "y2"))

@@ -1,41 +1,72 @@
-"""Samples as the model reads them: prompt, patches, boxes in the text's frame; read ahead.
+"""Samples as the model reads them: prompt, patches, boxes in the text's frame.
 
 Axes: S prompt length, C completion length, V vocabulary.
 """
 
-import ctypes
-import dataclasses
 import hashlib
 import json
-import math
-import os
-import signal
-import sys
-import time
-from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import hicodet
-from engine.files import read_from_model, read_image, read_object
-from engine.model.attention import Prompt
-from engine.model.model_files import read_config
-from engine.model.policy import Ranks
-from engine.report import drawing
+from engine.data.images import read_image
+from engine.files import read_object
+from engine.model.model_files import read_from_model, read_model_config
+from engine.model.packing import Prompt
+from engine.options import flag_of
 from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
-FRAME_FILE = "box_frame.json"  # in an exported folder
-PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
-LAST_SECONDS = 10  # of an image worker after SIGTERM, which torchrun sends to it too
+PROMPT_FILE = "prompt.json"  # in an exported folder: how its model was asked in training
+BOX_FRAMES = ("model", "original")
+
+
+@dataclass(frozen=True)
+class PromptOptions:
+    """How the model is asked; recorded in the folders that trainings export."""
+
+    thinking: bool = True  # False: an ablation of Table 2, as is the next
+    task_description: bool = True
+    box_frame: str = "model"  # what boxes in text count pixels of; one of BOX_FRAMES
+
+    def text(self, thinking: bool) -> str:
+        """The text of the user turn (Fig. 4). thinking: whether it asks for reasoning."""
+        return hicodet.prompt_text(thinking=thinking, task_description=self.task_description)
+
+    def as_file(self) -> str:
+        """The content of PROMPT_FILE."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def prompt_options(model: str, **asked) -> PromptOptions:
+    """How a model is asked: as `asked` says, else as it was trained, else by the defaults.
+
+    asked: fields of PromptOptions, None if not given. Raises InputError if what is asked for
+    contradicts the model's training.
+    """
+    path, trained = Path(model) / PROMPT_FILE, {}
+    if path.is_file():
+        trained = read_object(path)
+        try:
+            known = PromptOptions(**trained).box_frame in BOX_FRAMES
+        except TypeError:
+            known = False
+        if not known:
+            raise InputError(f"{path}: not the prompt options of this project")
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name, value in given.items():
+        if trained.get(name, value) != value:
+            said = f"{flag_of(name)} {value}" if name == "box_frame" else flag_of(name)
+            raise InputError(
+                f"{said}: {model} was trained with {name} {trained[name]}; leave the option out"
+            )
+    return PromptOptions(**trained | given)
 
 
 @dataclass(frozen=True)
@@ -53,97 +84,46 @@ class Example:
 class Examples(Dataset):
     """Samples turned into Examples, each when it is asked for.
 
-    thinking: whether the prompt asks for reasoning. thinks: for SFT the trace of each file name; an
-    image without one is asked for the answer alone. prompt_text(thinking=) is the text of the user
-    turn, target_text(hois, think) what SFT supervises (None: no targets). box_frame: "model" or
-    "original", None for that of the model's folder. upright: turn images as their EXIF data says,
-    which holds for photographs and not for HICO-DET, whose boxes are in stored pixels. bad: why an
-    image, by file name, cannot be used; `left_out` are the indices of these.
+    model: folder or hub name, for its tokenizer and image processor. options: how it is asked.
+    thinks: for SFT the trace of each file name; an image without one is asked for the answer alone.
+    target_text(hois, think): what SFT supervises; None: nothing. prompt_text(thinking): in place of
+    the options' own. upright: turn images as their EXIF data says, which is right for photographs
+    and wrong for HICO-DET, whose boxes are in stored pixels.
     """
 
     def __init__(
         self,
         model: str,
         samples: list[hicodet.Sample],
+        options: PromptOptions = PromptOptions(),
         *,
-        thinking: bool = True,
         thinks: dict[str, str] | None = None,
-        prompt_text: Callable[..., str] = hicodet.prompt_text,
         target_text: Callable[[tuple, str | None], str] | None = None,
-        box_frame: str | None = None,
+        prompt_text: Callable[[bool], str] | None = None,
         upright: bool = False,
-        bad: dict[str, str] | None = None,
     ):
-        self.samples, self.thinking, self.thinks = samples, thinking, thinks
-        self.bad = bad or {}
-        self.left_out = {i for i, s in enumerate(samples) if s.file_name in self.bad}
-        self.upright = upright
-        self.target_text, self.box_frame = target_text, box_frame_of(model, box_frame)
-        self.config = config = read_config(model)
-        if config.model_type != "qwen2_5_vl":
-            raise InputError(f"--model {model}: a {config.model_type}, which is no Qwen2.5-VL")
-        self.tokenizer = read_from_model(AutoTokenizer.from_pretrained, model, "tokenizer")
+        self.samples, self.options, self.thinks = samples, options, thinks
+        self.target_text, self.upright = target_text, upright
+        self.config = read_model_config(model)
+        self.tokenizer = read_tokenizer(model)
         # by name: AutoImageProcessor may ask for torchvision, and takes its resize where it is
         self.processor = read_from_model(
             Qwen2VLImageProcessorPil.from_pretrained, model, "image processor"
         )
-        self.image_id = config.image_token_id
+        require_one_model(model, self.config, self.tokenizer, self.processor)
+        self.image_id = self.config.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        if END_OF_TURN not in self.tokenizer.get_vocab() or not self.tokenizer.chat_template:
-            raise InputError(f"--model {model}: no tokenizer with {END_OF_TURN} and chat template")
-        self.require_sizes(model)
-
-        def questions(_) -> dict[bool, Tensor]:
-            return {think: self.question(prompt_text(thinking=think)) for think in (True, False)}
-
-        self.questions = read_from_model(questions, model, "chat template")
-
-    def require_sizes(self, model: str) -> None:
-        """Raise InputError if the image processor fails or cuts other patches than the model, or if
-        the tokenizer has more tokens."""
-        vision, ours = self.config.vision_config, self.processor
-        for name, takes in {
-            "patch_size": vision.patch_size,
-            "merge_size": vision.spatial_merge_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-        }.items():
-            if (has := getattr(ours, name)) != takes or type(has) is not int or has < 1:
-                raise InputError(
-                    f"--model {model}: {name} is {has!r} in preprocessor_config.json, and "
-                    f"{takes!r} in config.json"
-                )
-        if len(self.tokenizer) > (room := self.config.text_config.vocab_size):
-            raise InputError(
-                f"--model {model}: the tokenizer has {len(self.tokenizer)} tokens, and vocab_size "
-                f"is {room} in config.json: they belong to different models"
-            )
-        grey = Image.new("RGB", (64, 64))
-        read_from_model(lambda _: ours(images=grey, return_tensors="pt"), model, "image processor")
-
-    def question(self, text: str) -> Tensor:
-        """Ids of the user turn behind one image placeholder, in the model's chat template."""
-        message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
-        text = self.tokenizer.apply_chat_template(
-            [message], add_generation_prompt=True, tokenize=False
-        )
-        ids = self.tokenizer(text, return_tensors="pt")["input_ids"][0]
-        if (images := int((ids == self.image_id).sum())) != 1:
-            model = self.tokenizer.name_or_path
-            raise InputError(
-                f"--model {model}: its chat template makes {images} placeholders "
-                f"of image_token_id {self.image_id}"
-            )
-        return ids
+        text = prompt_text or options.text
+        self.questions = {
+            thinking: question(self.tokenizer, text(thinking), self.image_id, model)
+            for thinking in (True, False)
+        }
 
     def __len__(self) -> int:
         return len(self.samples)
 
-    def first(self) -> Example:
-        """The first example that is not left out."""
-        return self[next(i for i in range(len(self)) if i not in self.left_out)]
-
     def fingerprint(self) -> str:
-        """How many images these are, and a hash of names, ground truth and traces in this order."""
+        """The number of images, and a hash of names, ground truth and traces in this order."""
         digest, thinks = hashlib.sha256(), self.thinks or {}
         for s in self.samples:
             row = (s.file_name, s.width, s.height, s.hois, thinks.get(s.file_name))
@@ -153,18 +133,23 @@ class Examples(Dataset):
     def __getitem__(self, index: int) -> Example:
         sample = self.samples[index]
         think = self.thinks.get(sample.file_name) if self.thinks is not None else None
-        thinking = self.thinking and (self.thinks is None or think is not None)
+        thinking = self.options.thinking and (self.thinks is None or think is not None)
         prompt = self.prompt(sample, thinking)
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
-        size = model_size if self.box_frame == "model" else (sample.width, sample.height)
+        original = (sample.width, sample.height)
+        size = model_size if self.options.box_frame == "model" else original
         hois = tuple(hicodet.in_text_frame(hoi, sample, size) for hoi in sample.hois)
         target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
         return Example(sample, prompt, model_size, size, hois, target)
 
     def prompt(self, sample: hicodet.Sample, thinking: bool) -> Prompt:
         """Image and question, as ids with a placeholder for each image token, and patches."""
-        pixels = self.processor(images=read_image(sample, self.upright), return_tensors="pt")
+        image = read_image(sample, self.upright)
+        try:
+            pixels = self.processor(images=image, return_tensors="pt")
+        except ValueError as error:  # one side is more than 200 times the other
+            raise InputError(f"{sample.path}: {error}") from None
         grid = pixels["image_grid_thw"]
         ids = self.questions[thinking]
         place = int((ids == self.image_id).nonzero())
@@ -175,12 +160,9 @@ class Examples(Dataset):
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, from the sizes of the images, before any is read."""
         text = max(len(ids) - 1 for ids in self.questions.values())  # less the placeholder
-        return text + self.most_patches() // self.processor.merge_size**2
-
-    def most_patches(self) -> int:
-        """Patches of the largest image, likewise."""
         patches = self.processor.get_number_of_image_patches
-        return max(patches(height=s.height, width=s.width) for s in self.samples)
+        most = max(patches(height=s.height, width=s.width) for s in self.samples)
+        return text + most // self.processor.merge_size**2
 
     def token_ids(self, text: str) -> Tensor:
         """(C,) ids of a text."""
@@ -202,147 +184,51 @@ class Examples(Dataset):
         return banned
 
 
-def box_frame_of(model: str, asked: str | None) -> str:
-    """The frame of boxes in text: what is asked for, else what the model's folder was trained in.
+def read_tokenizer(model: str):
+    """A model's tokenizer with its chat template, which older folders keep in a file of its own.
 
-    Raises InputError if the two contradict each other.
+    Raises InputError naming what is missing.
     """
-    path = Path(model) / FRAME_FILE
-    if not path.is_file():
-        return asked or "model"
-    trained = read_object(path).get("box_frame")
-    if trained not in ("model", "original"):
-        raise InputError(f'{path} is damaged: box_frame is {trained!r}, not "model" or "original"')
-    if asked and asked != trained:
-        raise InputError(f"--box-frame {asked}: {model} was trained with {trained}; leave it out")
-    return trained
+    tokenizer = read_from_model(AutoTokenizer.from_pretrained, model, "tokenizer")
+    apart = Path(model) / "chat_template.json"
+    if not tokenizer.chat_template and apart.is_file():
+        tokenizer.chat_template = read_object(apart).get("chat_template")
+    if END_OF_TURN not in tokenizer.get_vocab() or not tokenizer.chat_template:
+        raise InputError(f"--model {model}: no tokenizer with {END_OF_TURN} and chat template")
+    return tokenizer
 
 
-def batch_order(
-    count: int, batch_size: int, steps: int, seed: int, left_out: Collection[int] = ()
-) -> list[list[int]]:
-    """The samples of every step; an epoch takes each sample once, its last batch may be short.
+def require_one_model(model: str, config, tokenizer, processor) -> None:
+    """Raise InputError if a model's parts do not belong together."""
+    vision, room = config.vision_config, config.text_config.vocab_size
+    cuts = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    for name, takes in cuts.items():
+        if (has := getattr(processor, name)) != takes:
+            raise InputError(
+                f"--model {model}: {name} is {has} in preprocessor_config.json, and {takes} in "
+                "config.json"
+            )
+    if len(tokenizer) > room:
+        raise InputError(
+            f"--model {model}: the tokenizer has {len(tokenizer)} tokens, and vocab_size is {room} "
+            "in config.json: they belong to different models"
+        )
 
-    left_out: samples that are taken out of the order, which the others keep.
+
+def question(tokenizer, text: str, image_id: int, model: str) -> Tensor:
+    """(S',) ids of the user turn, with one image placeholder before its text.
+
+    Raises InputError if the model's chat template makes another number of placeholders.
     """
-    order: list[list[int]] = []
-    kept = count - len(left_out)
-    for epoch in range(math.ceil(steps * batch_size / kept) + 1):
-        samples = np.random.default_rng([seed, epoch]).permutation(count).tolist()
-        samples = [sample for sample in samples if sample not in left_out]
-        order += [samples[i : i + batch_size] for i in range(0, kept, batch_size)]
-    return order[:steps]
-
-
-def _example_or_error(examples: Examples, index: int) -> Example | InputError:
-    """DataLoader puts a worker's traceback into the message of what it raises; returned, it is
-    one line."""
-    try:
-        return examples[index]
-    except InputError as error:
-        return error
-
-
-def _start_worker(parent: int, worker: int) -> None:
-    """Let the parent finish its step at a signal, but end with it: a worker holds its lock too.
-
-    Left alone it would wait for ever to hand over its images. On other systems than Linux it may.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def read_ahead(
-    examples: Examples, indices: list[int], workers: int
-) -> Iterator[Example | InputError]:
-    """The examples in this order, read and resized by worker processes before they are needed.
-
-    In the place of one whose image cannot be used comes the error that says why.
-    """
-    options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
-    options["worker_init_fn"] = partial(_start_worker, os.getpid())
-    loader = DataLoader(
-        indices,
-        batch_size=None,
-        collate_fn=partial(_example_or_error, examples),
-        **(options if workers else {}),
+    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    template = {"add_generation_prompt": True, "tokenize": False}
+    text = read_from_model(
+        lambda _: tokenizer.apply_chat_template([message], **template), model, "chat template"
     )
-    for example in loader:
-        if isinstance(example, Example):
-            # copies: what a worker sends holds shared memory and an open file as long as it lives
-            prompt = Prompt(*(part.clone() for part in vars(example.prompt).values()))
-            example = dataclasses.replace(example, prompt=prompt)
-        yield example
-
-
-def usable(example: Example | InputError) -> Example:
-    """The example. Raises the error that came in its place."""
-    if isinstance(example, InputError):
-        raise example
-    return example
-
-
-def batches(
-    examples: Examples,
-    ranks: Ranks,
-    *,
-    batch_size: int,
-    steps: int,
-    done: int,
-    seed: int,
-    workers: int,
-) -> Iterator[tuple[int, list[Example], list[float], float]]:
-    """This rank's share of the batch of each step from `done` on.
-
-    Yields the step, the share, its weights, and the seconds that were waited for its images.
-    Raises InputError naming an image that cannot be used.
-    """
-    order = batch_order(len(examples), batch_size, steps, seed, examples.left_out)
-    shares = [ranks.share(batch) for batch in order[done:]]
-    stream = read_ahead(examples, [i for share, _ in shares for i in share], workers)
-    for step, (share, weights) in enumerate(shares, start=done):
-        started = time.perf_counter()
-        batch = [usable(next(stream)) for _ in share]
-        yield step, batch, weights, time.perf_counter() - started
-
-
-def picture(example: Example) -> Image.Image:
-    """The image in the frame of the text, with the boxes that text and rewards speak of.
-
-    Narrow ones are enlarged to 640 pixels, where labels can be read.
-    """
-    image = read_image(example.sample).resize(example.text_size, Image.Resampling.BICUBIC)
-    hois, (width, height) = example.text_hois, example.model_size
-    caption = f"{example.sample.file_name}, seen as {width} x {height}"
-    wide = max(image.width, 640)
-    return drawing.draw_pairs(image, hois, range(len(hois)), width=wide, caption=caption)
-
-
-def describe(examples: Examples, reward: Callable[[str, tuple], dict] | None = None) -> str:
-    """What --dry-run prints: the first prompt, its answer, token counts, and what is supervised.
-
-    reward(text, hois): of a completion; None where there is no ground truth.
-    """
-    example, tokenizer = examples.first(), examples.tokenizer
-    ids = example.prompt.prompt_ids
-    images = int((ids == examples.image_id).sum())
-    pad, (width, height) = tokenizer.decode([examples.image_id]), example.model_size
-    lines = [
-        f"--- {example.sample.path}, {example.sample.width} x {example.sample.height} pixels, "
-        f"seen by the model as {width} x {height}",
-        f"--- prompt: {len(ids)} tokens, {images} of them image",
-        tokenizer.decode(ids).replace(pad * images, f"{pad} x {images}"),
-    ]
-    if example.target_ids is not None:
-        tokens = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
-        head = f"--- supervised: these {len(tokens)} tokens, and none of the prompt"
-        return "\n".join([*lines, head, " | ".join(tokens)])
-    if reward is None:
-        return "\n".join(lines)
-    answer = hicodet.format_completion(example.text_hois, "...")
-    lines += ["--- a perfect completion and its reward", answer]
-    return "\n".join([*lines, json.dumps(reward(answer, example.text_hois))])
+    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
+    if (images := int((ids == image_id).sum())) != 1:
+        raise InputError(
+            f"--model {model}: its chat template makes {images} placeholders of image_token_id "
+            f"{image_id}"
+        )
+    return ids

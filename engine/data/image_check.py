@@ -7,45 +7,63 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.data.annotations import load_split
-from engine.files import read_image
+from engine.data.annotations import load_split, splits
+from engine.data.images import read_image
+from engine.files import replace_file
 from hicodet import Box, InputError, Sample
 
 ODD = ("inverted", "without area", "out of the image")  # what a box of the ground truth may be
 
 
-def check(*, data: str, split: str | None = None, workers: int = 0) -> Iterator[str]:
+def check(
+    *, data: str, split: str | None = None, out: str = "", workers: int = 0
+) -> Iterator[str]:
     """Read all images of a split, or of both, and yield a line for each that cannot be used.
 
-    Raises InputError in the end if there are any.
+    out: a file for their names, which --exclude takes. Raises InputError at the end if there are
+    any.
     """
-    unusable = 0
-    for name in [split] if split else ["train", "test"]:
+    bad = {}
+    for name in [split] if split else splits(data):
         samples = load_split(data, name)
-        bad = bad_images(samples, workers or os.cpu_count(), desc=f"images of {name}")
-        yield from bad.values()
-        yield f"{name}: {len(bad)} of {len(samples)} images cannot be used"
+        found = bad_images(samples, workers or os.cpu_count(), desc=f"images of {name}")
+        yield from found.values()
+        yield f"{name}: {len(found)} of {len(samples)} images cannot be used"
         if odd := odd_boxes(samples):
             yield f"{name}: {odd}"
-        unusable += len(bad)
-    if unusable:
+        bad |= found
+    if out:
+        replace_file(Path(out), "".join(f"{name}\n" for name in bad))
+    if bad:
+        file = out or "bad.txt, which `check --out bad.txt` writes"
         raise InputError(
-            f"{unusable} images cannot be used: fetch them again, or train with --skip-bad-images"
+            f"{len(bad)} images cannot be used: fetch them again, or leave them out with "
+            f"--exclude {file}"
         )
 
 
-def bad_images(
-    samples: Sequence[Sample], workers: int, *, desc: str = "images", quiet: bool = False
-) -> dict[str, str]:
+def read_names(path: str, samples: Sequence[Sample]) -> set[str]:
+    """The file names in a file of --exclude, one a line; {} for no file.
+
+    Raises InputError if none of them is an image of the samples.
+    """
+    names = set(Path(path).read_text().split("\n")) - {""} if path else set()
+    if names and not names & {sample.file_name for sample in samples}:
+        raise InputError(f"--exclude {path}: none of its {len(names)} names is an image of --data")
+    return names
+
+
+def bad_images(samples: Sequence[Sample], workers: int, *, desc: str = "images") -> dict[str, str]:
     """Why images cannot be used, by file name: missing, broken or of another size than annotated.
 
-    Threads do, as Pillow decodes outside of Python's lock.
+    Threads are enough, as Pillow decodes outside of Python's lock.
     """
     bad = {}
-    bar = tqdm(total=len(samples), desc=desc, unit="image", disable=quiet)
+    bar = tqdm(total=len(samples), desc=desc, unit="image")
     with bar, ThreadPool(max(workers, 1)) as pool:
         for sample, reason in zip(samples, pool.imap(fault, samples)):
             if reason:
@@ -76,7 +94,7 @@ def odd_boxes(samples: Sequence[Sample]) -> str:
 
 
 def box_fault(box: Box, width: int, height: int) -> str:
-    """Which of ODD a box is, in 0-based pixels of an image of this size; "" if none."""
+    """Which of ODD a box is, in 0-based pixels of an image of this size; "" if it is fine."""
     x1, y1, x2, y2 = box
     if x2 < x1 or y2 < y1:
         return ODD[0]

@@ -8,18 +8,16 @@ The G completions of a group share their prompt, and causal attention makes the 
 states independent of what follows. One idea serves sampling and update alike: a completion attends
 to its group's prompt and to itself.
 
-- Update: one flat row `[prompt_1 | o_11 .. o_1G | prompt_2 | ...]`, no padding (`token_logprobs`).
-- Sampling: a prompt is prefilled once, its keys and values are kept once (engine/sampling/sampler.py).
+- Update: one flat row `[prompt_1 | o_11 .. o_1G | prompt_2 | ...]`, no padding (packing.py).
+- Sampling: a prompt is prefilled once, its keys and values are kept once (engine/sampling/).
 
 Both reach the library's Qwen2.5-VL through an attention function registered as GROUP_ATTENTION, and
 the vision tower's windows through another (`use_group_attention`). A CPU computes both with SDPA, a
-GPU in bf16 with PyTorch's flash attention over rows of unequal lengths; tests/BENCH.md says why.
+GPU in bf16 with PyTorch's flash attention over rows of unequal lengths; docs/speed.md says why.
 """
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from inspect import signature
 
 import torch
@@ -27,23 +25,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 GROUP_ATTENTION = "group_attention"
 WINDOW_ATTENTION = "windows_as_flash"  # a name with "flash" is handed all windows in one call
-HEAD_CHUNK = 1024  # completion tokens whose logits exist at a time: 0.6 GB with V = 151,936
 # torch 2.11 takes grouped queries without being told
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """One image and its question, as the model reads them (CPU tensors)."""
-
-    prompt_ids: Tensor  # (S,) long, one image placeholder for each image token
-    pixel_values: Tensor  # (patches, patch size) float
-    image_grid_thw: Tensor  # (1, 3) long, patches in time, height, width
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on the device; a GPU copies it from pinned memory while Python goes on."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def has_flash(x: Tensor) -> bool:
@@ -191,138 +185,3 @@ def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
     return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1))
 
 
-@dataclass(frozen=True)
-class PackedBatch:
-    """Prompts and their completions as one flat row on the device that computes."""
-
-    input_ids: Tensor  # (1, L)
-    position_ids: Tensor  # (3, 1, L)
-    pixel_values: Tensor  # (patches of all images, patch size)
-    image_grid_thw: Tensor  # (P, 3)
-    layout: GroupLayout
-    predicted_from: Tensor  # (N,) place in the row whose hidden state predicts the completion token
-    completion_ids: Tensor  # (N,)
-    completion_mask: Tensor  # (B, C) bool, from lengths
-
-
-def prompt_positions(model: nn.Module, prompt: Prompt) -> Tensor:
-    """M-RoPE positions (3, S) of a prompt, by the library's own rule. CPU."""
-    ids = prompt.prompt_ids[None]
-    is_image = (ids == model.config.image_token_id).int()
-    return model.model.get_rope_index(ids, is_image, image_grid_thw=prompt.image_grid_thw)[0][:, 0]
-
-
-def pack(
-    model: nn.Module,
-    prompts: list[Prompt],
-    completions: list[list[Tensor]],
-    device: torch.device | None = None,
-) -> PackedBatch:
-    """Lay P prompts, each with its completions (1-D id tensors), in one flat row.
-
-    Every completion's positions restart at max(prompt position) + 1, as if it alone followed.
-    device: of the row, where it is not that of the model's parameters (`--offload`).
-    """
-    ids, positions, sources, empty = [], [], [], torch.zeros(0, dtype=torch.long)
-    start = 0
-    for prompt, group in zip(prompts, completions, strict=True):
-        at_prompt = prompt_positions(model, prompt)
-        ids.append(prompt.prompt_ids)
-        positions.append(at_prompt)
-        start += len(prompt.prompt_ids)
-        last = start - 1
-        for completion in group:
-            steps = torch.arange(len(completion))
-            ids.append(completion)
-            positions.append((at_prompt.max() + 1 + steps).expand(3, -1))
-            # token 0 is predicted by the prompt's last state, token t by the state of token t - 1
-            sources.append(torch.where(steps == 0, last, start + steps - 1))
-            start += len(completion)
-    lengths = tuple(tuple(len(completion) for completion in group) for group in completions)
-    device = device or model.device
-    to = partial(to_device, device=device)
-    return PackedBatch(
-        input_ids=to(torch.cat(ids)[None]),
-        position_ids=to(torch.cat(positions, dim=1)[:, None]),
-        # joined on the device: a new tensor of 100 MB on the host takes longer than all copies
-        pixel_values=torch.cat([to(prompt.pixel_values) for prompt in prompts]),
-        image_grid_thw=to(torch.cat([prompt.image_grid_thw for prompt in prompts])),
-        layout=GroupLayout(tuple(len(p.prompt_ids) for p in prompts), lengths, device),
-        predicted_from=to(torch.cat([empty, *sources])),
-        completion_ids=to(torch.cat([empty, *sum(completions, [])])),
-        completion_mask=to(mask_from_lengths(torch.tensor(sum(lengths, ())))),
-    )
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; a GPU copies it from pinned memory while Python goes on."""
-    if device.type == "cuda":
-        return x.pin_memory().to(device, non_blocking=True)
-    return x.to(device)
-
-
-def mask_from_lengths(lengths: Tensor) -> Tensor:
-    """(B,) lengths -> (B, longest) bool, True on the first `length` places of each row."""
-    longest = int(lengths.max()) if len(lengths) else 0
-    return torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
-
-
-def token_logprobs(
-    model: nn.Module, batch: PackedBatch, *, temperature: float = 1.0, banned: Tensor | None = None
-) -> Tensor:
-    """log pi_theta of each completion token given image, prompt and tokens before it (Eqs. 1-4).
-
-    temperature and banned ((V,) bool or None) must be those the tokens were sampled with.
-    Returns (B, C) fp32 with gradient, zeros behind each completion's end.
-    """
-    hidden = hidden_states(model, batch, None)[batch.predicted_from]
-    logprobs = head_logprobs(model.lm_head, hidden, batch.completion_ids, temperature, banned)
-    padded = torch.zeros(batch.completion_mask.shape, device=hidden.device)
-    return padded.masked_scatter(batch.completion_mask, logprobs)
-
-
-def head_logprobs(
-    head: nn.Module, hidden: Tensor, ids: Tensor, temperature: float, banned: Tensor | None
-) -> Tensor:
-    """Log-prob of each id where its last hidden state predicts it. (N, width), (N,) -> (N,) fp32.
-
-    In chunks, and where there are several backward computes each again: of logits in fp32 no more
-    than (HEAD_CHUNK, V) exist at a time.
-    """
-    chunk = chunk_logprobs(temperature, compiled=ids.is_cuda)
-    if len(ids) <= HEAD_CHUNK:
-        return chunk(head, hidden, ids, banned)
-    chunks = zip(hidden.split(HEAD_CHUNK), ids.split(HEAD_CHUNK))
-    return torch.cat([checkpoint(chunk, head, *c, banned, use_reentrant=False) for c in chunks])
-
-
-@cache
-def chunk_logprobs(temperature: float, *, compiled: bool) -> Callable[..., Tensor]:
-    """`head_logprobs` of one chunk, at this temperature.
-
-    compiled: one graph for chunks of any size, with fewer passes over the logits. The temperature
-    is a constant in it: as an argument it is a CPU scalar, whose code needs a C++ compiler.
-    """
-    scale = str(temperature)  # Dynamo would make an input of a float, and takes a string as it is
-
-    def logprobs(head, hidden, ids, banned):
-        logits = head(hidden).float() / float(scale)
-        if banned is not None:
-            logits = logits.masked_fill(banned, -torch.inf)
-        # not log_softmax: it would write all of (chunk, V) only to gather from it
-        return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
-
-    return torch.compile(logprobs, dynamic=True) if compiled else logprobs
-
-
-def hidden_states(model, batch, cache):
-    """Last hidden states (L, width) of a packed row; `cache` (or None) collects keys and values."""
-    return model.model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        pixel_values=batch.pixel_values,
-        image_grid_thw=batch.image_grid_thw,
-        attention_mask={"full_attention": batch.layout},
-        past_key_values=cache,
-        use_cache=cache is not None,
-    ).last_hidden_state[0]

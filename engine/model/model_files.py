@@ -1,15 +1,17 @@
-"""The sizes in a model's config.json: what they may be, and that its weights have them.
+"""The folder of a model: what may be wrong with it is said in one line, before or after loading.
 
-Both are asked before anything is made that large. The library takes what it finds: it draws the
-weights that are missing, and leaves out those that a smaller model has no place for.
+transformers takes what it finds: it draws weights that are missing and leaves out those that it has
+no place for. Its loading report tells; `require_complete` turns the report into an error.
 """
 
-import re
+import hashlib
+import json
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
 
-import torch
 from safetensors import safe_open
-from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AutoConfig
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -18,85 +20,102 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
-from engine.files import read_from_model
-from engine.model.quantized import PackedConfig, is_packed, pack_layers
 from hicodet import InputError
 
-# the most of each, more than ten times what any Qwen2.5-VL has; the least is 1
-MOST = dict.fromkeys(("num_hidden_layers", "depth", "num_attention_heads", "num_heads"), 1000)
-MOST |= dict.fromkeys(("num_key_value_heads", "in_channels"), 1000)
-MOST |= dict.fromkeys(("hidden_size", "intermediate_size", "out_hidden_size"), 10**6)
-MOST |= {"vocab_size": 10**7, "window_size": 10**4}
-FLOATS = ("F32", "BF16", "F16", "F64")  # as safetensors names them; weights may have any of them
-STORED = {torch.int32: "I32", torch.float16: "F16"}  # the tensors of a packed layer have these
-# of a weight's name; the Hub's files have less of it
-PREFIX = re.compile(r"(model\.)?(language_model\.)?")
-ONE = "take both from one model"
+LFS_POINTER = b"version https://git-lfs"
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
 
-def read_config(model: str):
-    """The configuration of a Qwen2.5-VL. Raises InputError naming what it cannot be."""
-    return read_from_model(_read_config, model, "configuration in config.json")
-
-
-def _read_config(model: str):
-    values, _ = PreTrainedConfig.get_config_dict(model)
-    for part in (values, values.get("text_config"), values.get("vision_config")):
-        for name, most in MOST.items():
-            size = part.get(name) if isinstance(part, dict) else None
-            if type(size) is int and not 1 <= size <= most:  # of other types the library speaks
-                raise InputError(f"{name} is {size}: must be from 1 to {most}")
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # token ids beyond the vocabulary are told of below, in one line
+def read_from_model(read: Callable, model: str, what: str):
+    """read(model), a reader of the library. Raises InputError naming the folder if it cannot."""
+    require_folder(model)
     try:
-        config = AutoConfig.from_pretrained(model)
+        return read(model)
+    except InputError:
+        raise
+    except Exception as error:  # the libraries raise some twenty kinds for broken files
+        cause = textwrap.shorten(str(error), 200) or type(error).__name__
+        raise InputError(f"--model {model}: no {what} that can be read ({cause})") from error
+
+
+def require_folder(model: str) -> None:
+    """Raise InputError if `model` is a path to no folder, or to one whose fault can be told."""
+    folder = Path(model)
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
+            raise InputError(f"--model {model}: there is no such folder")
+        return  # a hub name
+    if fault := folder_fault(folder):
+        raise InputError(f"--model {model}: {fault}")
+
+
+def folder_fault(folder: Path) -> str:
+    """Why no model can be loaded from a folder; "" if nothing is known to be wrong."""
+    weights = [*folder.glob("*.safetensors")]
+    for file in weights:
+        with open(file, "rb") as content:
+            if content.read(len(LFS_POINTER)) == LFS_POINTER:
+                return f"{file.name} is a git-lfs pointer; fetch the weights with `git lfs pull`"
+    full = [file for file in weights if file.name != "adapter_model.safetensors"]
+    if (folder / "adapter_config.json").is_file() and not full:
+        return f"a LoRA adapter of {adapter_base(folder)}; merge it into that model"
+    if not full and [*folder.glob("pytorch_model*.bin")]:
+        return "weights in pytorch_model.bin; convert them to safetensors"
+    if not (folder / "config.json").is_file():
+        inside = folder / "model"
+        hint = f"; is {inside} meant?" if inside.is_dir() else ""
+        return f"no config.json in this folder{hint}"
+    return ""
+
+
+def adapter_base(folder: Path) -> str:
+    """The model that a LoRA adapter belongs to."""
+    try:
+        found = json.loads((folder / "adapter_config.json").read_bytes())
+        return str(found["base_model_name_or_path"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "an unknown model"
+
+
+def model_warnings(model: str, config) -> list[str]:
+    """What in a model's folder is not used though one might expect it, a line each."""
+    folder, lines = Path(model), []
+    if not folder.is_dir():
+        return lines
+    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
+    if single.is_file() and index.is_file():
+        lines.append(f"{single.name} is read, and the shards of {index.name} are not")
+    if (folder / "adapter_config.json").is_file():
+        lines.append("the LoRA adapter in this folder is not used; the full weights are")
+    if config.tie_word_embeddings and heads_differ(weight_files(model)):
+        lines.append(
+            "lm_head.weight is not used: config.json ties it to the embedding, which differs"
+        )
+    return [f"warning: --model {model}: {line}" for line in lines]
+
+
+def heads_differ(files: list[str]) -> bool:
+    """Whether a stored lm_head differs from the embedding in its first rows."""
+    rows = {}
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                if name.endswith(("lm_head.weight", "embed_tokens.weight")):
+                    rows[name.split(".")[-2]] = tensors.get_slice(name)[:64]
+    return "lm_head" in rows and bool((rows["lm_head"] != rows.get("embed_tokens")).any())
+
+
+def read_model_config(model: str):
+    """The configuration of a Qwen2.5-VL. Raises InputError for another kind of model."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it warns of token ids, which Examples checks
+    try:
+        config = read_from_model(AutoConfig.from_pretrained, model, "config.json")
     finally:
         logging.set_verbosity(verbosity)
-    if config.model_type == "qwen2_5_vl":
-        for name, size, fits, wanted in _relations(config.text_config, config.vision_config):
-            if not fits:
-                raise InputError(f"{name} is {size}: must be {wanted}")
+    if config.model_type != "qwen2_5_vl":
+        raise InputError(f"--model {model}: a {config.model_type}, not a Qwen2.5-VL")
     return config
-
-
-def _relations(text, vision) -> list[tuple[str, object, bool, str]]:
-    """What sizes must be to each other: name, value, whether it is so, and what it must be."""
-    heads, kv, half = text.num_attention_heads, text.num_key_value_heads, 0
-    if not text.hidden_size % (2 * heads):
-        half = text.hidden_size // heads // 2
-    merged, window = vision.patch_size * vision.spatial_merge_size, vision.window_size
-    theta = text.rope_parameters["rope_theta"]
-    sections = text.rope_parameters.get("mrope_section", [16, 24, 24])
-    whole = type(sections) is list and all(type(n) is int and n >= 0 for n in sections)
-    return [
-        ("num_attention_heads", heads, half > 0, f"a divisor of {text.hidden_size / 2:g}"),
-        ("num_key_value_heads", kv, not heads % kv, f"a divisor of {heads}"),
-        ("num_heads", vision.num_heads, not vision.hidden_size % (4 * vision.num_heads),
-         f"a divisor of {vision.hidden_size / 4:g}"),
-        ("out_hidden_size", vision.out_hidden_size, vision.out_hidden_size == text.hidden_size,
-         f"the text's hidden_size, {text.hidden_size}"),
-        ("mrope_section", sections, whole and len(sections) == 3 and sum(sections) == half,
-         f"three numbers with the sum {half}, half of a head"),
-        ("rope_theta", theta, type(theta) in (int, float) and theta > 0, "above 0"),
-        ("window_size", window, window >= merged,
-         f"at least patch_size x spatial_merge_size, {merged}"),
-        ("fullatt_block_indexes", vision.fullatt_block_indexes,
-         all(0 <= n < vision.depth for n in vision.fullatt_block_indexes),
-         f"of {vision.depth} blocks"),
-        ("pad_token_id", text.pad_token_id, (text.pad_token_id or 0) < text.vocab_size,
-         f"below vocab_size, {text.vocab_size}"),
-        ("layer_types", text.layer_types, set(text.layer_types) == {"full_attention"},
-         "full_attention alone"),
-    ]  # fmt: skip
-
-
-def outline(config) -> nn.Module:
-    """The model of a configuration on no device, without weights; in 4 bits what is packed."""
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    if is_packed(config):
-        pack_layers(model, PackedConfig(config.quantization_config).group_size)
-    return model
 
 
 def weight_files(model: str) -> list[str]:
@@ -108,29 +127,41 @@ def weight_files(model: str) -> list[str]:
         return get_checkpoint_shard_files(model, index)[0]
 
 
-def require_tensors(files: list[str], config) -> None:
-    """Raise InputError unless the files hold each weight of the configuration, and no other.
+def weights_fingerprint(model: str) -> str:
+    """A hash of the names and first values of a model's weights; few bytes are read.
 
-    Names the first that is missing, of another shape or dtype, or without a place in the model.
+    Raises InputError if there are none in safetensors.
     """
-    model = outline(config)
-    weights, packed = model.state_dict(), {name for name, _ in model.named_buffers()}
-    left = {PREFIX.sub("", name, 1): name for name in weights}
-    for file in files:
-        with safe_open(file, "pt") as stored:
-            for key in stored.keys():
-                if (name := left.pop(PREFIX.sub("", key, 1), None)) is None:
-                    raise InputError(f"{key} has no place in the model of config.json: {ONE}")
-                form, tensor = stored.get_slice(key), weights[name]
-                dtypes = (STORED[tensor.dtype],) if name in packed else FLOATS
-                dtype = form.get_dtype() if form.get_dtype() in dtypes else dtypes[0]
-                found = f"{form.get_dtype()} {form.get_shape()}"
-                needed = f"{dtype} {list(tensor.shape)}"
-                if found != needed:
-                    raise InputError(f"{key} is {found}, and by config.json it is {needed}: {ONE}")
-    if config.tie_word_embeddings:
-        left.pop("lm_head.weight", None)
-    if left:
-        raise InputError(
-            f"{len(left)} weights are missing, as {min(left.values())}: fetch all files"
-        )
+    return read_from_model(_hash_first_values, model, "weights in safetensors")
+
+
+def _hash_first_values(model: str) -> str:
+    digest = hashlib.sha256()
+    for file in weight_files(model):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                values = tensors.get_slice(name)[:1].float().flatten()
+                digest.update(name.encode() + values.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def require_complete(report: dict, model: str) -> None:
+    """Raise InputError unless the library's loading report says that all weights fit.
+
+    report: the loading info of from_pretrained, with ignore_mismatched_sizes.
+    """
+    missing, surplus = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+    fault = ""
+    if wrapped := [name for name in surplus if name.startswith(WRAPPERS)]:
+        fault = f"{wrapped[0]}: a wrapped model was saved; remove the prefix from all names"
+    elif missing == ["lm_head.weight"]:
+        fault = "lm_head.weight is missing, and tie_word_embeddings is not true in config.json"
+    elif report["mismatched_keys"]:
+        name, found, wanted = min(report["mismatched_keys"])
+        fault = f"{name} is {list(found)}, and by config.json it is {list(wanted)}"
+    elif missing:
+        fault = f"{len(missing)} weights are missing, such as {missing[0]}; fetch all files"
+    elif surplus:
+        fault = f"{surplus[0]} has no place in the model of config.json"
+    if fault:
+        raise InputError(f"--model {model}: {fault}")

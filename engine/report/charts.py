@@ -1,7 +1,6 @@
 """Line charts as SVG, written by hand: axes with round numbers, a limit, a spread, gaps.
 
-Colours are the page's CSS variables, so a chart follows its light and its dark theme. Text is in
-units of the drawing, which a page shows at about its own size.
+Colours are the page's CSS variables, so a chart follows its light and its dark theme.
 """
 
 import html
@@ -11,16 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WIDTH, HEIGHT = 340, 190  # of a chart, in its own units
+WIDTH, HEIGHT = 340, 190  # of a chart; a page shows it at about this size in pixels
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 10, 34  # margins of the plot
 MAX_POINTS = 300  # of a line; more are averaged
 DOTS_BELOW = 25  # lines with fewer points show them
-SMOOTH_ABOVE = 40  # lines with more points are drawn faintly, and their running mean over them
+SMOOTH_ABOVE = 40  # lines with more points are drawn faintly, under their running mean
+
+Box = tuple[float, float, float, float]  # least x, largest x, least y, largest y of the data
+Points = list[tuple[float, float]]  # of the drawing
 
 
 @dataclass(frozen=True)
 class Line:
-    """A series to be drawn."""
+    """A series to draw."""
 
     name: str
     x: Sequence[float]
@@ -37,12 +39,11 @@ def line_chart(
     limit: float | None = None,
     y_range: tuple[float, float] | None = None,
     x_label: str = "step",
-    marks: Sequence[tuple[float, str]] = (),
 ) -> str:
-    """An SVG of the lines. label: what is drawn, for those who do not see it.
+    """An SVG of the lines.
 
-    limit: a dashed horizontal line. y_range: of the vertical axis, where it is known beforehand;
-    what lies beyond is cut. marks: (x, text) of vertical lines.
+    label: what a screen reader says of it. limit: a dotted horizontal line. y_range: of the
+    vertical axis, if it is known beforehand; what lies beyond is cut.
     """
     lines = [_averaged(line) for line in lines]
     first, last = _range([line.x for line in lines])
@@ -55,17 +56,13 @@ def line_chart(
     if limit is not None:
         y = _place(box, 0, limit)[1]
         parts.append(f'<path class="limit" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
-    for x, text in marks:
-        at = _place(box, x, 0)[0]
-        parts.append(f'<path class="mark" d="M{at:.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-        parts.append(f'<text x="{at + 4:.1f}" y="{TOP + 9}">{html.escape(text)}</text>')
     parts += [_curve(line, box) for line in lines]
     opening = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label='
     return f'{opening}"{html.escape(label)}">{"".join(parts)}</svg>'
 
 
 def ticks(low: float, high: float, *, count: int, whole: bool = False) -> list[float]:
-    """Round numbers, about `count` of them, that begin at or below low and end at or above high."""
+    """About `count` round numbers, the first at or below low and the last at or above high."""
     size = max(abs(low), abs(high))
     span = high - low if high - low > 1e-6 * size else size or 1.0
     rough = max(span / count, 1.0 if whole else 0.0)
@@ -83,7 +80,7 @@ def short(value: float) -> str:
 
 
 def smooth(y: np.ndarray, width: int) -> np.ndarray:
-    """The running mean over `width` places, of those that are no NaN; NaN stays NaN."""
+    """The running mean over `width` places, NaN left out; NaN stays NaN."""
     known = np.isfinite(y)
     kernel = np.ones(width)
     sums = np.convolve(np.where(known, y, 0.0), kernel, mode="same")
@@ -93,47 +90,44 @@ def smooth(y: np.ndarray, width: int) -> np.ndarray:
 
 def _averaged(line: Line) -> Line:
     """The line with at most MAX_POINTS points, each the mean of its neighbours."""
-    count = len(line.x)
-    if count <= MAX_POINTS:
+    if len(line.x) <= MAX_POINTS:
         return line
-    owner = np.arange(count) * MAX_POINTS // count  # the point that each value goes into
+    spread = None if line.spread is None else _means(line.spread)
+    return Line(line.name, _means(line.x), _means(line.y), line.colour, spread, line.dashed)
 
-    def means(values):
-        values = np.asarray(values, dtype=float)
-        known = np.isfinite(values)
-        counts = np.bincount(owner[known], minlength=MAX_POINTS)
-        sums = np.bincount(owner[known], values[known], minlength=MAX_POINTS)
-        return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
-    spread = None if line.spread is None else means(line.spread)
-    return Line(line.name, means(line.x), means(line.y), line.colour, spread, line.dashed)
+def _means(values: Sequence[float]) -> list[float]:
+    """MAX_POINTS means of the values in order, NaN left out; NaN if all are."""
+    parts = np.array_split(np.asarray(values, dtype=float), MAX_POINTS)
+    known = [part[np.isfinite(part)] for part in parts]
+    return [part.mean() if len(part) else math.nan for part in known]
 
 
 def _range(rows: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """The least and the largest finite value; 0 and 1 if there is none."""
-    values = np.concatenate([np.asarray(row, dtype=float) for row in rows] or [np.zeros(0)])
-    values = values[np.isfinite(values)]
-    return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    """The least and the largest finite value; 0 and 1 without any."""
+    values = [value for row in rows for value in row if math.isfinite(value)]
+    return (min(values), max(values)) if values else (0.0, 1.0)
 
 
 def _y_range(lines: Sequence[Line], limit: float | None) -> tuple[float, float]:
-    """What the vertical axis has to show: spreads, the limit, and 0 where it is not far."""
-    rows = [np.asarray(line.y, dtype=float) for line in lines]
-    for line in (line for line in lines if line.spread is not None):
-        y, spread = (np.asarray(v, dtype=float) for v in (line.y, line.spread))
-        rows += [y + spread, np.maximum(y - spread, min(0.0, _range([y])[0]))]
-    low, high = _range(rows if limit is None else [*rows, [limit]])
+    """What the vertical axis has to show: spreads, the limit, and 0 if it is not far."""
+    rows = [[] if limit is None else [limit]]
+    for line in lines:
+        y, spread = np.asarray(line.y), np.asarray(0.0 if line.spread is None else line.spread)
+        least = min(0.0, _range([y])[0])  # a spread alone shows nothing below 0
+        rows += [y, y + spread, np.maximum(y - spread, least)]
+    low, high = _range(rows)
     return (0.0 if 0 < low < 0.7 * high else low), high
 
 
-def _place(box: tuple[float, float, float, float], x: float, y: float) -> tuple[float, float]:
-    """A point of the data in the drawing; box is (least x, largest x, least y, largest y)."""
+def _place(box: Box, x: float, y: float) -> tuple[float, float]:
+    """A point of the data in the drawing."""
     across, up = (x - box[0]) / (box[1] - box[0]), (y - box[2]) / (box[3] - box[2])
     inner_width, inner_height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
     return LEFT + across * inner_width, TOP + (1 - min(max(up, 0.0), 1.0)) * inner_height
 
 
-def _axes(x_ticks: list[float], y_ticks: list[float], box, x_label: str) -> str:
+def _axes(x_ticks: list[float], y_ticks: list[float], box: Box, x_label: str) -> str:
     """Fine horizontal lines at the values, numbers at both axes, and the name of the lower one."""
     parts, floor = [], HEIGHT - BOTTOM
     for value in y_ticks:
@@ -144,54 +138,51 @@ def _axes(x_ticks: list[float], y_ticks: list[float], box, x_label: str) -> str:
     for value in x_ticks:
         x = _place(box, value, box[2])[0]
         parts.append(f'<text class="x" x="{x:.1f}" y="{floor + 14}">{short(value)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    label = html.escape(x_label)
+    middle, label = (LEFT + WIDTH - RIGHT) / 2, html.escape(x_label)
     return "".join([*parts, f'<text class="x" x="{middle}" y="{HEIGHT - 4}">{label}</text>'])
 
 
-def _pieces(line: Line, box, y: np.ndarray) -> list[list[tuple[float, float]]]:
+def _pieces(x: Sequence[float], y: Sequence[float], box: Box) -> list[Points]:
     """The points of a line in the drawing, cut where a value is missing."""
-    pieces: list[list[tuple[float, float]]] = [[]]
-    for a, b in zip(line.x, y, strict=True):
+    pieces: list[Points] = [[]]
+    for a, b in zip(x, y, strict=True):
         if math.isfinite(b):
             pieces[-1].append(_place(box, a, b))
-        elif pieces[-1]:
+        else:
             pieces.append([])
     return [piece for piece in pieces if piece]
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
+def _path(points: Points) -> str:
     return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
 
 
-def _curve(line: Line, box) -> str:
+def _curve(line: Line, box: Box) -> str:
     """The line; a long one faintly under its running mean, a short one with its points."""
     y = np.asarray(line.y, dtype=float)
     known = int(np.isfinite(y).sum())
     style = f'stroke="{line.colour}"' + (' stroke-dasharray="5 4"' if line.dashed else "")
-    lines = [(y, "line")]
+    drawn = [(y, "line")]
     if known > SMOOTH_ABOVE:
-        lines = [(y, "line faint"), (smooth(y, max(3, known // 20)), "line")]
-    parts = [
-        f'<path class="{name}" {style} d="{_path(piece)}"/>'
-        for values, name in lines
-        for piece in _pieces(line, box, values)
-    ]
-    dots = []
+        drawn = [(y, "line faint"), (smooth(y, max(3, known // 20)), "line")]
+    parts = [f"<title>{html.escape(line.name)}</title>"]
+    for values, name in drawn:
+        pieces = _pieces(line.x, values, box)
+        parts += [f'<path class="{name}" {style} d="{_path(piece)}"/>' for piece in pieces]
     if known < DOTS_BELOW:
-        points = [(a, b, *_place(box, a, b)) for a, b in zip(line.x, y) if math.isfinite(b)]
-        dots = [
-            f'<circle cx="{x:.1f}" cy="{at:.1f}" r="2.6" fill="{line.colour}">'
-            f"<title>{html.escape(line.name)}, {short(a)}: {short(b)}</title></circle>"
-            for a, b, x, at in points
-        ]
-    return f"<g><title>{html.escape(line.name)}</title>{''.join([*parts, *dots])}</g>"
+        parts += [_dot(line, a, b, box) for a, b in zip(line.x, y) if math.isfinite(b)]
+    return f"<g>{''.join(parts)}</g>"
 
 
-def _band(line: Line, box) -> str:
+def _dot(line: Line, a: float, b: float, box: Box) -> str:
+    x, y = _place(box, a, b)
+    title = f"<title>{html.escape(line.name)}, {short(a)}: {short(b)}</title>"
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6" fill="{line.colour}">{title}</circle>'
+
+
+def _band(line: Line, box: Box) -> str:
     """The spread above and below a line."""
-    y, spread = (np.nan_to_num(np.asarray(v, dtype=float)) for v in (line.y, line.spread))
-    rows = [(a, b, s) for a, b, s, raw in zip(line.x, y, spread, line.y) if math.isfinite(raw)]
-    upper = [_place(box, a, b + s) for a, b, s in rows]
-    lower = [_place(box, a, b - s) for a, b, s in reversed(rows)]
+    rows = [row for row in zip(line.x, line.y, line.spread) if all(map(math.isfinite, row))]
+    upper = [_place(box, a, b + spread) for a, b, spread in rows]
+    lower = [_place(box, a, b - spread) for a, b, spread in reversed(rows)]
     return f'<path class="band" fill="{line.colour}" d="{_path(upper + lower)}Z"/>' if rows else ""

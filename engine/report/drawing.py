@@ -1,7 +1,7 @@
-"""Ground truth and prediction of one image side by side, one colour a pair.
+"""Ground truth and prediction of one image side by side, one colour per pair.
 
-A predicted pair has the colour of the true pair that it finds; true pairs that were missed say so,
-and predictions that find nothing are grey. A line runs from the person, where it has a dot, to the
+A predicted pair has the colour of the true pair that it finds; missed true pairs say so, and
+predictions that find nothing are grey. A line runs from the person, where it has a dot, to the
 object. Labels never cover each other: one without room goes below the picture.
 Boxes are xyxy in pixels of the original image.
 """
@@ -22,10 +22,10 @@ GRID = 4  # pixels between the places that are tried for a label
 
 
 def match_pairs(truth: Sequence[HOI], predicted: Sequence[HOI]) -> list[int | None]:
-    """The true pair that each predicted pair finds, by its index; None if it finds none.
+    """The index of the true pair that each predicted pair finds; None if it finds none.
 
-    In the order of the predictions; each takes the free true pair of its object class that it
-    overlaps most, if the smaller of the two IoUs is at least 0.5. Verbs do not matter here.
+    In the order of the predictions, each takes the free true pair of its object class that it
+    overlaps most, if the smaller of the two IoUs is at least 0.5. Verbs do not matter.
     """
     found: list[int | None] = []
     for pair in predicted:
@@ -40,14 +40,10 @@ def match_pairs(truth: Sequence[HOI], predicted: Sequence[HOI]) -> list[int | No
 
 
 def missed_pairs(truth: Sequence[HOI], predicted: Sequence[HOI]) -> int:
-    """How many (pair, verb) of the ground truth no prediction names."""
-    named = {
-        (index, verb)
-        for index, pair in zip(match_pairs(truth, predicted), predicted, strict=True)
-        for verb in pair.verbs
-    }
-    true = [(index, verb) for index, pair in enumerate(truth) for verb in pair.verbs]
-    return sum(pair not in named for pair in true)
+    """The number of (pair, verb) of the ground truth that no prediction names."""
+    matches = zip(match_pairs(truth, predicted), predicted, strict=True)
+    named = {(index, verb) for index, pair in matches for verb in pair.verbs}
+    return len({(i, verb) for i, pair in enumerate(truth) for verb in pair.verbs} - named)
 
 
 def compare(
@@ -71,8 +67,8 @@ def draw_pairs(
 ) -> Image.Image:
     """A new picture, `width` wide, with both boxes of every pair, its line and its label.
 
-    colours: one for each pair, an index into COLOURS that wraps around, or None for grey.
-    notes: what to add to the labels; none if empty. caption: what to write below the picture.
+    colours: for each pair an index into COLOURS that wraps around, or None for grey.
+    notes: what to add to each label. caption: what to write below the picture.
     """
     size = width, max(1, round(width * image.height / image.width))
     picture = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
@@ -87,8 +83,8 @@ def draw_pairs(
         _draw_pair(draw, *boxes, tone, thick=max(3, width // 200))
     noted = zip(hois, notes or [""] * len(hois), strict=True)
     texts = [f"{', '.join(hoi.verbs)} {hoi.object_class}{note}" for hoi, note in noted]
-    # labels last, so that no line crosses one
-    smaller = (min(boxes, key=_area) for boxes in pairs)  # several pairs may share the larger one
+    # labels last, so that no line crosses one; several pairs may share the larger box
+    smaller = (min(boxes, key=_area) for boxes in pairs)
     left_out = _draw_labels(draw, size, font, zip(texts, smaller, tones))
     return _with_lines_below(picture, [caption] * bool(caption) + left_out, font)
 
@@ -105,7 +101,7 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
 
 
 def _corners(box: Box) -> Box:
-    """A box that a model may have written the wrong way round, as the drawing library wants it."""
+    """A box that a model may have written the wrong way round, as Pillow wants it."""
     return min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])
 
 
@@ -114,22 +110,20 @@ def _area(box: Box) -> float:
 
 
 def _draw_pair(draw: ImageDraw.ImageDraw, human: Box, obj: Box, tone: str, *, thick: int) -> None:
-    """Both boxes and the line between their centres, on a white edge that any photograph shows."""
+    """Both boxes and the line between their centres, with a white edge that shows on any image."""
     ends = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (human, obj)]
-    x, y = ends[0]
     for colour, extra in (("white", 1), (tone, 0)):
         for x1, y1, x2, y2 in (human, obj):
             corners = (x1 - extra, y1 - extra, x2 + extra, y2 + extra)
             draw.rectangle(corners, outline=colour, width=thick + 2 * extra)
         draw.line(ends, fill=colour, width=thick + 2 * extra)
-        radius = 2 * thick + extra
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        draw.circle(ends[0], 2 * thick + extra, fill=colour)
 
 
 def _draw_labels(draw: ImageDraw.ImageDraw, size: tuple[int, int], font, labels) -> list[str]:
-    """Writes each (text, box, colour) as near below its box as there is room.
+    """Write each (text, box, colour) as near below its box as there is room.
 
-    Returns the labels that found none.
+    Returns the texts without room.
     """
     taken: list[Box] = []
     left_out, height = [], round(font.size * 1.45)
@@ -143,8 +137,7 @@ def _draw_labels(draw: ImageDraw.ImageDraw, size: tuple[int, int], font, labels)
         x, y = place
         taken.append((x, y, x + width, y + height))
         draw.rounded_rectangle(taken[-1], radius=height // 5, fill=tone)
-        middle = x + width / 2, y + height / 2
-        draw.text(middle, text, fill="white", font=font, anchor="mm")
+        draw.text((x + width / 2, y + height / 2), text, fill="white", font=font, anchor="mm")
     return left_out
 
 
@@ -158,30 +151,25 @@ def free_place(
     x, y = np.meshgrid(
         np.arange(0, size[0] - label[0], GRID), np.arange(0, size[1] - label[1], GRID)
     )
-    free = np.ones(x.shape, dtype=bool)
+    distance = np.abs(x - wanted[0]) + np.abs(y - wanted[1])
     for x1, y1, x2, y2 in taken:
         apart = (x + label[0] < x1) | (x > x2) | (y + label[1] < y1) | (y > y2)
-        free &= apart
-    if not free.any():
+        distance = np.where(apart, distance, np.inf)
+    if not np.isfinite(distance).any():
         return None
-    distance = np.abs(x - wanted[0]) + np.abs(y - wanted[1])
-    best = np.where(free, distance, np.inf).argmin()
+    best = distance.argmin()
     return int(x.flat[best]), int(y.flat[best])
 
 
 def _with_lines_below(picture: Image.Image, labels: Sequence[str], font) -> Image.Image:
-    """The picture with lines below it; equal ones, labels that found no room in it, together."""
-    counts = Counter(labels).items()
-    lines = [f"{text}, {count} times" if count > 1 else text for text, count in counts]
+    """The picture with lines below it; equal lines are one line and a count."""
+    lines = [f"{text}, {n} times" if n > 1 else text for text, n in Counter(labels).items()]
     columns = max(1, int(picture.width / font.getlength("n")) - 2)
     rows = [row for line in lines for row in textwrap.wrap(line, columns)]
-    if not rows:
-        return picture
     step = round(font.size * 1.4)
     sheet = Image.new("RGB", (picture.width, picture.height + step * len(rows)), "white")
     sheet.paste(picture)
-    draw = ImageDraw.Draw(sheet)
     for number, row in enumerate(rows):
-        middle = picture.height + (number + 0.5) * step
-        draw.text((font.size / 2, middle), row, fill="black", font=font, anchor="lm")
+        middle = font.size / 2, picture.height + (number + 0.5) * step
+        ImageDraw.Draw(sheet).text(middle, row, fill="black", font=font, anchor="lm")
     return sheet

@@ -1,60 +1,73 @@
-"""The figures of a run's page: curves, rewards, seconds, a group (Fig. 6), examples.
+"""The figures of a run's page: curves, rewards, a group (Fig. 6), examples.
 
-Each function takes the page's columns, one for each run, and returns HTML: "" where no run has
-what it shows. What a model or a file wrote is escaped.
+Each function takes the page's columns, one per run, and returns HTML: "" if no run has what it
+shows. What a model or a file wrote is escaped.
 """
 
 import base64
 import io
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
-from engine.report import drawing, health
+from engine.report import drawing
 from engine.report.charts import Line, line_chart, short
-from engine.report.health import number
-from engine.report.records import REWARDS, Answer, Example, Group, Run, largest_rewards
+from engine.report.health import CHECKS
+from engine.report.records import RunRecord, ground_truth, stored_image
+from engine.scoring.predictions import line_hois
+from hicodet import HOI
 
-PICTURES = 72  # of a page; with several runs each has its share
-GROUP_PICTURES = 8
+STAGES = {"sft": "SFT", "grpo": "GRPO", "predict": "Prediction"}
+GROUP_PICTURES = 8  # most of a group
+EXAMPLES = 4  # most of the best answers, and of the worst
 PICTURE_WIDTH, JPEG_QUALITY = 400, 78  # about 30 KB each
-MAX_TEXT = 6000  # characters of a completion that are shown
-REWARD_TITLES = {"format": "Format", "object": "Object label", "verb": "Verb label", "iou": "IoU"}
-PHASES = ("sample", "reward", "update", "waiting")  # of a step; what is left is the rest
-TRAINING = (  # field, title, unit, factor, limit
-    ("loss", "Loss", "", 1, None),
-    ("grad_norm", "Gradient norm before clipping", "", 1, None),
-    ("learning_rate", "Learning rate", "", 1, None),
-    ("kl", "KL from pi_ref", "nats a token", 1, health.MAX_KL),
-    ("entropy", "Entropy", "nats a token", 1, None),
-    ("clip_fraction", "Clipped tokens", "%", 100, None),
-    ("completion_length", "Completion length", "tokens", 1, None),
-    ("truncated", "Truncated completions", "%", 100, 100 * health.MAX_TRUNCATED),
-    ("zero_variance_groups", "Groups of equal rewards", "%", 100, 100 * health.MAX_ZERO_VARIANCE),
-    ("distinct_completions", "Distinct completions", "%", 100, None),
-    ("logprob_gap", "Log-prob gap", "nats", 1, health.MAX_LOGPROB_GAP),
+PART_COLOURS = 8  # of reward parts in page.css
+TRAINING = (  # field, title, unit, factor
+    ("loss", "Loss", "", 1),
+    ("grad_norm", "Gradient norm before clipping", "", 1),
+    ("learning_rate", "Learning rate", "", 1),
+    ("kl", "KL from pi_ref", "nats per token", 1),
+    ("entropy", "Entropy", "nats per token", 1),
+    ("clip_fraction", "Clipped tokens", "%", 100),
+    ("completion_length", "Completion length", "tokens", 1),
+    ("truncated", "Truncated completions", "%", 100),
+    ("zero_variance_groups", "Groups of equal rewards", "%", 100),
+    ("distinct_completions", "Distinct completions", "%", 100),
+    ("logprob_gap", "Log-prob gap", "nats", 1),
+    ("instances", "Instances per answer", "", 1),
+    ("verbs_per_instance", "Verbs per instance", "", 1),
 )
-WRITTEN = {  # fields that are logged of the ground truth, too
-    "instances": "Instances of an answer",
-    "verbs_per_instance": "Verbs of an instance",
-}
+LIMITS = {check.field: check.limit for check in CHECKS}
 
 
 @dataclass(frozen=True)
 class Column:
     """A run on the page."""
 
-    name: str  # no two columns have the same
+    name: str
     tone: str  # its colour in CSS
-    run: Run
+    run: RunRecord
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Lines under a title. It is left out if it has no lines."""
+
+    title: str
+    lines: list[Line]
+    unit: str = ""
+    limit: float | None = None
+    y_range: tuple[float, float] | None = None
+    legend: str = ""  # its own; "" for the one above all charts
 
 
 def keys(items: Sequence[tuple[str, str]]) -> str:
-    """A legend of (name, colour); "" for a single one."""
+    """A legend of (name, colour); "" for fewer than two."""
     if len(items) < 2:
         return ""
     spans = "".join(
@@ -63,299 +76,233 @@ def keys(items: Sequence[tuple[str, str]]) -> str:
     return f'<div class="keys">{spans}</div>'
 
 
-def _charts(charts: Sequence[str], columns: Sequence[Column], fields: Sequence[str]) -> str:
-    """A grid of charts under the legend of the runs that logged their fields; "" without any."""
-    charts = [chart for chart in charts if chart]
-    if not charts:
-        return ""
-    shown = (c for c in columns if any(logged(c.run, field)[0] for field in fields))
-    legend = keys([(column.name, column.tone) for column in shown])
-    return f'{legend}<div class="grid">{"".join(charts)}</div>'
-
-
 def progress(columns: Sequence[Column]) -> str:
-    """mAP and reward against steps, SFT, then RL, as in Fig. 2."""
-    charts = [
-        _progress_chart(columns, "eval_map", "mAP of greedy answers, test images", "%"),
-        _progress_chart(columns, "eval_reward", "Reward of greedy answers, test images", ""),
-        _progress_chart(columns, "reward_total", "Reward of samples, training images", ""),
+    """mAP and reward against the steps of each training (Fig. 2)."""
+    return _by_stage(columns, lambda some: [
+        Chart("mAP of predictions", _map_lines(some, columns), "%"),
+        _chart(some, "eval_map", "mAP of greedy answers, first test images", "%"),
+        _chart(some, "eval_reward", "Reward of greedy answers, first test images"),
+        _chart(some, "reward_total", "Reward of samples, training images"),
+    ])  # fmt: skip
+
+
+def _map_lines(trainings: Sequence[Column], columns: Sequence[Column]) -> list[Line]:
+    """The mAP of each training's first, exported and final models, as far as it is on the page."""
+    maps = [
+        (column.run.config["model"], 100 * column.run.result["default"]["full"])
+        for column in columns
+        if column.run.result and column.run.result["default"]["full"] is not None
     ]
-    charts = [chart for chart in charts if chart]
-    if not charts:
-        return ""
-    kind = "grid" if len(charts) > 2 else "grid wide"
-    shown = {column.run.folder.resolve() for column in columns}
-    items = [(column.name, column.tone) for column in columns if column.run.metrics]
-    for run in (run for column in columns for run, _ in chain(column.run)):
-        if run.folder.resolve() not in shown:
-            shown.add(run.folder.resolve())
-            items.append((f"before: {run.folder.name}", "var(--soft)"))
-    return f'{keys(items)}<div class="{kind}">{"".join(charts)}</div>'
+    lines = []
+    for column in trainings:
+        steps = [(_step_of(model, column.run), value) for model, value in maps]
+        if points := sorted((step, value) for step, value in steps if step is not None):
+            lines.append(Line(column.name, *zip(*points), column.tone))
+    return lines
 
 
-def chain(run: Run) -> list[tuple[Run, int]]:
-    """The trainings up to this one, each with the number of steps that came before it."""
-    before = chain(run.before) if run.before else []
-    done = sum(r.metrics[-1]["step"] for r, _ in before if r.metrics)
-    return [*before, (run, done)]
+def _step_of(model: str, run: RunRecord) -> int | None:
+    """The step after which a training had this model; None if it never had."""
+    path, folder = Path(model).resolve(), run.folder.resolve()
+    if path == Path(run.config["model"]).resolve():
+        return 0
+    if path == folder / "model" and run.metrics:
+        return run.metrics[-1]["step"]
+    exported = re.fullmatch(r"model-(\d+)", path.name)
+    return int(exported[1]) if exported and path.parent == folder else None
 
 
-def _progress_chart(columns: Sequence[Column], field: str, title: str, unit: str) -> str:
-    names = {column.run.folder.resolve(): column for column in columns}
-    drawn, lines, marks = set(), [], {}
-    for run, done in (part for column in columns for part in chain(column.run)):
-        x, y = logged(run, field)
-        if run.folder.resolve() in drawn or not x:
-            continue
-        drawn.add(run.folder.resolve())
-        column = names.get(run.folder.resolve())
-        name, tone = (column.name, column.tone) if column else (run.folder.name, "var(--soft)")
-        lines.append(Line(name, [done + step for step in x], y, tone))
-        if done and run.stage == "grpo":
-            marks[done] = "RL"
-    label = "step, SFT then RL" if marks else "step"
-    return _figure(lines, title, unit, marks=tuple(marks.items()), x_label=label)
+def _chart(
+    columns: Sequence[Column],
+    field: str,
+    title: str,
+    unit: str = "",
+    factor: float = 1,
+    *,
+    band: bool = False,
+    y_range: tuple[float, float] | None = None,
+) -> Chart:
+    """A chart of a logged field, its limit, and dashed the ground truth's value.
+
+    band: whether to draw the standard deviation, which is logged as FIELD_std.
+    """
+    lines = []
+    for column in columns:
+        for end, name, dashed in (("", column.name, False), ("_true", "ground truth", True)):
+            x, y = logged(column.run, field + end, factor)
+            spread = (logged(column.run, f"{field}_std")[1] or None) if band else None
+            lines += [Line(name, x, y, column.tone, spread, dashed)] if x else []
+    limit = factor * LIMITS[field] if field in LIMITS else None
+    return Chart(title, lines, unit, limit, y_range)
 
 
-def logged(run: Run, field: str, factor: float = 1) -> tuple[list[int], list[float]]:
+def logged(run: RunRecord, field: str, factor: float = 1) -> tuple[list[int], list[float]]:
     """Steps and values of a field, NaN where it was null; both empty if it was never logged."""
     rows = [row for row in run.metrics if field in row]
-    values = [factor * number(row[field]) for row in rows]
-    if not np.isfinite(values).any():
-        return [], []
-    return [row["step"] for row in rows], values
-
-
-def _figure(
-    lines: Sequence[Line], title: str, unit: str, *, legend: str = "", **options
-) -> str:
-    """A chart under its title and unit, with the latest value where there is one line.
-
-    legend: HTML above the chart. options: of `line_chart`.
-    """
-    if not lines:
-        return ""
-    last = [next((v for v in reversed(line.y) if math.isfinite(v)), math.nan) for line in lines]
-    label = "; ".join(f"{line.name} ends at {v:.4g}" for line, v in zip(lines, last))
-    chart = line_chart(lines, f"{title}: {label}", **options)
-    values = f'<span class="figure">{_short(last[0])}</span>' if len(lines) == 1 else ""
-    unit = f" <small>{unit}</small>" if unit else ""
-    caption = f"<figcaption><span>{title}{unit}</span>{values}</figcaption>"
-    return f"<figure>{caption}{legend}{chart}</figure>"
-
-
-def _short(value: float) -> str:
-    return short(float(f"{value:.4g}"))
-
-
-def reward_parts(columns: Sequence[Column]) -> str:
-    """The rewards of sampled completions by part, with the spread within a group; their shares."""
-    charts = []
-    for part, title in {"total": "Total", **REWARD_TITLES}.items():
-        lines, bounds = [], set()
-        for column in columns:
-            x, y = logged(column.run, f"reward_{part}")
-            spread = logged(column.run, f"reward_{part}_std")[1]
-            largest = largest_rewards(column.run.config)
-            bound = largest.get(part, sum(largest.values()))
-            if x and bound:  # no line of a part that is left out
-                band = spread if len(spread) == len(y) else None
-                lines.append(Line(column.name, x, y, column.tone, band))
-                bounds.add(bound)
-        at_most = " or ".join(f"{bound:g}" for bound in sorted(bounds))
-        y_range = 0.0, max(bounds, default=0.0)
-        charts.append(_figure(lines, title, f"at most {at_most}", y_range=y_range))
-    told = [column for column in columns if logged(column.run, "advantage_format")[0]]
-    charts += [_shares(column, named=len(told) > 1) for column in told]
-    return _charts(charts, columns, ["reward_total"])
-
-
-def _shares(column: Column, named: bool) -> str:
-    """The share of each part of the reward in the advantages of a run, a line a part."""
-    parts = [(part, f"var(--p{i})") for i, part in enumerate(REWARDS)]
-    lines = [
-        Line(REWARD_TITLES[part], *logged(column.run, f"advantage_{part}"), tone)
-        for part, tone in parts
-    ]
-    legend = keys([(REWARD_TITLES[part], tone) for part, tone in parts])
-    name = f", {escape(column.name)}" if named else ""
-    title = f"Share in the advantages{name}"
-    return _figure([line for line in lines if line.x], title, "sum 1", legend=legend)
+    values = [math.nan if row[field] is None else factor * row[field] for row in rows]
+    known = any(map(math.isfinite, values))
+    return ([row["step"] for row in rows], values) if known else ([], [])
 
 
 def training(columns: Sequence[Column]) -> str:
     """Loss, KL, entropy, lengths and the like, with the limits of the health checks."""
-    charts = []
-    for field, title, unit, factor, limit in TRAINING:
-        found = [(column, *logged(column.run, field, factor)) for column in columns]
-        lines = [Line(column.name, x, y, column.tone) for column, x, y in found if x]
-        charts.append(_figure(lines, title, unit, limit=limit))
-    charts += [_beside_truth(columns, field, title) for field, title in WRITTEN.items()]
-    return _charts(charts, columns, [field for field, *_ in TRAINING])
+    return _by_stage(columns, lambda some: [_chart(some, *words) for words in TRAINING])
 
 
-def _beside_truth(columns: Sequence[Column], field: str, title: str) -> str:
-    """What completions have of something, and dashed what the ground truth has of it."""
-    lines = []
-    for column in columns:
-        x, y = logged(column.run, field)
-        true_x, true = logged(column.run, f"{field}_true")
-        lines += [Line(column.name, x, y, column.tone)] if x else []
-        name = f"{column.name}, ground truth"
-        lines += [Line(name, true_x, true, column.tone, dashed=True)] if true_x else []
-    return _figure(lines, title, "")
+def reward_parts(columns: Sequence[Column]) -> str:
+    """The rewards of sampled completions by part, with the spread within a group; their shares."""
+    titles = {"total": "Total"}
+    titles |= {n: part["title"] for c in columns for n, part in c.run.reward_parts.items()}
+    charts = [_part_chart(columns, name, title) for name, title in titles.items()]
+    return _grid([*charts, *(_shares(column, part_tones(columns)) for column in columns)])
 
 
-def phase_seconds(run: Run) -> dict[str, float]:
-    """Mean seconds of each phase of a step; the first step, which compiles, only if alone."""
-    rows = run.metrics[1:] or run.metrics
-    rows = [row for row in rows if math.isfinite(number(row.get("seconds")))]
-    if not rows:
-        return {}
-    found = {}
-    for phase in PHASES:
-        values = [number(row.get(f"seconds_{phase}")) for row in rows]
-        if np.isfinite(values).any():
-            found[phase] = float(np.nanmean(values))
-    whole = float(np.mean([row["seconds"] for row in rows]))
-    return found | {"rest": max(whole - sum(found.values()), 0.0)}
+def _part_chart(columns: Sequence[Column], name: str, title: str) -> Chart:
+    """The reward of one part, or the total, up to the most that it can be."""
+    known = [c for c in columns if name == "total" or name in c.run.reward_parts]
+    parts = [c.run.reward_parts.get(name, {"largest": c.run.largest_reward}) for c in known]
+    bounds = sorted({part["largest"] for part in parts} - {0})  # 0: an older run
+    unit = f"at most {' or '.join(f'{bound:g}' for bound in bounds)}" if bounds else ""
+    y_range = (0.0, bounds[-1]) if bounds else None
+    return _chart(known, f"reward_{name}", title, unit, band=True, y_range=y_range)
 
 
-def phases(columns: Sequence[Column]) -> str:
-    """Where the time of a step went, a stacked bar a run, all on one scale."""
-    found = [(column, phase_seconds(column.run)) for column in columns]
-    found = [(column, seconds) for column, seconds in found if sum(seconds.values())]
-    if not found:
-        return ""
-    longest = max(sum(seconds.values()) for _, seconds in found)
-    tones = {name: f"var(--p{i})" for i, name in enumerate((*PHASES, "rest"))}
-    bars = []
-    for column, seconds in found:
-        whole = sum(seconds.values())
-        figures = " · ".join(f"{name} {s:.3g} s ({s / whole:.0%})" for name, s in seconds.items())
-        parts = [(tones[name], s / longest, f"{name} {s:.3g} s") for name, s in seconds.items()]
-        title = f"<b>{escape(column.name)}</b> {whole:.3g} s a step"
-        numbers = f'<div class="numbers soft">{figures}</div>'
-        bars.append(f"<div>{title}{_bar(parts)}{numbers}</div>")
-    used = {name: tone for name, tone in tones.items() if any(name in s for _, s in found)}
-    return f'{keys(list(used.items()))}<div class="phases">{"".join(bars)}</div>'
+def part_tones(columns: Sequence[Column]) -> dict[str, str]:
+    """The colour of each reward part, the same for all runs."""
+    names = dict.fromkeys(name for column in columns for name in column.run.reward_parts)
+    return {name: f"var(--p{i % PART_COLOURS})" for i, name in enumerate(names)}
 
 
-def _bar(parts: Sequence[tuple[str, float, str]], kind: str = "bar") -> str:
-    """A stacked bar of (colour, share of the width, title)."""
-    cells = (
-        f'<i style="--tone:{tone};width:{max(share, 0):.2%}" title="{escape(title)}"></i>'
-        for tone, share, title in parts
+def _shares(column: Column, tones: dict[str, str]) -> Chart:
+    """The share of each reward part in the advantages of a run, one line per part."""
+    lines = [
+        Line(part["title"], *logged(column.run, f"advantage_{name}"), tones[name])
+        for name, part in column.run.reward_parts.items()
+    ]
+    lines = [line for line in lines if line.x]
+    legend = keys([(line.name, line.colour) for line in lines])
+    return Chart(f"Share in the advantages, {column.name}", lines, "sum 1", legend=legend)
+
+
+def _by_stage(columns: Sequence[Column], make: Callable[[list[Column]], list[Chart]]) -> str:
+    """The charts of each stage's trainings: SFT takes many times the steps of RL."""
+    grids = {}
+    for stage in ("sft", "grpo"):
+        grid = _grid(make([column for column in columns if column.run.stage == stage]))
+        grids |= {STAGES[stage]: grid} if grid else {}
+    if len(grids) == 1:
+        return "".join(grids.values())
+    return "".join(f"<h3>{title}</h3>{grid}" for title, grid in grids.items())
+
+
+def _grid(charts: Sequence[Chart]) -> str:
+    """The charts that have lines, under a legend of their runs."""
+    charts = [chart for chart in charts if chart.lines]
+    runs = dict.fromkeys(
+        (line.name, line.colour)
+        for chart in charts
+        for line in chart.lines
+        if not line.dashed and not chart.legend
     )
-    return f'<div class="{kind}">{"".join(cells)}</div>'
+    figures = "".join(_figure(chart) for chart in charts)
+    return f'{keys(list(runs))}<div class="grid">{figures}</div>' if charts else ""
 
 
-def advantages(rewards: Sequence[float]) -> list[float]:
-    """Eq. 5 for one group, as grpo.group_advantages has it: sample std, plus 1e-4."""
-    values = np.asarray(rewards, dtype=float)
-    if len(values) < 2:
-        return [0.0] * len(values)
-    return ((values - values.mean()) / (values.std(ddof=1) + 1e-4)).tolist()
+def _figure(chart: Chart) -> str:
+    """A chart under its title and unit, with the latest value if it has one line."""
+    last = [next(v for v in reversed(line.y) if math.isfinite(v)) for line in chart.lines]
+    ends = (f"{line.name} ends at {v:.4g}" for line, v in zip(chart.lines, last))
+    label = f"{chart.title}: {'; '.join(ends)}"
+    svg = line_chart(chart.lines, label, limit=chart.limit, y_range=chart.y_range)
+    value = short(float(f"{last[0]:.4g}")) if len(last) == 1 else ""
+    caption = f"<span>{escape(chart.title)} <small>{chart.unit}</small></span><span>{value}</span>"
+    return f"<figure><figcaption>{caption}</figcaption>{chart.legend}{svg}</figure>"
 
 
 def groups(columns: Sequence[Column]) -> str:
-    """A group of completions with their rewards and advantages for each run, as in Fig. 6."""
-    found, share = [column for column in columns if column.run.group], _share(columns)
-    return "".join(_group(column, column.run.group, share) for column in found)
+    """A group of completions with rewards and advantages for each run, as in Fig. 6."""
+    tones = part_tones(columns)
+    return "".join(_group(column, tones) for column in columns if column.run.group)
 
 
-def _group(column: Column, group: Group, share: int) -> str:
-    ranked = sorted(group.answers, key=lambda answer: -answer.rewards.get("total", -math.inf))
-    scored = all("total" in answer.rewards for answer in ranked)
-    gains = advantages([answer.rewards["total"] for answer in ranked]) if scored else []
-    shown, most = min(GROUP_PICTURES, share), sum(largest_rewards(column.run.config).values())
-    rows = [
-        _answer(answer, gains[i] if scored else None, group.image, f"Completion {i + 1}", most)
-        for i, answer in enumerate(ranked[:shown])
-    ]
-    more = f", the best {shown} of {len(ranked)}" if len(ranked) > shown else ""
-    lost = "" if group.image else "; the image is not in the data folder of the run"
-    title = f"{column.name}, step {group.step}, {group.file_name}{more}{lost}"
-    parts = [(REWARD_TITLES[name], f"var(--p{i})") for i, name in enumerate(REWARDS)]
-    return f'<h3>{escape(title)}</h3>{keys(parts)}<div class="answers">{"".join(rows)}</div>'
+def _group(column: Column, tones: dict[str, str]) -> str:
+    run, row = column.run, column.run.group
+    ranked = sorted(row["completions"], key=lambda completion: -completion["rewards"]["total"])
+    shown, image = ranked[:GROUP_PICTURES], stored_image(run, "train", row["file_name"])
+    more = f", the best {len(shown)} of {len(ranked)}" if len(ranked) > len(shown) else ""
+    title = f"{column.name}, step {row['step']}, {row['file_name']}{more}"
+    legend = keys([(part["title"], tones[name]) for name, part in run.reward_parts.items()])
+    cards = []
+    for number, completion in enumerate(shown, start=1):
+        advantage = f"{completion['advantage']:+.2f}".replace("-", "−")
+        about = f"<h3>Completion {number}, advantage {advantage}</h3>"
+        about += _reward_bar(completion["rewards"], run, tones)
+        text = f"<pre>{escape(completion['text'])}</pre>"
+        picture = _drawn(image, line_hois(completion))
+        cards.append(f'<div class="answer"><div>{picture}</div><div>{about}{text}</div></div>')
+    return f'<h3>{escape(title)}</h3>{legend}<div class="answers">{"".join(cards)}</div>'
 
 
-def _answer(
-    answer: Answer, gain: float | None, image: Image.Image | None, title: str, most: float
-) -> str:
-    picture = "<div></div>"
-    if image:
-        drawn = drawing.draw_pairs(image, answer.hois, range(len(answer.hois)), width=PICTURE_WIDTH)
-        picture = f"<div>{_img(drawn, _labels(answer.hois))}</div>"
-    gained = "" if gain is None else f", advantage {_signed(gain)}"
-    text = f"<pre>{escape(_cut(answer.text))}</pre>"
-    about = f"<h3>{title}{gained}</h3>{_reward_bar(answer.rewards, most)}"
-    return f'<div class="answer">{picture}<div>{about}{text}</div></div>'
-
-
-def _reward_bar(rewards: dict[str, float], most: float) -> str:
-    """The rewards of one answer, of the most that it can earn, stacked by part, and in numbers."""
-    if not rewards:
-        return '<p class="note">No rewards were logged.</p>'
-    parts = [(name, rewards[name]) for name in REWARDS if name in rewards]
-    cells = [
-        (f"var(--p{REWARDS.index(name)})", value / most, f"{REWARD_TITLES[name]} {value:.2f}")
-        for name, value in parts
-    ]
-    numbers = " · ".join(f"{REWARD_TITLES[name]} {value:.2f}" for name, value in parts)
-    total = f"<b>{rewards['total']:.2f}</b> of {most:g}"
-    line = f'<div class="numbers">{total} <span class="soft">{numbers}</span></div>'
-    return _bar(cells, "bar small") + line
+def _reward_bar(rewards: dict[str, float], run: RunRecord, tones: dict[str, str]) -> str:
+    """The rewards of one answer out of the most that it can earn: a bar of parts, and numbers."""
+    cells, numbers = [], []
+    for name, part in run.reward_parts.items():
+        width = max(rewards[name] / run.largest_reward, 0)
+        numbers.append(f"{escape(part['title'])} {rewards[name]:.2f}")
+        style = f"--tone:{tones[name]};width:{width:.2%}"
+        cells.append(f'<i style="{style}" title="{numbers[-1]}"></i>')
+    total = f"<b>{rewards['total']:.2f}</b> of {run.largest_reward:g}"
+    line = f'{total} <span class="soft">{" · ".join(numbers)}</span>'
+    return f'<div class="bar">{"".join(cells)}</div><div class="numbers">{line}</div>'
 
 
 def examples(columns: Sequence[Column]) -> str:
-    """Predicted images, the best and the worst, beside their ground truth."""
-    found, count = [c for c in columns if c.run.examples], max(2, _share(columns) // 2)
-    return "".join(_examples(column, min(count, len(column.run.examples))) for column in found)
+    """Predicted images next to their ground truth, for each prediction."""
+    return "".join(_examples(column) for column in columns if column.run.predictions)
 
 
-def _share(columns: Sequence[Column]) -> int:
-    """How many pictures each run with pictures may have."""
-    users = sum(bool(column.run.group) + bool(column.run.examples) for column in columns)
-    return max(1, PICTURES // max(users, 1))
-
-
-def _examples(column: Column, count: int) -> str:
-    run, half = column.run, count // 2
-    if run.examples_by == "file":
-        halves = {"first in the file; their rewards are not known": run.examples[:count]}
-    else:
-        halves = {f"best by {run.examples_by}": run.examples[: count - half]}
-        if half:
-            halves[f"worst by {run.examples_by}"] = run.examples[len(run.examples) - half :]
+def _examples(column: Column) -> str:
+    """The best and the worst by reward; the first if all rewards are equal or unknown."""
+    rows = column.run.predictions
+    rewarded = [row for row in rows if row["reward"]]
+    groups = {"first images": rows[: 2 * EXAMPLES]}
+    if len({row["reward"]["total"] for row in rewarded}) > 1:
+        ranked = sorted(rewarded, key=lambda row: -row["reward"]["total"])
+        half = min(EXAMPLES, len(ranked) // 2)
+        groups = {"best by reward": ranked[:half], "worst by reward": ranked[-half:]}
     parts = []
-    for which, found in halves.items():
-        cards = "".join(_example(example) for example in found)
-        title = escape(f"{column.name}: the {len(found)} {which}")
+    for which, some in groups.items():
+        cards = "".join(_example(row, column.run) for row in some)
+        title = escape(f"{column.name}: the {len(some)} {which}")
         parts.append(f'<h3>{title}</h3><div class="examples">{cards}</div>')
     return "".join(parts)
 
 
-def _example(example: Example) -> str:
-    hois, truth = example.answer.hois, example.truth
-    if example.image and truth is not None:
-        left, right = drawing.compare(example.image, truth, hois, width=PICTURE_WIDTH)
-        pictures = _img(left, f"ground truth: {_labels(truth)}")
-        pictures += _img(right, f"prediction: {_labels(hois)}")
-    elif example.image:
-        drawn = drawing.draw_pairs(example.image, hois, range(len(hois)), width=PICTURE_WIDTH)
-        pictures = _img(drawn, f"prediction: {_labels(hois)}")
-    else:
-        pictures = f"<p>Predicted: {escape(_labels(hois))}.</p>"
-    reward = example.answer.rewards.get("total")
-    figure = "" if reward is None else f'<span class="figure">reward {reward:.2f}</span>'
-    caption = f"<figcaption><span>{escape(example.file_name)}</span>{figure}</figcaption>"
-    text = f"<pre>{escape(_cut(example.answer.text))}</pre>" if example.answer.text else ""
-    details = f"<details><summary>What it wrote</summary>{text}</details>" if text else ""
-    return f'<figure>{caption}<div class="pairs">{pictures}</div>{details}</figure>'
+def _example(row: dict, run: RunRecord) -> str:
+    name, hois = row["line"]["file_name"], line_hois(row["line"])
+    split = run.config["split"]
+    image, truth = stored_image(run, split, name), ground_truth(run.config["data"], split).get(name)
+    pictures = _drawn(image, hois)
+    if image and truth is not None:
+        left, right = drawing.compare(image, truth, hois, width=PICTURE_WIDTH)
+        pictures = _img(left, f"ground truth: {_labels(truth)}") + _img(right, _labels(hois))
+    reward = f"reward {row['reward']['total']:.2f}" if row["reward"] else ""
+    caption = f"<span>{escape(name)}</span><span>{reward}</span>"
+    text = f"<pre>{escape(row['line']['text'])}</pre>"
+    details = f"<details><summary>What it wrote</summary>{text}</details>"
+    shown = f'<div class="pairs">{pictures}</div>{details}'
+    return f"<figure><figcaption>{caption}</figcaption>{shown}</figure>"
 
 
-def _labels(hois: Sequence) -> str:
+def _drawn(image: Image.Image | None, hois: Sequence[HOI]) -> str:
+    """The image with its predicted pairs; their names alone if it cannot be read."""
+    if image is None:
+        return f"<p>{escape(_labels(hois))}</p>"
+    drawn = drawing.draw_pairs(image, hois, range(len(hois)), width=PICTURE_WIDTH)
+    return _img(drawn, _labels(hois))
+
+
+def _labels(hois: Sequence[HOI]) -> str:
     return "; ".join(f"{', '.join(h.verbs)} {h.object_class}" for h in hois) or "no pair"
 
 
@@ -366,12 +313,3 @@ def _img(picture: Image.Image, alt: str) -> str:
     data = base64.b64encode(file.getvalue()).decode()
     size = f'width="{picture.width}" height="{picture.height}"'
     return f'<img {size} alt="{escape(alt)}" src="data:image/jpeg;base64,{data}">'
-
-
-def _cut(text: str) -> str:
-    more = len(text) - MAX_TEXT
-    return text if more <= 0 else f"{text[:MAX_TEXT]} … and {more:,} more characters"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.2f}".replace("-", "−")

@@ -1,21 +1,49 @@
 """Is a run healthy? Verdicts from the rows of metrics.jsonl, for the terminal and the page.
 
-Each verdict looks at the last RECENT steps that logged its field (rewards: at twice as many,
-skipped steps: at all) and is one line: what was found, the limit, and what to do beyond it.
-A field that was not logged has no verdict, so SFT has fewer of them than GRPO.
+Each verdict is one line: what was found, the limit, and advice where the limit is passed. A field
+that was not logged has no verdict, so SFT has fewer than GRPO.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean, variance
+
+from engine.report.records import RunRecord
 
 RECENT = 10  # steps
-MAX_ZERO_VARIANCE = 0.5  # share of groups that teach nothing
-MAX_TRUNCATED = 0.05  # share of completions
-MAX_LOGPROB_GAP = 0.1  # nats, of any one token
-MAX_KL = 0.5  # nats a token: by then pi_theta has little to do with pi_ref
-ENTROPY_RANGE = (1 / 3, 2.0)  # of what the first steps had
-MAX_WAITING = 0.2  # share of a step's time
+ENTROPY_RANGE = (1 / 3, 2.0)  # share of the first steps' entropy
+ENDED = 0.1  # share of the largest learning rate: below it a schedule is near its end
+
+
+@dataclass(frozen=True)
+class Check:
+    """A limit of a sound run: the mean (or `of`) of a field's last `window` values."""
+
+    field: str
+    name: str
+    figure: str  # format of the value
+    limit: float  # the largest good value
+    advice: str  # what to do beyond the limit
+    of: Callable[[Sequence[float]], float] = fmean
+    window: int = RECENT  # steps; 0: all
+
+
+CHECKS = (
+    Check("zero_variance_groups", "Groups without variance", "{:.1%} of groups have equal rewards",
+          0.5, "Equal rewards teach nothing: raise --temperature or --group-size."),
+    Check("truncated", "Truncated", "{:.1%} of completions reach the length limit", 0.05,
+          "Raise --max-new-tokens, or see whether completions repeat themselves."),
+    Check("logprob_gap", "Log-prob gap", "at most {:.2g} nats between sampler and trainer", 0.1,
+          "Sampler and trainer disagree on a token: check the dtype first, then look for a bug.",
+          of=max),
+    Check("kl", "KL", "{:.3g} nats per token from the policy that RL started from", 0.5,
+          "The policy runs away: lower --learning-rate or raise --kl-coef."),
+    Check("share_waiting", "Waiting", "{:.1%} of a step is spent waiting for images", 0.2,
+          "Raise --workers, or put the images on a faster disk."),
+    Check("skipped", "Skipped steps", "{:.0f} skipped: loss or gradient was not finite", 0,
+          "Lower --learning-rate; ten such steps in a row stop the run.", of=sum, window=0),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -23,152 +51,112 @@ class Verdict:
     """One line about a run."""
 
     name: str
-    status: str  # "good", "look" (beyond the limit) or "early" (too few steps to tell)
+    status: str  # "good", "look" (beyond the limit) or "early" (too few steps)
     figure: str  # what was found
     limit: str
-    advice: str  # what to do beyond the limit
+    advice: str = ""
 
     def __str__(self) -> str:
         line = f"{self.status:5s}  {self.name}: {self.figure} ({self.limit})"
-        return f"{line}. {self.advice}" if self.status == "look" else line
+        return f"{line}. {self.advice}" if self.advice else line
 
 
-def verdicts(metrics: Sequence[dict], most: float = 3.8) -> list[Verdict]:
-    """All that can be said of a run. metrics: a dict a step; a value may be missing or None.
+def judge(run: RunRecord) -> list[Verdict]:
+    """The verdicts on a training, or on a prediction as a whole."""
+    return verdicts([run.summary], needed=1) if run.summary else verdicts(run.metrics)
 
-    most: the largest reward that the run can earn.
+
+def verdicts(metrics: Sequence[dict], needed: int = RECENT) -> list[Verdict]:
+    """All verdicts on a run.
+
+    metrics: one dict per step; a value may be missing or None. needed: fewest values of a field.
     """
-    checks = (_zero_variance, _truncated, _logprob_gap, _kl, _entropy, _waiting, _skipped)
-    found = [_rewards(metrics, most), *(check(metrics) for check in checks)]
+    found = [_reward(metrics), _entropy(metrics)]
+    found += [_limited(check, series(metrics, check.field), needed) for check in CHECKS]
     return [verdict for verdict in found if verdict]
 
 
 def summary(found: Sequence[Verdict]) -> str:
     """The answer in a few words."""
     look = sum(verdict.status == "look" for verdict in found)
-    if not found:
-        return "Nothing to judge yet."
+    early = sum(verdict.status == "early" for verdict in found)
+    if early == len(found):
+        return "Too early to tell."
     if look:
         return f"{look} of {len(found)} checks {'needs' if look == 1 else 'need'} a look."
-    early = sum(verdict.status == "early" for verdict in found)
     later = f", too early for {early}" if early else ""
     return f"{len(found) - early} of {len(found)} checks passed{later}."
 
 
 def as_text(found: Sequence[Verdict]) -> str:
-    """The verdicts for the end of a terminal's log, a line each."""
+    """The verdicts for the terminal, one per line."""
     return "\n".join([f"Is this run healthy? {summary(found)}", *(f"  {v}" for v in found)])
 
 
-def series(metrics: Sequence[dict], name: str) -> list[float]:
-    """The finite numbers that were logged under a name, in the order of the steps."""
-    values = (number(row.get(name)) for row in metrics)
-    return [value for value in values if math.isfinite(value)]
+def series(metrics: Sequence[dict], field: str) -> list[float]:
+    """The numbers that were logged under a name, in the order of the steps."""
+    return [row[field] for row in metrics if row.get(field) is not None]
 
 
-def number(value: object) -> float:
-    """A JSON value as a float; NaN for anything that is no finite number."""
-    try:
-        known = type(value) in (int, float) and math.isfinite(value)
-    except OverflowError:  # an integer of a thousand digits
-        return math.nan
-    return float(value) if known else math.nan
+def _limited(check: Check, values: Sequence[float], needed: int) -> Verdict | None:
+    if len(values) < needed:
+        return _too_early(check.name, values, needed)
+    value = check.of(values[-check.window :])
+    limit = f"limit {check.limit:.0%}" if "%" in check.figure else f"limit {check.limit:g}"
+    figure = check.figure.format(value)
+    if value > check.limit:
+        return Verdict(check.name, "look", figure, limit, check.advice)
+    return Verdict(check.name, "good", figure, limit)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _limited(
-    metrics, field: str, name: str, figure: str, limit: float, advice: str, *, of=_mean
-) -> Verdict | None:
-    """Good as long as the mean (or `of`) of the recent steps is not above the limit."""
-    recent = series(metrics, field)[-RECENT:]
-    if not recent:
+def _too_early(name: str, values: Sequence[float], needed: int) -> Verdict | None:
+    if not values:
         return None
-    value = of(recent)
-    unit, scale = (" %", 100) if "%" in figure else ("", 1)
-    status, bound = "look" if value > limit else "good", f"limit {scale * limit:g}{unit}"
-    return Verdict(name, status, figure.format(scale * value), bound, advice)
+    steps = "1 step" if len(values) == 1 else f"{len(values)} steps"
+    return Verdict(name, "early", f"too early after {steps}", f"needs {needed}")
 
 
-def _rewards(metrics, most: float) -> Verdict | None:
-    """Flat if the last RECENT steps are not above the RECENT before by more than the noise.
+def _reward(metrics: Sequence[dict]) -> Verdict | None:
+    """The reward rises if its last RECENT steps beat the RECENT before by more than the noise.
 
     The noise is the standard error of the difference of the two means.
     """
-    values = series(metrics, "reward_total")
-    if not values:
-        return None
+    values, rates = series(metrics, "reward_total"), series(metrics, "learning_rate")
     if len(values) < 2 * RECENT:
-        return Verdict("Reward", "early", f"{len(values)} steps so far", f"needs {2 * RECENT}", "")
+        return _too_early("Reward", values, 2 * RECENT)
     before, last = values[-2 * RECENT : -RECENT], values[-RECENT:]
-    means = _mean(before), _mean(last)
-    squares = sum((v - m) ** 2 for half, m in zip((before, last), means) for v in half)
-    noise = math.sqrt(squares / (RECENT - 1) / RECENT)
-    rise = means[1] - means[0]
-    return Verdict(
-        "Reward",
-        "good" if rise > noise else "look",
-        f"{rise:+.3f} in {2 * RECENT} steps, to {means[1]:.3f}",
-        f"limit: above the noise, {noise:.3f}",
-        f"Flat. Expected near {most:g} and where the learning rate has come down to 0; otherwise "
-        "raise --learning-rate, or look in rollouts.jsonl for a part that is never earned.",
+    noise = math.sqrt((variance(before) + variance(last)) / RECENT)
+    rise = fmean(last) - fmean(before)
+    figure = f"{rise:+.3f} in {2 * RECENT} steps, to {fmean(last):.3f}"
+    limit = f"limit: above the noise, {noise:.3f}"
+    if rise > noise:
+        return Verdict("Reward", "good", figure, limit)
+    if rates and rates[-1] <= ENDED * max(rates):
+        whole = fmean(last) - fmean(values[:RECENT])
+        why = (
+            f"That is normal at the end of a schedule: the learning rate has come down to "
+            f"{rates[-1]:.2g}. The reward changed by {whole:+.3f} since the first {RECENT} steps."
+        )
+        return Verdict("Reward", "good", f"flat, {figure}", limit, why)
+    advice = (
+        "That is normal near the largest reward. Otherwise raise --learning-rate, or look in "
+        "rollouts.jsonl for a part that is never earned."
     )
+    return Verdict("Reward", "look", f"flat, {figure}", limit, advice)
 
 
-def _zero_variance(metrics) -> Verdict | None:
-    name, figure = "Groups without variance", "{:.1f} % have equal rewards"
-    advice = "Equal rewards teach nothing: raise --temperature or --group-size."
-    return _limited(metrics, "zero_variance_groups", name, figure, MAX_ZERO_VARIANCE, advice)
-
-
-def _truncated(metrics) -> Verdict | None:
-    figure = "{:.1f} % of completions are cut at their longest"
-    advice = "Raise --max-new-tokens, or see whether completions repeat themselves."
-    return _limited(metrics, "truncated", "Truncated", figure, MAX_TRUNCATED, advice)
-
-
-def _logprob_gap(metrics) -> Verdict | None:
-    figure = "at most {:.2g} nats between a token as sampled and as trained"
-    advice = "Sampler and trainer disagree: look at the dtype first, then for a bug."
-    name = "Log-prob gap"
-    return _limited(metrics, "logprob_gap", name, figure, MAX_LOGPROB_GAP, advice, of=max)
-
-
-def _kl(metrics) -> Verdict | None:
-    figure = "{:.3g} nats a token from the policy that RL started from"
-    advice = "The policy runs away: lower --learning-rate or raise --kl-coef."
-    return _limited(metrics, "kl", "KL", figure, MAX_KL, advice)
-
-
-def _entropy(metrics) -> Verdict | None:
-    """Of the recent steps against the first ones: a collapse and an explosion both show."""
-    values, (low, high) = series(metrics, "entropy"), ENTROPY_RANGE
-    if not values:
-        return None
+def _entropy(metrics: Sequence[dict]) -> Verdict | None:
+    """The entropy of the recent steps against the first ones shows a collapse or an explosion."""
+    values = series(metrics, "entropy")
     if len(values) < 2 * RECENT:
-        return Verdict("Entropy", "early", f"{len(values)} steps so far", f"needs {2 * RECENT}", "")
-    first, last = _mean(values[:RECENT]), _mean(values[-RECENT:])
-    collapsed, exploded = last < low * first, last > high * first
-    advice = "raise --temperature or --kl-coef." if collapsed else "lower --learning-rate."
-    figure = f"{last:.3g} nats a token, {first:.3g} in the first {RECENT} steps"
-    limit = f"limits {low * first:.3g} and {high * first:.3g}"
-    status = "look" if collapsed or exploded else "good"
-    why = "The policy collapses: " if collapsed else "The policy comes apart: "
-    return Verdict("Entropy", status, figure, limit, why + advice)
-
-
-def _waiting(metrics) -> Verdict | None:
-    figure = "{:.1f} % of a step is spent waiting for images"
-    advice = "Raise --workers, or put the images on a faster disk."
-    return _limited(metrics, "share_waiting", "Waiting", figure, MAX_WAITING, advice)
-
-
-def _skipped(metrics) -> Verdict | None:
-    known = [row["skipped"] for row in metrics if isinstance(row.get("skipped"), bool)]
-    if not known:
-        return None
-    figure = f"{sum(known)} of {len(known)} steps had a loss or gradient that is not finite"
-    advice = "Lower --learning-rate; ten such steps in a row stop the run."
-    return Verdict("Skipped steps", "look" if any(known) else "good", figure, "limit 0", advice)
+        return _too_early("Entropy", values, 2 * RECENT)
+    first, last = fmean(values[:RECENT]), fmean(values[-RECENT:])
+    low, high = (share * first for share in ENTROPY_RANGE)
+    figure = f"{last:.3g} nats per token, {first:.3g} in the first {RECENT} steps"
+    advice = ""
+    if last < low:
+        advice = "The policy collapses: raise --temperature or --kl-coef."
+    elif last > high:
+        advice = "The policy falls apart: lower --learning-rate."
+    status = "look" if advice else "good"
+    return Verdict("Entropy", status, figure, f"limits {low:.3g} and {high:.3g}", advice)

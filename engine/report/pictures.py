@@ -1,21 +1,27 @@
-"""Pictures of a split's images: the ground truth and, beside it, the prediction.
+"""Pictures of images with ground truth and prediction, and what the model said of photographs.
 
     python hoi_r1.py show --data hico_20160224_det --predictions runs/test/predictions.jsonl
+    python hoi_r1.py predict --image photo.jpg --model runs/grpo/model --out photos
 """
 
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
 
-from engine.data.annotations import load_split
-from engine.files import aside, json_lines, open_image
+from engine.data.annotations import load_split, require_images
+from engine.data.images import open_image
+from engine.files import aside
 from engine.report import drawing
-from engine.report.records import line_hois, model_size, read_config
-from hicodet import HOI, InputError, Sample, in_text_frame, parse_completion
+from engine.scoring.predictions import line_hois, read_lines
+from hicodet import ANSWER_OPEN, HOI, InputError, Sample
 
 DEFAULT_IMAGES = 12
-Predictions = dict[str, tuple[HOI, ...]]
+LONGEST = 200  # times the shorter side: what Qwen2.5-VL's processor takes
+WIDTHS = (640, 1280)  # of a photograph's picture
+COLUMNS = 96  # of text
+UNREAD_LINES = 15  # shown of a text in which no instance can be read
 
 
 def show(
@@ -27,94 +33,66 @@ def show(
     images: int = 0,
     file: str = "",
     worst: int = 0,
-    by: str = "missed",
-    total_reward: Callable | None = None,
 ) -> Iterator[str]:
     """Draw images of a split into `out`, and yield a line for each picture.
 
-    predictions: predictions.jsonl, or "" for the ground truth alone. Of `images`, `file` and
-    `worst` one chooses the images, as `chosen` says. by: "missed" or "reward", what is worst.
-    total_reward: that of rewards.py, needed for the second. A picture is DIR/NAME.png.
-    Raises InputError naming the option or file that cannot be used, OSError for a missing file.
+    predictions: predictions.jsonl, or "" for the ground truth alone. images, file, worst: which
+    images, see `chosen`. A picture is OUT/NAME.png.
+    Raises InputError naming the option or file that cannot be used, and OSError for a missing
+    file; nothing is drawn if an image is missing.
     """
     samples = {sample.file_name: sample for sample in load_split(data, split)}
     found = read_hois(predictions, samples) if predictions else None
-    rewards = read_rewards(predictions, samples, total_reward) if by == "reward" else None
-    choice = {"images": images, "file": file, "worst": worst}
-    for sample in chosen(list(samples.values()), found, rewards, **choice):
+    wanted = chosen(list(samples.values()), found, images=images, file=file, worst=worst)
+    require_images(wanted)
+    for sample in wanted:
         predicted = None if found is None else found[sample.file_name]
         path = Path(out) / f"{Path(sample.file_name).stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside(path) as new:
-            draw(sample, predicted).save(new, format="PNG")
-        earned = f", reward {rewards[sample.file_name]:.2f}" if rewards else ""
-        yield f"{path}: {counts(sample, predicted)}{earned}"
+            draw_sample(sample, predicted).save(new, format="PNG")
+        yield f"{path}: {counts(sample, predicted)}"
 
 
-def read_hois(path: str, samples: dict[str, Sample]) -> Predictions:
-    """The HOIs of each line of predictions.jsonl by file name, which may be of a part of the split.
+def read_hois(path: str, samples: dict[str, Sample]) -> dict[str, tuple[HOI, ...]]:
+    """The HOIs of each line of predictions.jsonl by file name; some images may be missing.
 
-    Raises InputError, naming file and line, for one without an image of the split.
+    Raises InputError, naming file and line, for a line that is not a prediction of this split.
     """
-    found: Predictions = {}
-    for where, line in json_lines(path):
-        name = line.get("file_name") if isinstance(line, dict) else None
-        if not isinstance(name, str) or name not in samples:
+    found = {}
+    for where, line in read_lines(path):
+        if line["file_name"] not in samples:
             raise InputError(f"{where}: no image of this split (check --data and --split)")
-        found[name] = line_hois(line)
-    return found
-
-
-def read_rewards(path: str, samples: dict[str, Sample], total_reward: Callable) -> dict[str, float]:
-    """The total reward (Eq. 23) of each line's text, by file name.
-
-    The text's boxes are in the frame that the config.json beside the file tells, else in that of
-    Qwen2.5-VL's resize. Images without ground truth have no reward. Raises InputError, naming file
-    and line, for one without a text.
-    """
-    config, found = read_config(Path(path).parent), {}
-    for where, line in json_lines(path):
-        sample, text = samples[line["file_name"]], line.get("text")
-        if not isinstance(text, str):
-            raise InputError(f"{where}: no text of the model, which --by reward needs")
-        size = model_size((sample.width, sample.height), config)
-        hois = [in_text_frame(hoi, sample, size) for hoi in sample.hois]
-        if hois:
-            found[sample.file_name] = total_reward(parse_completion(text), hois)["total"]
+        found[line["file_name"]] = line_hois(line)
     return found
 
 
 def chosen(
     samples: list[Sample],
-    found: Predictions | None,
-    rewards: dict[str, float] | None = None,
+    found: dict[str, tuple[HOI, ...]] | None,
     *,
     images: int,
     file: str,
     worst: int,
 ) -> list[Sample]:
-    """The images to draw, among those that are predicted if there are predictions.
+    """The images to draw; with predictions, only images that have one.
 
-    images: the first so many. file: the one of this name. worst: so many with the lowest rewards,
-    or without rewards the most missed HOIs, of equal ones the first. Without any of the three, the
-    first DEFAULT_IMAGES.
-    Raises InputError without the image.
+    images: the first N. file: the one of this name. worst: the N with most missed interactions, in
+    this order. With none of the three: the first DEFAULT_IMAGES.
+    Raises InputError if there is no such image.
     """
     samples = [s for s in samples if found is None or s.file_name in found]
     if file:
         samples = [sample for sample in samples if sample.file_name == Path(file).name]
         if not samples:
-            predicted = "" if found is None else ", or none that is predicted"
+            predicted = "" if found is None else " with a prediction"
             raise InputError(f"--file {file}: no image of this split{predicted}")
-    if worst and rewards is not None:
-        scored = [sample for sample in samples if sample.file_name in rewards]
-        samples = sorted(scored, key=lambda s: rewards[s.file_name])
-    elif worst:
+    if worst:
         samples = sorted(samples, key=lambda s: -drawing.missed_pairs(s.hois, found[s.file_name]))
     return samples[: worst or images or DEFAULT_IMAGES]
 
 
-def draw(sample: Sample, predicted: tuple[HOI, ...] | None) -> Image.Image:
+def draw_sample(sample: Sample, predicted: tuple[HOI, ...] | None) -> Image.Image:
     """The ground truth of an image and, unless it is None, the prediction at its right."""
     image, truth = open_image(sample.path), sample.hois
     if predicted is None:
@@ -123,10 +101,79 @@ def draw(sample: Sample, predicted: tuple[HOI, ...] | None) -> Image.Image:
 
 
 def counts(sample: Sample, predicted: tuple[HOI, ...] | None) -> str:
-    """What there is to see; an interaction is a pair with one of its verbs."""
+    """What a picture shows in numbers; an interaction is a pair with one of its verbs."""
     true = sum(len(hoi.verbs) for hoi in sample.hois)
     if predicted is None:
         return f"{true} true interactions"
     missed = drawing.missed_pairs(sample.hois, predicted)
     written = sum(len(hoi.verbs) for hoi in predicted)
     return f"{missed} of {true} interactions missed, {written} predicted"
+
+
+def photographs(paths: Sequence[str]) -> list[Sample]:
+    """A Sample without ground truth for each file, with the size of the upright image.
+
+    Raises InputError naming a path that is not an image, or one too long for the model.
+    """
+    samples = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise InputError(f"--image {path} is a folder; give its files: {path / '*.jpg'}")
+        if not path.exists():
+            raise InputError(f"--image {path}: no such file")
+        size = open_image(path, upright=True).size
+        if max(size) > LONGEST * min(size):
+            raise InputError(f"{path}: one side is more than {LONGEST} times the other; crop it")
+        samples.append(Sample(path.name, path, *size, (), (), frozenset()))
+    return samples
+
+
+def picture_paths(paths: Sequence[str], out: str) -> list[Path]:
+    """Where the picture of each photograph goes: OUT/NAME_hois.png, never over a photograph.
+
+    Raises InputError if two photographs have one name.
+    """
+    found = [Path(out) / f"{Path(path).stem}_hois.png" for path in paths]
+    for path, picture in zip(paths, found):
+        if found.count(picture) > 1:
+            raise InputError(f"--image {path}: another one has this name; predict it on its own")
+    return found
+
+
+def draw_photograph(sample: Sample, line: dict) -> Image.Image:
+    """The photograph with its predicted pairs, at most 1,280 pixels wide.
+
+    line: of predictions.jsonl.
+    """
+    image, hois = open_image(sample.path, upright=True), line_hois(line)
+    width = min(max(image.width, WIDTHS[0]), WIDTHS[1])
+    caption = "" if hois else "no interaction"
+    return drawing.draw_pairs(image, hois, range(len(hois)), width=width, caption=caption)
+
+
+def answer_text(sample: Sample, line: dict) -> str:
+    """The reasoning, then a table of interactions with boxes in pixels of the upright image.
+
+    line: of predictions.jsonl. If no instance can be read, the first lines of the whole text.
+    """
+    head = f"{sample.path}, {sample.width} x {sample.height}"
+    if not line["instances"]:
+        rows = _wrapped(line["text"])
+        more = len(rows) - UNREAD_LINES
+        rest = [f"... and {more} more lines"] if more > 0 else []
+        unread = "No interaction can be read from the answer."
+        return "\n".join([head, *rows[:UNREAD_LINES], *rest, "", unread])
+    row = "{:<16} {:<16} {:>6}  {:<21} {}"
+    table = [row.format("verb", "object", "score", "person", "object")]
+    for instance in line["instances"]:
+        boxes = [" ".join(f"{side:.0f}" for side in instance[key]) for key in ("human", "object")]
+        for verb, score in zip(instance["verbs"], instance["scores"], strict=True):
+            table.append(row.format(verb, instance["object_class"], f"{score:.3f}", *boxes))
+    return "\n".join([head, *_wrapped(line["text"].rpartition(ANSWER_OPEN)[0]), "", *table])
+
+
+def _wrapped(text: str) -> list[str]:
+    """The lines of a text, without <think> tags and without what a terminal would obey."""
+    lines = text.replace("<think>", "").replace("</think>", "").strip().splitlines()
+    lines = ["".join(c if c.isprintable() else " " for c in line) for line in lines]
+    return [row for line in lines for row in textwrap.wrap(line, COLUMNS)]

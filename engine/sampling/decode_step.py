@@ -1,4 +1,4 @@
-"""One decoding step: the keys and values of the slots, attention of one new token, drawing it.
+"""One decoding step: the keys and values of the slots, and attention of one new token per row.
 
 Axes as in engine/model/attention.py.
 """
@@ -12,7 +12,6 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from engine.model.attention import has_flash
 
-DRAW_BLOCK = 512  # tokens of the vocabulary that are looked through at a time
 KEY_BLOCK = 128  # keys that a GPU reads or skips together
 
 
@@ -67,7 +66,8 @@ class Prefill:
     def __init__(self, cache: GroupCache, slots: list[int], lengths: tuple[int, ...]):
         self.cache, self.slots, self.lengths = cache, slots, lengths
 
-    def update(self, key, value, layer):
+    def update(self, key, value, layer, kwargs=None):
+        """The library's call in each layer; kwargs from transformers 5.24 on, not used."""
         for buffer, new in ((self.cache.prompt_keys, key), (self.cache.prompt_values, value)):
             for slot, row in zip(self.slots, new[0].split(self.lengths, dim=1)):
                 buffer[layer][slot, :, : row.shape[1]] = row
@@ -94,8 +94,13 @@ class DecodeStep:
         self.places = slots[:, None, None], heads[:, None], places[:, None]
         self.mask = self._block_mask() if cache.as_blocks else None
 
-    def update(self, key: Tensor, value: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """The library's call in each layer: write the new token's (1, K, B, D) to its row."""
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, kwargs: dict | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The library's call in each layer: write the new token's (1, K, B, D) to its row.
+
+        kwargs: from transformers 5.24 on, not used.
+        """
         for buffer, new in ((self.cache.own_keys, key), (self.cache.own_values, value)):
             new = new[0].unflatten(1, (self.slots, -1)).transpose(0, 1)
             buffer[layer][self.places] = new.to(buffer[layer].dtype)
@@ -249,57 +254,3 @@ def _(x: Tensor) -> Tensor:
 def _hold_angles(module, arguments, angles):
     """Without `_hold` sines are computed in every layer."""
     return tuple(_hold(x) for x in angles)
-
-
-def penalise(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
-    """Logits with those of ids already written made less likely, as the library does.
-
-    logits: (B, V). written: (B, V) bool. A positive logit is divided, a negative one multiplied.
-    """
-    lower = torch.where(logits > 0, logits / penalty, logits * penalty)
-    return torch.where(written, lower, logits)
-
-
-def draw_tokens(
-    logits: Tensor, *, temperature: float, uniforms: Tensor | None, banned: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample one token a row from softmax(logits / temperature); temperature 0 is greedy.
-
-    logits: (B, V). uniforms: (B,) in [0, 1), the only randomness (None when greedy). banned: (V,)
-    bool. Returns ids (B,), their fp32 log-probs (B,) and the entropy of the distribution (B,), in
-    nats, both at this temperature (greedy: at 1). Nothing is left out of the distribution; the sum
-    over a block of DRAW_BLOCK tokens is rounded to fp32, so that a block's share may be off by a
-    millionth of itself.
-    """
-    logits = logits.float() / (temperature or 1.0)
-    logits = logits if banned is None else logits.masked_fill(banned, -torch.inf)
-    missing = -logits.shape[1] % DRAW_BLOCK
-    blocks = F.pad(logits, (0, missing), value=-torch.inf).unflatten(1, (-1, DRAW_BLOCK))
-    masses = blocks.logsumexp(-1).double()  # (B, blocks)
-    ids = logits.argmax(-1) if temperature == 0 else _invert_cdf(blocks, masses, uniforms)
-    total = masses.logsumexp(-1)
-    logprobs = (logits.gather(1, ids[:, None])[:, 0] - total).float()
-    # clamped, as a banned token's 0 times -inf would be NaN
-    surprise = (total.float()[:, None] - logits).clamp(max=1e9)
-    return ids, logprobs, ((-surprise).exp() * surprise).sum(-1)
-
-
-def _invert_cdf(blocks: Tensor, masses: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token of each row at which the distribution function passes u.
-
-    blocks: (B, blocks, DRAW_BLOCK) logits. masses: (B, blocks), the log-sum-exp of each, fp64.
-    uniforms: (B,). Returns (B,).
-
-    First the block of tokens, then the token in it: one running sum over V is slow on a GPU, which
-    adds up blocks side by side. A banned token adds nothing, so it is never the first to pass.
-    """
-    cdf = (masses - masses.amax(-1, keepdim=True)).exp().cumsum(-1)
-    target = uniforms.double()[:, None] * cdf[:, -1:]
-    block = (cdf <= target).sum(-1, keepdim=True)
-    before = F.pad(cdf, (1, 0)).gather(1, block)
-    share = (target - before) / (cdf.gather(1, block) - before)  # of the block, before the token
-    inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].double()
-    inside = (inside - masses.gather(1, block)).exp().cumsum(-1)
-    # by rounding the share may be 1, at the block's end, behind which there is no token
-    target = inside[:, -1:] * share.clamp(max=1 - 2**-52)
-    return block[:, 0] * DRAW_BLOCK + (inside <= target).sum(-1)

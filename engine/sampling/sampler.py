@@ -10,15 +10,15 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from engine.model.attention import Prompt, hidden_states, pack
+from engine.model.packing import CACHE, Prompt, hidden_states, pack
 from engine.sampling.decode_step import (
     DecodeStep,
     GroupCache,
     Prefill,
-    draw_tokens,
-    penalise,
     prepare_for_decoding,
 )
+from engine.sampling.draw import draw_tokens, penalise
+from hicodet import InputError
 
 PREFILL_PROMPTS = 16  # prompts of one prefill, which keeps its activations below the update's
 LOOK_EVERY = 16  # steps on a GPU between two looks at which rows are done
@@ -65,7 +65,7 @@ class Sampler:
             return torch.zeros(slots, *shape, dtype=dtype, device=model.device)
 
         self.model, self.group_size, self.end_id = model, group_size, end_id
-        self.prompt_room = prompt_room
+        self.prompt_room, self.prefill_prompts = prompt_room, PREFILL_PROMPTS
         self.max_new_tokens, self.temperature, self.banned = max_new_tokens, temperature, banned
         self.cache = GroupCache(model, slots, group_size, prompt_room, max_new_tokens)
         self.prompt_lengths, self.first_positions = state(), state()
@@ -100,8 +100,7 @@ class Sampler:
                 room = min(len(free), PREFILL_PROMPTS)
                 taken = list(islice(arriving, room))
                 more = len(taken) == room
-                if taken:
-                    self.prefill(free[: len(taken)], *zip(*taken))
+                self.prefill_all(free, taken)
             elif len(free) == len(self.owners):
                 return
             else:
@@ -111,6 +110,19 @@ class Sampler:
     def slots(self, busy: bool) -> list[int]:
         """The slots that hold a prompt, or those that are free."""
         return [slot for slot, owner in enumerate(self.owners) if (owner is not None) == busy]
+
+    def prefill_all(self, slots: list[int], taken: list[tuple]) -> None:
+        """Prefill numbered prompts into free slots; fewer at a time if memory runs out."""
+        while taken:
+            count = min(len(taken), self.prefill_prompts)
+            try:
+                self.prefill(slots[:count], *zip(*taken[:count]))
+            except torch.OutOfMemoryError:
+                if count == 1:
+                    raise InputError("memory runs out at one prompt: lower --slots") from None
+                self.prefill_prompts = count // 2
+                continue
+            slots, taken = slots[count:], taken[count:]
 
     def prefill(self, slots: list[int], numbers, arrived) -> None:
         """Prefill prompts into free slots and draw the first token of each of their rows."""
@@ -162,8 +174,8 @@ class Sampler:
             inputs_embeds=self.model.get_input_embeddings()(last),
             position_ids=positions.expand(3, -1, -1),
             attention_mask={"full_attention": step},
-            past_key_values=step,
             use_cache=True,
+            **{CACHE: step},
         ).last_hidden_state[0]
         self.draw(slots, self.model.lm_head(hidden))
 

@@ -1,42 +1,42 @@
-"""Why true pairs were missed, and the mAP there would be if each reason were mended.
+"""Why true pairs were missed, and what mAP would be if each reason were fixed.
 
 A true pair is found if the official protocol counts a detection as right for it. The reason of a
-missed pair is the first of KINDS that applies. Overlap is the official IoU of two boxes. A
-detection, always one of the same image, fits a pair if both its boxes overlap the pair's by at
-least the official 0.5.
+missed pair is the first of KINDS that applies. Overlap is the official IoU of two boxes. Only
+detections of the pair's image count. A detection fits the pair if both its boxes overlap the
+pair's by at least 0.5.
 
-    image unparsed      the image has no detection: no instance was read from its answer, or the
-                        answer said that there is none
-    duplicate taken     a detection of the pair's class fits it, but counts for another pair,
-                        which it overlaps more or, if equally, comes first in the annotations
+    image unparsed      the image has no detection: its answer has no instance that can be read, or
+                        says that there is none
+    duplicate taken     a detection of the pair's class fits it, but counts for another pair: one
+                        that it overlaps more or, if equally, one that the annotations have earlier
     wrong verb          a detection with another verb and the same object class fits it
     wrong object        a detection with another object class fits it
     box below 0.5       a detection of the pair's class overlaps it with both boxes by NEAR, but
                         not by 0.5
     no such person box  no detection of the image overlaps the pair's person by 0.5
     no such object box  no detection of the image overlaps the pair's object by 0.5
-    not paired          both are overlapped by 0.5, but by different detections (Diag-HOI's
-                        association error); what is left when no other kind applies
+    not paired          different detections overlap the person and the object by 0.5 (Diag-HOI's
+                        association error)
 
-To mend a kind is to give each of its pairs a detection that is right, as Diag-HOI does
-(arXiv 2308.08529); all other detections stay what they are, right or wrong.
-1. "duplicate taken", "wrong verb", "wrong object", "box below 0.5": the detections that the
-   definition speaks of are at fault. The pair's new detection has the highest of their scores, and
-   those of them that were wrong are removed. One that is right for another pair remains.
+To fix a kind is to give each of its pairs a right detection, as Diag-HOI does (arXiv 2308.08529).
+All other detections stay as they are, right or wrong.
+1. "duplicate taken", "wrong verb", "wrong object", "box below 0.5": the definition says which
+   detections are at fault. The pair's new detection gets the highest of their scores. Those of
+   them that were wrong are removed; one that is right for another pair stays.
 2. The other kinds have no detection at fault, so no score says how sure the model would have been.
-   The new detection comes behind all others of its class, which makes the gain a lower bound.
-   Diag-HOI takes such pairs out of the true pairs instead; a class of which nothing was found
-   would then have none left, and no AP to gain.
-Each kind is mended alone; the gains do not add up.
+   The new detection comes after all others of its class, which makes the gain a lower bound.
+   Diag-HOI removes such pairs from the true pairs instead; a class of which nothing was found
+   would then have no true pair left, and no AP to gain.
+Each kind is fixed alone; the gains do not add up.
 
-Axes: N detections, M true pairs, K overlaps (each detection beside each true pair of its image).
-Where a parameter is called detections, truth or overlaps, it is evaluate.PairArrays or .Overlaps.
+Axes: N detections, M true pairs, K overlaps.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
+from engine.scoring.pair_arrays import MIN_IOU, Overlaps, PairArrays
 from hicodet import HOI_CLASSES, OBJECTS
 
 NEAR = 0.1  # overlap below which TIDE (arXiv 2008.08115) calls a detection background
@@ -53,12 +53,14 @@ KINDS = (
 OBJECT_OF = np.array([OBJECTS.index(object_class) for _, object_class in HOI_CLASSES])  # (600,)
 
 
-def at_fault(detections, truth, overlaps, min_iou: float) -> dict[str, np.ndarray]:
+def at_fault(
+    detections: PairArrays, truth: PairArrays, overlaps: Overlaps
+) -> dict[str, np.ndarray]:
     """The overlaps in which a detection has one thing wrong, {kind: (K,) bool}."""
     hoi_id, true_id = detections.hoi_id[overlaps.detection], truth.hoi_id[overlaps.pair]
     same_class, same_object = hoi_id == true_id, OBJECT_OF[hoi_id] == OBJECT_OF[true_id]
     smaller = np.minimum(overlaps.human, overlaps.object)
-    fits = smaller >= min_iou
+    fits = smaller >= MIN_IOU
     return {
         "duplicate taken": fits & same_class,
         "wrong verb": fits & same_object & ~same_class,
@@ -67,31 +69,39 @@ def at_fault(detections, truth, overlaps, min_iou: float) -> dict[str, np.ndarra
     }
 
 
-def reasons(detections, truth, found: np.ndarray, overlaps, min_iou: float) -> np.ndarray:
-    """Why each true pair was missed; found: (M,) bool. Returns (M,) int into KINDS, -1: found."""
+def reasons(
+    detections: PairArrays, truth: PairArrays, overlaps: Overlaps, found: np.ndarray,
+    faults: dict[str, np.ndarray],
+) -> np.ndarray:  # fmt: skip
+    """Why each true pair was missed.
+
+    found: (M,) bool. faults: from `at_fault`. Returns (M,) int into KINDS, -1 for a found pair.
+    """
 
     def pairs_of(rows: np.ndarray) -> np.ndarray:
         return np.bincount(overlaps.pair[rows], minlength=len(found)) > 0
 
-    faults = at_fault(detections, truth, overlaps, min_iou)
-    fits = {kind: pairs_of(rows) for kind, rows in faults.items()} | {
+    applies = {kind: pairs_of(rows) for kind, rows in faults.items()} | {
         "image unparsed": ~np.isin(truth.image, detections.image),
-        "no such person box": ~pairs_of(overlaps.human >= min_iou),
-        "no such object box": ~pairs_of(overlaps.object >= min_iou),
+        "no such person box": ~pairs_of(overlaps.human >= MIN_IOU),
+        "no such object box": ~pairs_of(overlaps.object >= MIN_IOU),
         "not paired": np.ones(len(found), dtype=bool),
     }
-    reason = np.select([fits[kind] for kind in KINDS], range(len(KINDS)))
+    reason = np.select([applies[kind] for kind in KINDS], range(len(KINDS)))
     return np.where(found, -1, reason)
 
 
-def mend(detections, truth, right: np.ndarray, missed: np.ndarray, faults: np.ndarray, overlaps):
-    """The detections after one kind was mended, as (hoi_id, image, score, right), unsorted.
+def fixed(
+    detections: PairArrays, truth: PairArrays, overlaps: Overlaps, right: np.ndarray,
+    missed: np.ndarray, fault: np.ndarray,
+) -> tuple[np.ndarray, ...]:  # fmt: skip
+    """The detections after one kind was fixed: hoi_id, image, score and right, unsorted.
 
-    right: (N,) bool. missed: (M,) bool, the pairs of the kind. faults: (K,) bool, the overlaps in
+    right: (N,) bool. missed: (M,) bool, the pairs of the kind. fault: (K,) bool, the overlaps in
     which a detection has the kind's fault.
     """
-    rows = np.flatnonzero(faults & missed[overlaps.pair])
-    score = np.full(len(missed), -np.inf)  # behind all others
+    rows = np.flatnonzero(fault & missed[overlaps.pair])
+    score = np.full(len(missed), -np.inf)  # after all others
     np.maximum.at(score, overlaps.pair[rows], detections.score[overlaps.detection[rows]])
     kept = right | ~np.isin(np.arange(len(right)), overlaps.detection[rows])
     return (
@@ -102,38 +112,38 @@ def mend(detections, truth, right: np.ndarray, missed: np.ndarray, faults: np.nd
     )
 
 
-def breakdown(
-    detections, truth, overlaps, matched: np.ndarray, right: np.ndarray, mean_ap: Callable,
-    *, min_iou: float,
+def break_down(
+    detections: PairArrays, truth: PairArrays, overlaps: Overlaps, matched: np.ndarray,
+    right: np.ndarray, mean_ap: Callable,
 ) -> dict:  # fmt: skip
-    """Reasons for all missed pairs and what mending each kind gains; what --json writes.
+    """Reasons for all missed pairs and what fixing each kind gains; what --json writes.
 
     matched: (N,) int, from evaluate.match. right: (N,) bool. mean_ap: the mAP of detections given
-    as `mend` returns them, None if it is over no class.
+    as `fixed` returns them; None if it is a mean over no class.
     Returns {"missed": int, "kinds": {kind: {"pairs": int, "map_gain": float or None}},
     "why": for each true pair, in the order of the annotations, a kind, or None if it was found}.
     """
     found = np.zeros(len(truth.hoi_id), dtype=bool)
     found[matched[right]] = True
-    reason = reasons(detections, truth, found, overlaps, min_iou)
-    faults = at_fault(detections, truth, overlaps, min_iou)
+    faults = at_fault(detections, truth, overlaps)
+    reason = reasons(detections, truth, overlaps, found, faults)
     before = mean_ap(detections.hoi_id, detections.image, detections.score, right)
+    no_fault = np.zeros(len(overlaps.pair), dtype=bool)
     kinds = {}
     for index, kind in enumerate(KINDS):
         missed = reason == index
-        none = np.zeros(len(overlaps.pair), dtype=bool)
-        mended = mend(detections, truth, right, missed, faults.get(kind, none), overlaps)
-        gain = None if before is None else mean_ap(*mended) - before
+        after = fixed(detections, truth, overlaps, right, missed, faults.get(kind, no_fault))
+        gain = None if before is None else mean_ap(*after) - before
         kinds[kind] = {"pairs": int(missed.sum()), "map_gain": gain}
     why = [None if index < 0 else KINDS[index] for index in reason]
     return {"missed": int((~found).sum()), "kinds": kinds, "why": why}
 
 
-def table(result: dict) -> str:
-    """`breakdown`'s result: a line for each kind, pairs and gain in percent."""
+def breakdown_table(result: dict) -> str:
+    """`break_down`'s result: a line for each kind, pairs and gain in percent."""
     missed, total = result["missed"], len(result["why"])
     title = f"{missed} of {total} true pairs missed"
-    lines = [f"{title:<32} {'pairs':>5} {'share':>8} {'mAP if mended':>14}"]
+    lines = [f"{title:<32} {'pairs':>5} {'share':>8} {'mAP if fixed':>14}"]
     for kind, row in result["kinds"].items():
         share = f"{100 * row['pairs'] / missed:7.1f}%" if missed else "       -"
         gain = "-" if row["map_gain"] is None else f"{100 * row['map_gain']:+.2f}"

@@ -1,10 +1,10 @@
 """Detections in the files that the official MATLAB code reads (HO-RCNN, eval_one.m).
 
 This is its format 'obj': one file for each object class, detections_01.mat to detections_80.mat in
-COCO's order of objects, each with a cell array all_boxes{action, image}: the object's HOI classes
-in HICO's order, the images in that of the annotations. A cell has a row of nine for each detection:
-human x1 y1 x2 y2, object x1 y1 x2 y2, score; pixels count from 0, as they do here (the official
-code adds 1). The order of a cell's rows decides between equal scores.
+COCO's order of objects. A file has a cell array all_boxes{action, image}: the object's HOI classes
+in HICO's order, the images in the order of the annotations. A cell has a row for each detection:
+human x1 y1 x2 y2, object x1 y1 x2 y2, score. Pixels count from 0, as in predictions.jsonl; the
+official code adds 1. Of equal scores the earlier row counts first.
 """
 
 from pathlib import Path
@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from engine.files import aside
+from engine.scoring.pair_arrays import PairArrays
 from hicodet import HOI_CLASSES, OBJECTS
 
 
-def write_official(folder: Path, detections, num_images: int) -> None:
-    """Writes the 80 files, over older ones; the folder is made if its parent exists.
+def write_official(folder: Path, detections: PairArrays, num_images: int) -> None:
+    """Write the 80 files, over older ones; the folder is made if its parent exists.
 
-    detections: evaluate.PairArrays, the rows of an image and class in the order of ties. The 5.8
-    million cells of the test set, most of them empty, take minutes.
+    The test set has 5.8 million cells, most of them empty, which takes minutes.
     """
     from scipy.io import savemat  # only here, as SciPy would slow down --help
 

@@ -1,11 +1,10 @@
 """Precision, recall and F1 of pairs: how right an answer is as a set, whatever its scores.
 
-A text detector states pairs and gives no score of its own, while mAP judges a ranking; so the
-set is judged too, as CrossHOI-Bench does for its answers (arXiv 2508.18753). A detection may hit a
-true pair of its image and class if both boxes overlap by at least 0.5. Each detection hits at most
-one pair and each pair is hit at most once, with as many hits as possible, so neither scores nor
-order play a part: unlike mAP's rule, a detection may hit any free pair, not only the nearest. All
-detections count, however low their score.
+mAP judges a ranking, but a model that writes text gives no score. So the set of its pairs is judged
+too, as CrossHOI-Bench does (arXiv 2508.18753). A detection may hit a true pair of its image and
+class if both boxes overlap by at least 0.5. Each detection hits at most one pair and each pair is
+hit at most once, with as many hits as possible. Neither scores nor order count: unlike in mAP's
+rule, a detection may hit any free pair, not only the one that it overlaps most.
 
     precision = hits / detections    recall = hits / true pairs
     F1 = 2 hits / (detections + true pairs)
@@ -17,18 +16,20 @@ detections count, however low their score.
          recall those without true pairs, F1 those with neither. "exact" is the share of images
          in which every detection is a hit and no pair is missed; it leaves out none, and an image
          with neither is exact.
---classes changes nothing here. Duplicates count against precision: they are detections.
+--classes changes nothing here. A duplicate lowers precision, as it is a detection.
 """
 
 import numpy as np
 
+from engine.scoring.pair_arrays import MIN_IOU, Overlaps, PairArrays
 from hicodet import HOI_CLASSES
 
 
 def one_to_one(detection: np.ndarray, pair: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Which detections hit a pair when as many as possible do.
 
-    detection, pair: (E,) int, what may hit what. shape: (N, M). Returns (N,) bool.
+    detection, pair: (E,) int, which detection may hit which pair. shape: (N, M), their numbers.
+    Returns (N,) bool.
     """
     from scipy.sparse import csr_array  # only here, as SciPy would slow down --help
     from scipy.sparse.csgraph import maximum_bipartite_matching
@@ -40,9 +41,10 @@ def one_to_one(detection: np.ndarray, pair: np.ndarray, shape: tuple[int, int]) 
 
 
 def ratios(hits: np.ndarray, detections: np.ndarray, truth: np.ndarray) -> dict:
-    """Means over groups of each group's own ratios; counts: (G,) int. A mean of none is None.
+    """Precision, recall and F1, each a mean over groups. hits, detections, truth: (G,) int counts.
 
-    "left_out" has the number of groups that a mean leaves out because its denominator is 0.
+    A mean leaves out the groups whose denominator is 0; "left_out" has their number. A mean over no
+    group is None.
     """
     result, left_out = {}, {}
     for name, above, below in (
@@ -57,12 +59,14 @@ def ratios(hits: np.ndarray, detections: np.ndarray, truth: np.ndarray) -> dict:
     return result | {"left_out": left_out}
 
 
-def pair_scores(detections, truth, overlaps, num_images: int, *, min_iou: float) -> dict:
+def pair_scores(
+    detections: PairArrays, truth: PairArrays, overlaps: Overlaps, num_images: int
+) -> dict:
     """{"micro", "macro", "image"} as above, in fractions; what --json writes.
 
-    detections, truth: evaluate.PairArrays. overlaps: evaluate.Overlaps, of all classes.
+    overlaps: also those of detections and true pairs of two classes, which are left out here.
     """
-    fits = np.minimum(overlaps.human, overlaps.object) >= min_iou
+    fits = np.minimum(overlaps.human, overlaps.object) >= MIN_IOU
     fits &= detections.hoi_id[overlaps.detection] == truth.hoi_id[overlaps.pair]
     shape = len(detections.hoi_id), len(truth.hoi_id)
     hit = one_to_one(overlaps.detection[fits], overlaps.pair[fits], shape)
@@ -80,10 +84,13 @@ def pair_scores(detections, truth, overlaps, num_images: int, *, min_iou: float)
     }
 
 
-def table(result: dict) -> str:
+def pair_table(result: dict) -> str:
     """`pair_scores`' result in percent, a line for each way of averaging."""
-    names = {"micro": "all pairs (micro)", "macro": "mean of classes (macro)"}
-    names["image"] = "mean of images"
+    names = {
+        "micro": "all pairs (micro)",
+        "macro": "mean of classes (macro)",
+        "image": "mean of images",
+    }
     lines = [f"{'pairs as a set, scores ignored':<32} Precision   Recall       F1    Exact"]
     for key, name in names.items():
         shares = [result[key].get(column) for column in ("precision", "recall", "f1")]

@@ -32,25 +32,15 @@ def test_missed_pairs_counts_verbs():
     assert drawing.missed_pairs([RIDE, HOLD], [RIDE, HOLD]) == 0
 
 
-def test_label_goes_to_the_nearest_free_place():
-    assert drawing.free_place((8, 8), (20, 10), [], (100, 100)) == (8, 8)
-    x, y = drawing.free_place((8, 8), (20, 10), [(0, 0, 60, 20)], (100, 100))
-    assert y > 20 or x > 60
-
-
-def test_label_without_room_has_no_place():
-    assert drawing.free_place((0, 0), (50, 10), [(0, 0, 100, 100)], (100, 100)) is None
-    assert drawing.free_place((0, 0), (120, 10), [], (100, 100)) is None
-
-
-def test_labels_of_many_pairs_do_not_cover_each_other():
+def test_labels_go_to_the_nearest_places_until_there_is_no_room():
     taken = []
     while (place := drawing.free_place((40, 40), (30, 12), taken, (100, 100))) is not None:
         box = (place[0], place[1], place[0] + 30, place[1] + 12)
         for other in taken:
             assert box[2] < other[0] or other[2] < box[0] or box[3] < other[1] or other[3] < box[1]
         taken.append(box)
-    assert len(taken) == 10
+    assert len(taken) == 10 and taken[0] == (40, 40, 70, 52)
+    assert drawing.free_place((0, 0), (120, 10), [], (100, 100)) is None  # wider than the picture
 
 
 def test_label_without_room_is_written_below():

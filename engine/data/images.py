@@ -1,0 +1,59 @@
+"""Image files as RGB with 8 bits a channel, decoded to the last byte."""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from hicodet import InputError, Sample
+
+# what Pillow raises for broken, hostile and huge files; TypeError for EXIF data
+UNREADABLE = (
+    *(OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, struct.error),
+    Image.DecompressionBombError,
+)
+
+
+def open_image(path: Path, *, upright: bool = False) -> Image.Image:
+    """An image file as RGB. Raises InputError naming a broken one.
+
+    upright: turned as the camera noted in its EXIF data.
+    """
+    try:
+        with Image.open(path) as file:
+            return to_rgb(ImageOps.exif_transpose(file) if upright else file)
+    except UNREADABLE as error:
+        raise InputError(f"{path}: cannot be read as an image ({error})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any image as RGB: transparency on white, 16-bit and float grey scaled to 8 bits.
+
+    Raises ValueError for grey values of an unknown range, which Pillow would clip without a word.
+    """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):
+            raise ValueError("float pixels outside of 0 to 1")
+        image = Image.fromarray(np.rint(255 * values).astype(np.uint8))
+    elif image.mode == "I":
+        raise ValueError("pixels of 32-bit integers; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_image(sample: Sample, upright: bool = False) -> Image.Image:
+    """A sample's image. Raises InputError naming the file if it is broken or of another size than
+    annotated."""
+    image = open_image(sample.path, upright=upright)
+    if image.size != (sample.width, sample.height):
+        raise InputError(
+            f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
+            f"{sample.height}: images and annotations belong to different data"
+        )
+    return image

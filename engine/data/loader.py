@@ -1,0 +1,114 @@
+"""Batches of Examples in a fixed order, read ahead by worker processes."""
+
+import ctypes
+import dataclasses
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Collection, Iterator
+from functools import partial
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from engine.data.examples import Example, Examples
+from engine.model.packing import Prompt
+from engine.ranks import Ranks
+from hicodet import InputError
+
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+LAST_SECONDS = 10  # of an image worker after SIGTERM, which torchrun sends to it too
+
+
+def batch_order(
+    count: int, batch_size: int, steps: int, seed: int, excluded: Collection[int] = ()
+) -> list[list[int]]:
+    """The samples of every step. An epoch takes each sample once; its last batch may be short.
+
+    excluded: samples that are taken out of the order; the others keep it.
+    """
+    order: list[list[int]] = []
+    kept = count - len(excluded)
+    for epoch in range(math.ceil(steps * batch_size / kept) + 1):
+        samples = np.random.default_rng([seed, epoch]).permutation(count).tolist()
+        samples = [sample for sample in samples if sample not in excluded]
+        order += [samples[i : i + batch_size] for i in range(0, kept, batch_size)]
+    return order[:steps]
+
+
+def _example_or_error(examples: Examples, index: int) -> Example | InputError:
+    """DataLoader adds a worker's traceback to what it raises; returned, an error is one line."""
+    try:
+        return examples[index]
+    except InputError as error:
+        return error
+
+
+def _start_worker(parent: int, worker: int) -> None:
+    """Let the parent finish its step at a signal, but end with it: a worker holds its lock too.
+
+    Otherwise it would wait for ever to hand over its images. On other systems than Linux it may.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def read_ahead(
+    examples: Examples, indices: list[int], workers: int
+) -> Iterator[Example | InputError]:
+    """The examples in this order, read and resized by worker processes before they are needed.
+
+    An image that cannot be used yields the error that says why.
+    """
+    options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
+    options["worker_init_fn"] = partial(_start_worker, os.getpid())
+    loader = DataLoader(
+        indices,
+        batch_size=None,
+        collate_fn=partial(_example_or_error, examples),
+        **(options if workers else {}),
+    )
+    for example in loader:
+        if isinstance(example, Example):
+            # copies: what a worker sends holds shared memory and an open file as long as it lives
+            prompt = Prompt(*(part.clone() for part in vars(example.prompt).values()))
+            example = dataclasses.replace(example, prompt=prompt)
+        yield example
+
+
+def usable(example: Example | InputError) -> Example:
+    """The example. Raises the error that came in its place."""
+    if isinstance(example, InputError):
+        raise example
+    return example
+
+
+def batches(
+    examples: Examples,
+    ranks: Ranks,
+    *,
+    batch_size: int,
+    steps: int,
+    done: int,
+    seed: int,
+    workers: int,
+    excluded: Collection[int] = (),
+) -> Iterator[tuple[int, list[Example], list[float], float]]:
+    """This rank's share of the batch of each step from `done` on.
+
+    Yields the step, the share, its weights, and the seconds waited for its images. Raises
+    InputError naming an image that cannot be used.
+    """
+    order = batch_order(len(examples), batch_size, steps, seed, excluded)
+    shares = [ranks.share(batch) for batch in order[done:]]
+    stream = read_ahead(examples, [i for share, _ in shares for i in share], workers)
+    for step, (share, weights) in enumerate(shares, start=done):
+        started = time.perf_counter()
+        batch = [usable(next(stream)) for _ in share]
+        yield step, batch, weights, time.perf_counter() - started

@@ -1,0 +1,49 @@
+"""What a stage shows of its first example: the text of --dry-run, and first_sample.png."""
+
+import json
+from collections.abc import Callable
+
+from PIL import Image
+
+import hicodet
+from engine.data.examples import Example, Examples
+from engine.data.images import read_image
+from engine.report import drawing
+
+LEAST_WIDTH = 640  # pixels; on narrower images labels cannot be read
+
+
+def picture(example: Example) -> Image.Image:
+    """The image in the frame of the text, with the boxes that text and rewards speak of."""
+    image = read_image(example.sample).resize(example.text_size, Image.Resampling.BICUBIC)
+    hois, (width, height) = example.text_hois, example.model_size
+    caption = f"{example.sample.file_name}, seen as {width} x {height}"
+    wide = max(image.width, LEAST_WIDTH)
+    return drawing.draw_pairs(image, hois, range(len(hois)), width=wide, caption=caption)
+
+
+def describe(
+    examples: Examples, example: Example, reward: Callable[[str, tuple], dict] | None = None
+) -> str:
+    """What --dry-run prints: the prompt, its answer, token counts, and what is supervised.
+
+    reward(text, hois): of a completion; None if there is no ground truth.
+    """
+    tokenizer, ids = examples.tokenizer, example.prompt.prompt_ids
+    images = int((ids == examples.image_id).sum())
+    pad, (width, height) = tokenizer.decode([examples.image_id]), example.model_size
+    lines = [
+        f"--- {example.sample.path}, {example.sample.width} x {example.sample.height} pixels, "
+        f"seen by the model as {width} x {height}",
+        f"--- prompt: {len(ids)} tokens, {images} of them image",
+        tokenizer.decode(ids).replace(pad * images, f"{pad} x {images}"),
+    ]
+    if example.target_ids is not None:
+        tokens = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
+        lines += [f"--- supervised: these {len(tokens)} tokens, and none of the prompt"]
+        lines += [" | ".join(tokens)]
+    elif reward:
+        answer = hicodet.format_completion(example.text_hois, "...")
+        lines += ["--- a perfect completion and its reward", answer]
+        lines += [json.dumps(reward(answer, example.text_hois))]
+    return "\n".join(lines)

@@ -1,0 +1,37 @@
+"""What a run leaves for people to read: its page, its verdicts and its model's card.
+
+A failure here is one line of warning: no mistake in a page is worth days of training.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from engine.report import card, health
+from engine.report.page import write_page
+from engine.report.records import read_run
+
+
+def update_page(folder: Path) -> None:
+    """Write report.html into the folder of a run."""
+    _attempt(lambda: write_page([folder]), "report.html")
+
+
+def verdicts(folder: Path) -> str:
+    """The health of a training, one line per verdict; "" after a failure."""
+    found = _attempt(lambda: health.judge(read_run(folder)), "the health of the run")
+    return health.as_text(found) if found is not None else ""
+
+
+def model_card(folder: Path) -> str:
+    """The card of the model that a run trains; "" after a failure."""
+    return _attempt(lambda: card.model_card(read_run(folder)), "the model card") or ""
+
+
+def _attempt(make: Callable[[], object], what: str):
+    """What `make` returns; None after a failure of any kind."""
+    try:
+        return make()
+    except Exception as error:
+        print(f"warning: {what} could not be made: {error!r}", file=sys.stderr, flush=True)
+        return None

@@ -1,0 +1,280 @@
+"""engine/data/annotations.py: the official .mat files, annotations.jsonl, and where images are."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import hicodet
+from engine.data.annotations import SPLITS, load_split, require_images, splits, training_counts
+from engine.data.image_check import check
+from hicodet import HOI, InputError, Pair
+from tests.annotation_files import (
+    annotated,
+    box,
+    hoi,
+    image,
+    own_line,
+    struct,
+    write,
+    write_labels,
+    write_own,
+)
+from tests.conftest import HICO_DET
+from tests.pairs import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, RIDE_HORSE
+
+REPO = Path(__file__).resolve().parents[1]
+
+# ---- anno_bbox.mat and anno.mat
+
+
+def test_boxes_are_moved_to_zero_once_and_do_not_wrap(tmp_path):
+    # The corner pixel (1, 1) becomes (0, 0); a 0 in unsigned bytes becomes -1 and not 255.
+    entry = hoi(1, humans=[box(1, 1, 255, 200)], objects=[box(0, 3, 4, 5)])
+    (sample,) = load_split(write(tmp_path, image("a.jpg", entry)), "test")
+    assert sample.pairs == (Pair((0, 0, 254, 199), (-1, 2, 3, 4), 0),)
+    assert sample.hois == (HOI((0, 0, 254, 199), (-1, 2, 3, 4), "airplane", ("board",)),)
+    assert (sample.width, sample.height) == (640, 480)
+
+
+def test_connection_names_the_boxes_of_each_pair(tmp_path):
+    humans = [box(1, 1, 11, 11), box(101, 101, 111, 111)]
+    objects = [box(21, 21, 31, 31), box(41, 41, 51, 51), box(61, 61, 71, 71)]
+    entry = hoi(2, connection=[[2, 3], [1, 1], [2, 1]], humans=humans, objects=objects)
+    (sample,) = load_split(write(tmp_path, image("a.jpg", entry)), "train")
+    far, near = (100, 100, 110, 110), (0, 0, 10, 10)
+    first, last = (20, 20, 30, 30), (60, 60, 70, 70)
+    assert sample.pairs == (Pair(far, last, 1), Pair(near, first, 1), Pair(far, first, 1))
+
+
+def test_invisible_and_empty_entries(tmp_path):
+    nothing = np.zeros((0, 0))
+    hidden = hoi(RIDE_HORSE + 1, invis=1) | dict.fromkeys(
+        ("bboxhuman", "bboxobject", "connection"), nothing
+    )
+    bare = hoi(1) | {"connection": nothing}
+    images = image("a.jpg", hidden), image("b.jpg"), image("c.jpg", hoi(1), hidden, bare)
+    a, b, c = load_split(write(tmp_path, *images), "test")
+    assert a.pairs == a.hois == b.pairs == b.hois == ()
+    assert a.known_objects == {"horse"} and b.known_objects == frozenset()
+    assert [pair.hoi_id for pair in c.pairs] == [0]
+    assert c.known_objects == {"airplane", "horse"}
+
+
+def test_known_objects_come_from_the_image_level_labels(tmp_path):
+    root = write(tmp_path, image("a.jpg", hoi(1)), image("b.jpg", hoi(2)))
+    labels = np.full((600, 2), np.nan)  # not asked
+    labels[0] = [-1, 1]  # airplane: no, yes
+    labels[RIDE_HORSE] = [1, 0]  # horse: yes, ambiguous
+    write_labels(root, ["b.jpg", "a.jpg"], labels)  # another order than anno_bbox.mat's
+    a, b = load_split(root, "test")
+    assert a.known_objects == {"airplane"} and b.known_objects == {"horse"}
+
+
+def test_training_counts(tmp_path):
+    entry, hidden = hoi(3, connection=[[1, 1], [1, 1]]), hoi(3, invis=1)
+    counts = training_counts(write(tmp_path, image("a", entry), image("b", hidden, entry)))
+    assert counts[2] == 4 and sum(counts) == 4 and len(counts) == 600
+
+
+WRONG_IMAGES = {
+    "id 0 is not one of 1..600": image("a", hoi(0)),
+    "id 601 is not one of": image("a", hoi(601)),
+    "no field of name id": image("a", {k: v for k, v in hoi(1).items() if k != "id"}),
+    "KeyError: 2": image("a", hoi(1, [[2, 1]])),
+    "cannot reshape": image("a", hoi(1, [[1, 1, 1]])),
+    "IndexError": image("a", hoi(1) | {"bboxhuman": np.array([[1.0, 2.0, 3.0, 4.0]])}),
+    "no field of name size": {"filename": "a", "hoi": struct(hoi(1))},
+    "'../a' is outside of the folder of images": image("../a"),
+    "'/etc/passwd' is outside": image("/etc/passwd"),
+    "'b/../../a' is outside": image("b/../../a"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG_IMAGES)
+def test_wrong_image_is_named(tmp_path, message):
+    root = write(tmp_path, WRONG_IMAGES[message])
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        load_split(root, "test")
+    where = f"{tmp_path / 'anno_bbox.mat'}, bbox_test(1): "
+    assert str(caught.value).startswith(where) and "hico_20160224_det" in str(caught.value)
+
+
+def test_wrong_files_are_named(tmp_path):
+    good = image("a.jpg", hoi(1))
+    with pytest.raises(FileNotFoundError, match="anno_bbox.mat is missing: .* annotations.jsonl"):
+        load_split(tmp_path, "test")
+    with pytest.raises(ValueError, match="not 'val'"):
+        load_split(write(tmp_path, good), "val")
+    with pytest.raises(InputError, match=r"bbox_test\(2\): .*'a.jpg' for the second time"):
+        load_split(write(tmp_path, good, good), "test")
+    with pytest.raises(InputError, match="no variable bbox_test"):
+        load_split(write(tmp_path, good, bbox_test=None), "test")
+    swapped = (hicodet.HOI_CLASSES[1], hicodet.HOI_CLASSES[0], *hicodet.HOI_CLASSES[2:])
+    other = [("fly", "kite"), *hicodet.HOI_CLASSES[1:]]
+    for actions in (swapped, hicodet.HOI_CLASSES[:599], other):
+        with pytest.raises(InputError, match="list_action: not the 600 HOI classes"):
+            load_split(write(tmp_path, good, actions=actions), "test")
+    whole = (write(tmp_path, good) / "anno_bbox.mat").read_bytes()
+    for content in (b"", b"<html>not found</html>" * 50, whole[: len(whole) // 2], whole[:200]):
+        (tmp_path / "anno_bbox.mat").write_bytes(content)
+        with pytest.raises(InputError, match="anno_bbox.mat is not a readable .mat file"):
+            load_split(tmp_path, "test")
+
+
+def test_labels_of_other_images_are_refused(tmp_path):
+    root = write(tmp_path, image("a.jpg", hoi(1)))
+    write_labels(root, ["b.jpg"], np.ones((600, 1)))
+    with pytest.raises(InputError, match="a.jpg is not in the list of anno.mat"):
+        load_split(root, "test")
+    write_labels(root, ["a.jpg"], np.ones((600, 2)))
+    with pytest.raises(InputError, match=r"anno.mat: anno_test has shape \(600, 2\)"):
+        load_split(root, "test")
+
+
+def test_real_annotations(real_samples):
+    assert len(real_samples) == 9658
+    assert sum(bool(sample.pairs) for sample in real_samples) == 9546
+    assert sum(len(sample.pairs) for sample in real_samples) == 33405
+    # First image: human boxes (320, 306)-(359, 349), (270, 303)-(311, 350) and one bench, from 1.
+    first = real_samples[0]
+    bench = (147, 344, 375, 413)
+    humans = (319, 305, 358, 348), (269, 302, 310, 349)
+    assert first.pairs == tuple(Pair(human, bench, 245) for human in humans)
+    assert (first.width, first.height, first.known_objects) == (640, 427, {"bench"})
+    counts = training_counts(HICO_DET)
+    assert sum(counts) == 117871 and sum(count < 10 for count in counts) == 138
+
+
+# ---- annotations.jsonl
+
+
+RIDE, HOLD = (BOX, BOX, RIDE_BICYCLE), (BOX, FAR, HOLD_BICYCLE)
+ELSEWHERE = (FAR, FAR, RIDE_HORSE)
+
+
+def test_own_annotations_equal_official_ones(tmp_path):
+    """The same pairs in both formats give the same samples and counts."""
+    images = {"a.jpg": [RIDE, HOLD, HOLD], "b.jpg": [], "c.jpg": [ELSEWHERE, RIDE]}
+    official, own = tmp_path / "official", tmp_path / "own"
+    official.mkdir()
+    own.mkdir()
+    write(official, *(annotated(name, pairs) for name, pairs in images.items()))
+    halves = [own_line(name, split, images[name]) for split in SPLITS for name in images]
+    write_own(own, *halves)
+    for split in SPLITS:
+        ours, theirs = load_split(own, split), load_split(official, split)
+        for sample in theirs:
+            assert sample.known_objects == {hicodet.HOI_CLASSES[p.hoi_id][1] for p in sample.pairs}
+        facts = [[(s.file_name, s.width, s.height, s.hois, s.pairs, s.known_objects) for s in rows]
+                 for rows in (ours, theirs)]  # fmt: skip
+        assert facts[0] == facts[1] and len(ours) == 3
+    assert training_counts(own) == training_counts(official)
+
+
+def test_own_annotations_may_have_one_split(tmp_path):
+    write_own(tmp_path, own_line("a.jpg", "test", [RIDE]), own_line("b.jpg", "test"))
+    assert [sample.file_name for sample in load_split(tmp_path, "test")] == ["a.jpg", "b.jpg"]
+    assert splits(tmp_path) == ["test"] and not any(training_counts(tmp_path))
+    with pytest.raises(InputError, match="annotations.jsonl: no image of the split 'train'"):
+        load_split(tmp_path, "train")
+    write(tmp_path, image("a.jpg"))
+    with pytest.raises(InputError, match="has both annotations.jsonl and anno_bbox.mat; keep one"):
+        load_split(tmp_path, "test")
+
+
+def with_pair(**changes):
+    line = own_line("b.jpg", pairs=[RIDE, HOLD])
+    line["pairs"][1] |= changes
+    return line
+
+
+WRONG_LINES = {
+    "not JSON (": '{"file_name": "b.jp',
+    "the line must be an object; found 7": "7",
+    "'file_name' must be the name of a file; found None": own_line(None),
+    "file name '../b.jpg' is outside of the folder of images": own_line("../b.jpg"),
+    "file name 'a.jpg' for the second time in its split": own_line("a.jpg"),
+    "'split' must be \"train\" or \"test\"; found 'val'": own_line("b.jpg", "val"),
+    "'width' must be a whole number of pixels; found 0": own_line("b.jpg") | {"width": 0},
+    "'height' must be a whole number of pixels; found 9.5": own_line("b.jpg") | {"height": 9.5},
+    "'pairs' must be a list, which may be empty; found None": own_line("b.jpg") | {"pairs": None},
+    "pairs[0] must be an object; found [1, 2]": own_line("b.jpg") | {"pairs": [[1, 2]]},
+    "'human' of pairs[1] must be four finite numbers": with_pair(human=[1, 2, 3]),
+    "[x1, y1, x2, y2]; found [1, 2, 3, nan]": with_pair(object=[1, 2, 3, float("nan")]),
+    "'object_class' of pairs[1] must be one of hicodet.OBJECTS; found 'bike'": with_pair(
+        object_class="bike"),
+    "'verb' of pairs[1] must be one of hicodet.VERBS; found ['ride']": with_pair(verb=["ride"]),
+    "'verb' of pairs[1] must be one that HICO has with 'bicycle'; found 'eat'": with_pair(
+        verb="eat"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("message", WRONG_LINES)
+def test_wrong_line_is_named(message, tmp_path):
+    write_own(tmp_path, own_line("a.jpg", pairs=[RIDE]), WRONG_LINES[message])
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        load_split(tmp_path, "test")
+    assert str(caught.value).startswith(f"{tmp_path}/annotations.jsonl, line 2: ")
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+def test_one_list_is_no_lines(indent, tmp_path):
+    write_own(tmp_path, json.dumps([own_line(pairs=[RIDE] * 50)], indent=indent))
+    with pytest.raises(InputError) as caught:
+        load_split(tmp_path, "test")
+    assert str(caught.value) == f"{tmp_path}/annotations.jsonl: one object per line, not one list"
+
+
+# ---- where images are
+
+
+@pytest.mark.parametrize("folder", ["images/test2015", "images"])
+def test_images_are_in_the_folder_of_the_split_or_in_images(folder, tmp_path):
+    write_own(tmp_path, own_line("a.jpg"), own_line("deep/b.jpg"))
+    (tmp_path / folder).mkdir(parents=True)
+    paths = [sample.path for sample in load_split(tmp_path, "test")]
+    assert paths == [tmp_path / folder / "a.jpg", tmp_path / folder / "deep/b.jpg"]
+
+
+def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
+    samples = load_split(write(tmp_path, image("a.jpg"), image("b.jpg")), "test")
+    with pytest.raises(FileNotFoundError) as missing:
+        require_images(samples)
+    said = str(missing.value)
+    assert said.startswith(f"2 images are missing, first {tmp_path}/images/a.jpg (places: images/t")
+    assert "python hoi_r1.py check" in said and "--exclude FILE" in said and len(said) < 400
+    (tmp_path / "images").mkdir()
+    for sample in samples:
+        sample.path.touch()
+    require_images(samples)
+
+
+def test_check_reads_own_images(tmp_path):
+    """The splits that there are."""
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (640, 480)).save(tmp_path / "images" / "a.png")
+    write_own(tmp_path, own_line("a.png", pairs=[RIDE, (BOX, (9, 9, 0, 0), HOLD_BICYCLE)]))
+    assert list(check(data=str(tmp_path))) == [
+        "test: 0 of 1 images cannot be used",
+        "test: boxes of the ground truth: 1 inverted, 0 without area, 0 out of the image, of 2",
+    ]
+
+
+def test_the_converter_of_the_docs_writes_own_annotations(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    boxes = [{"id": 5, "image_id": 1, "category_id": 7, "bbox": [0, 0, 10, 20]},
+             {"id": 6, "image_id": 1, "category_id": 8, "bbox": [2.5, 3, 4, 5]}]  # fmt: skip
+    images = [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48},
+              {"id": 2, "file_name": "b.jpg", "width": 64, "height": 48}]  # fmt: skip
+    categories = [{"id": 7, "name": "person"}, {"id": 8, "name": "bicycle"}]
+    coco = {"images": images, "annotations": boxes, "categories": categories}
+    (tmp_path / "instances.json").write_text(json.dumps(coco))
+    (tmp_path / "hois.json").write_text('[{"human": 5, "object": 6, "verb": "ride"}]')
+    page = (REPO / "docs" / "evaluation.md").read_text()
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
+    a, b = load_split(tmp_path, "train")
+    assert a.pairs == (Pair((0, 0, 9, 19), (2.5, 3, 5.5, 7), RIDE_BICYCLE),) and b.pairs == ()
