@@ -10,7 +10,7 @@ import pytest
 import evaluate
 import hoi_r1
 import teacher
-from demo import base, sampled, toy
+from demo import base, blind, study, toy
 from engine.options import Config, option, parse_config, required
 from tests import bench
 
@@ -19,7 +19,8 @@ PROGRAMS = {
     "teacher.py": (teacher.main, teacher.TeacherConfig),
     "demo.toy": (toy.main, toy.ToyConfig),
     "demo.base": (base.main, base.BaseConfig),
-    "demo.sampled": (sampled.main, sampled.SampledConfig),
+    "demo.blind": (blind.main, blind.BlindConfig),
+    "demo.study": (study.main, study.StudyConfig),
     "tests.bench": (bench.main, bench.BenchConfig),
 }
 STAGES = [f"hoi_r1.py {stage}" for stage in hoi_r1.STAGES]

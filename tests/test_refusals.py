@@ -238,7 +238,7 @@ def test_numbers_are_within_bounds(capsys):
             "--adam-beta2 -0.1", "--weight-decay -1", "--weight-decay nan"],
         f"grpo {run}": ["--kl-coef inf", "--clip-eps nan", "--temperature inf"],
         "demo": ["--train-images 0", "--test-images -1", "--sft-steps 0", "--grpo-steps 0",
-                 "--base-steps 0", "--steps-scale 0", "--seed -1"],
+                 "--steps-scale 0", "--seed -1"],
     }
     for stage, flags in bad.items():
         for flag in flags:

@@ -31,7 +31,7 @@ def earned(text, hois, **options):
 def test_what_a_missed_pair_costs_and_a_surplus_one(without, missed, surplus):
     """Missed, it costs 0.6 / 2 of the format, 1 / 2 of each label and 1 / 2 of the IoU.
 
-    As a surplus it costs 1 / 2 of each label. demo/STUDY.md says what follows for pairs that
+    As a surplus it costs 1 / 2 of each label. docs/study.md says what follows for pairs that
     annotators leave out.
     """
     far = {"human": (900.0, 0.0, 950.0, 80.0), "object": (900.0, 90.0, 950.0, 99.0)}

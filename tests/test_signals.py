@@ -19,7 +19,7 @@ import torch.distributed.launcher.api
 import evaluate
 import hoi_r1
 import teacher
-from demo.run import command
+from demo.run import run_command
 from engine.runs.run_folder import Run
 from engine.signals import resume_command
 from tests.runs import config_of, metrics, run, weights
@@ -254,7 +254,7 @@ except KeyboardInterrupt:
 def test_ctrl_c_leaves_no_command_of_the_demo_behind(tmp_path, capfd):
     (tmp_path / "torchrun.py").write_text(AS_TORCHRUN)
     with pytest.raises(KeyboardInterrupt):
-        command("{file}", file=tmp_path / "torchrun.py")
+        run_command([str(tmp_path / "torchrun.py")])
     assert ends(capfd.readouterr().out.splitlines()[-1])
 
 
