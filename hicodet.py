@@ -138,7 +138,7 @@ MERGE_IOU = 0.5  # pairs that overlap by more are the same two things (Sec. 4.2,
 
 
 class InputError(ValueError):
-    """What the user must mend: a file, a folder, a value. The programs print it as one line."""
+    """What the user must fix: a file, a folder, a value. The programs print it as one line."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ def iou(a: Box, b: Box) -> float:
 def merge_pairs(pairs: Iterable[Pair]) -> tuple[HOI, ...]:
     """Joins pairs of the same two things into instances with several verbs (Sec. 4.2).
 
-    A pair joins an instance that has its object class but not its verb, and whose boxes, those of
-    its first pair, both overlap the pair's by IoU > 0.5: of several the one with the largest
-    min(IoU human, IoU object), of equals the earliest. Without one it starts an instance. The
+    A pair joins an instance that has its object class but not its verb, and whose boxes (those of
+    its first pair) both overlap the pair's by IoU > 0.5. It takes the instance with the largest
+    min(IoU human, IoU object), or the earliest of equals. If none fits, it starts an instance. The
     same verb never joins: the annotators meant two people or two objects. Any frame.
     """
     merged: list[tuple[Pair, str, list[str]]] = []
@@ -265,8 +265,7 @@ ANSWER_EXAMPLE = """\
 def prompt_text(*, thinking: bool = True, task_description: bool = True) -> str:
     """The text of the user turn (Fig. 4); the two switches are the ablations of Table 2.
 
-    With both it is, to the character, what the authors ask their own weights.
-    Without `thinking` the Thinking Process and the example's <think> part are left out, without
+    With both, it is the authors' own prompt, character by character. Without `thinking` the Thinking Process and the example's <think> part are left out, without
     `task_description` the role and both lists of classes.
     """
     return "".join(
@@ -446,7 +445,7 @@ def _to_labels(value: str) -> tuple[str, ...]:
 def _spelled(label: str) -> str:
     """The label in HICO's spelling if it is of the vocabulary, else as written."""
     plain = " ".join(label.replace("_", " ").lower().split())
-    return plain if plain in _VOCABULARY else label
+    return plain if plain in _VOCABULARY else label.strip()
 
 
 RANK_SCORES = 1.0, 0.5  # of the first and of the last triplet of an image

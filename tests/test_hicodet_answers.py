@@ -1,7 +1,6 @@
 """hicodet.py, answers: how they are written, and what is read of any text."""
 
 import json
-import math
 import random
 import string
 from collections import Counter
@@ -207,27 +206,6 @@ def test_parser_keeps_what_precedes_any_cut():
     for cut in range(len(text)):
         found = parse_completion(text[:cut]).instances
         assert len(found) == sum(end <= cut for end in ends)
-
-
-def test_parser_never_raises():
-    rng = random.Random()
-    pieces = [
-        "<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", ":", " ", "\n",
-        '"', "\\", "\\u", "\\ud83d", '"human"', '"object"', '"object class"', '"verb class"',
-        "[1, 2, 3, 4]", '"ride, sit on"', '"bicycle"', "NaN", "-Infinity", "true", "null", "1e999",
-        "-", "0", "9" * 5000, "\x00", "\ud800", "自転車", "é", "'", "//", "#", "None", "\\'", "x1",
-        RIDER_TEXT, hicodet.prompt_text(), "”", "：", "\u200b",
-    ]  # fmt: skip
-    for _ in range(1500):
-        text = "".join(rng.choices(pieces, k=rng.randrange(40)))
-        if rng.random() < 0.8:
-            text = "<answer> [" + text
-        completion = parse_completion(text)
-        assert completion.has_answer == ("<answer>" in text)
-        for found in completion.instances:
-            assert 0 <= found.span[0] < found.span[1] <= len(text)
-            assert all(map(math.isfinite, (*(found.human or ()), *(found.object or ()))))
-            assert all(verb == verb.strip() != "" for verb in found.verbs)
 
 
 @pytest.mark.parametrize(
