@@ -265,8 +265,9 @@ ANSWER_EXAMPLE = """\
 def prompt_text(*, thinking: bool = True, task_description: bool = True) -> str:
     """The text of the user turn (Fig. 4); the two switches are the ablations of Table 2.
 
-    With both, it is the authors' own prompt, character by character. Without `thinking` the Thinking Process and the example's <think> part are left out, without
-    `task_description` the role and both lists of classes.
+    With both, it is the authors' own prompt, character by character. Without `thinking`, the
+    Thinking Process and the example's <think> part are left out; without `task_description`, the
+    role and both lists of classes.
     """
     return "".join(
         (
