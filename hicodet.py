@@ -358,7 +358,7 @@ _ASCII_MARKS = str.maketrans(
     "\"\"\"\"\"\"'''''" + ":,;[](){}       ",
 )
 # A string keeps what looks like a comment. Escapes are those of a list written as a string.
-_NOISE = re.compile(r"""("[^"\\\n]*+")|(?://|\#)[^\n{}<]*+|\\(?:[nrt]|(?=["']))""")
+_NOISE = re.compile(r"""("[^"\\\n]*+")|(?://|\#)[^\n{}]*+|\\(?:[nrt]|(?=["']))""")
 
 
 def _plain(text: str) -> str:
@@ -368,13 +368,16 @@ def _plain(text: str) -> str:
 
 _PART = re.compile(
     r"""
-    (?P<key> ["']?+ (?<!\w) (?P<name> human | (?:object|verb)[ _]class | object ) \s*+
-             (?: ["']++ \s*+ :*+ | :++ )
-      | (?: "[^"\n]*+" | '[^'\n]*+' | (?<![\w"'])[^\W\d]\w*+ ) \s*+ :++ )
-    # A whole value may hold keys and braces: a string, a list, an object that is no instance.
-    \s*+ (?: (?: "[^"]*+" | '[^'"{}]*+' ) (?= \s*+ [,;}\])] )
-      | \[ [^][:"'{}]*+ \] | \{ (?! [^{}]*?(?:human|object|verb) ) [^{}]*+ \} )?+
-    | [{}] | \] (?= [\s"']*+ \Z )
+    (?P<key>  # one of the four, with a quote or a colon after it; or another, with a colon
+        ["']?+ (?<!\w) (?P<name> human | (?:object|verb)[ _]class | object ) \s*+
+        (?: ["']++ \s*+ :*+ | :++ )
+      | (?: "[^"\n]*+" | '[^'\n]*+' | (?<![\w"'])[^\W\d]\w*+ ) \s*+ :++
+    ) \s*+
+    (?:  # a whole value, which may hold keys and braces: a string, a list, no instance
+        (?: "[^"]*+" | '[^'"{}]*+' ) (?= \s*+ [,;}\])] ) | \[ [^][:"'{}]*+ \]
+      | \{ (?! [^{}]*?(?:human|object|verb) ) [^{}]*+ \}
+    )?+
+    | [{}] | \] (?= [\s"']*+ \Z )  # where an object begins or ends
     """,
     re.VERBOSE | re.IGNORECASE,
 )

@@ -71,6 +71,7 @@ LABELS = {  # value -> verbs; one alone is a class as well
     '"Ride"': ["ride"], '"hair_drier"': ["hair drier"], '"No_Interaction"': ["no interaction"],
     '"ride and sit on"': ["ride and sit on"], '"ride; sit on"': ["ride; sit on"],
     '"it\'s {a} // #1: b"': ["it's {a} // #1: b"], '"human: car"': ["human: car"],
+    "'human: car'": ["human: car"],
     "car": ["car"], '"car': ["car"], 'car"': ["car"], '""car"': ["car"], '"car""': ["car"],
     '"Bike"': ["Bike"], "bike": [], "None": [],
     "7": [], '["ride", 1]': [], '{"ride": 1}': [], '"ca"r"': [],
@@ -89,7 +90,7 @@ def test_keys_are_counted_as_written():
     """Eq. 12 counts repeated keys; the last value is the one used."""
     nothing = None, None, None, ()
     assert fields("{}") == (*nothing, 0)
-    assert fields('{"verb": "ride", "score": {"a": 1}, is_sure: true}') == (*nothing, 3)
+    assert fields("""{"verb": "ride", "score": {"a": 1}, is_sure: true, 'n': 1}""") == (*nothing, 4)
     assert fields('{"object class": "car", "object class": "bus"}') == (*nothing[:2], "bus", (), 2)
     assert fields('{"human": [1, 2, 3, 4], "human": 0}') == (*nothing, 2)
 
@@ -129,7 +130,8 @@ ONE_READING = {  # each is the rider, once or more often
     "a list of one class": rider('"bicycle"', '["bicycle"]'),
     "no brace before ]": f"[{RIDER_TEXT[:-1]}]",
     "no brace before the next object": f"[{RIDER_TEXT[:-1]}, {RIDER_TEXT}]",
-    "no brace after an object": f"[{RIDER_TEXT}, {RIDER_TEXT[1:]}]",
+    "no quote before the next object": f"[{RIDER_TEXT[:-2]}}}, {RIDER_TEXT}]",
+    "no opening brace": f"[{RIDER_TEXT}, {RIDER_TEXT[1:]}]",
     "a fence": f"\n```json\n{PRETTY}\n```\n",
     "comments": rider("],", "], // a: 1\n", "}", ",} # the rider"),
     "trailing commas": f"[{rider(']', ',]', '}', ',}')},]",
