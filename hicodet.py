@@ -220,7 +220,7 @@ def to_image_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int,
 
 
 def in_frame(hoi: HOI, old_size: tuple[int, int], new_size: tuple[int, int]) -> HOI:
-    """An HOI with its boxes in the frame of another size of the image; sizes are (width, height)."""
+    """An HOI with boxes in the frame of another size of the image; sizes are (width, height)."""
     human, obj = (to_model_frame(box, old_size, new_size) for box in (hoi.human, hoi.object))
     return replace(hoi, human=human, object=obj)
 

@@ -196,7 +196,7 @@ def sampling_slots(config: GRPOConfig, parts: Parts, ranks: Ranks) -> int:
 
 
 def require_trainable(config: TrainConfig, examples: Examples, ranks: Ranks) -> None:
-    """Raise InputError for quantised weights, which have no gradient, and for --offload on a CPU."""
+    """Raise InputError for quantised weights without adapters, and for --offload on a CPU."""
     if is_packed(examples.config) and not (config.lora_rank or config.adapter):
         raise InputError(
             f"--model {config.model}: its weights are quantised (quantization_config of "

@@ -79,10 +79,11 @@ class GroupLayout:
             return varlen_attn(q, k, v, *ends, **causal).transpose(0, 1)[None]
         sizes = [s + sum(c) for s, c in zip(self.prompt_lengths, self.completion_lengths)]
         rows = (x.split([self.prefix, *sizes], dim=2) for x in (q, k, v))
-        prefix, *groups = zip(*rows, strict=True)
-        outputs = [_attend(*prefix, scaling)] if self.prefix else []
+        first, *groups = zip(*rows, strict=True)
+        prefix = first if self.prefix else None
+        outputs = [_attend(*prefix, scaling)] if prefix else []
         for group, *lengths in zip(groups, self.prompt_lengths, self.completion_lengths):
-            outputs.append(_attend_group(*group, *lengths, scaling, prefix if self.prefix else None))
+            outputs.append(_attend_group(*group, *lengths, scaling, prefix))
         return torch.cat(outputs, dim=2)
 
     def _sequences(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:

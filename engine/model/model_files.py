@@ -128,7 +128,7 @@ def read_model_config(model: str):
         known = ", ".join(FAMILIES)
         raise InputError(f"--model {model}: a {config.model_type}; the known kinds are {known}")
     if is_packed(config) and not FAMILIES[config.model_type].packed:
-        raise InputError(f"--model {model}: quantised weights of a {config.model_type} are not read")
+        raise InputError(f"--model {model}: no quantised weights of a {config.model_type} are read")
     return config
 
 
