@@ -24,7 +24,7 @@ import hicodet
 from engine.data.examples import Example, Examples
 from engine.model.attention import to_device
 from engine.model.optimizer import ClippedAdamW, micro_batches, summed
-from engine.model.packing import PackedBatch, pack
+from engine.model.packing import PackedBatch, pack, shared_prefix
 from engine.model.policy import gathered, refresh
 from engine.ranks import Ranks
 from engine.runs.rollout_metrics import group_row, rollout_metrics
@@ -271,7 +271,9 @@ class GRPO:
             len(example.prompt.prompt_ids) + sum(map(len, rollout.completion_ids))
             for example, rollout in zip(batch, rollouts)
         ]
-        parts = micro_batches(lengths, weights, self.tokens_per_microbatch, self.ranks)
+        prompts = [example.prompt for example in batch]
+        shared = shared_prefix(prompts, self.policy.config.image_token_id)
+        parts = micro_batches(lengths, weights, self.tokens_per_microbatch, self.ranks, shared)
         return [self.micro_batch(batch, rollouts, advantages, *part) for part in parts]
 
     @torch.no_grad()

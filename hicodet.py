@@ -6,6 +6,9 @@ Follows Sec. 3.1 (prompt of Fig. 4, answers as JSON text) and Sec. 4.2 (merging)
    frame, pixels of the resized image, in integers.
 2. HICO-DET annotates every HOI class on its own, so one person-object pair comes back with other
    boxes for each verb. merge_pairs joins such pairs by overlap; see there for the rule.
+3. An answer need not be strict JSON: what has only one reading is read, and earns rewards in
+   training as well. Other quotes, brackets and spaces, a missing or doubled mark, and labels in
+   another case or with underscores are all read. The rewards count the keys as written (Eq. 12).
 
 engine/data/annotations.py reads the official files.
 """
@@ -133,7 +136,7 @@ MERGE_IOU = 0.5  # pairs that overlap by more are the same two things (Sec. 4.2,
 
 
 class InputError(ValueError):
-    """What the user must mend: a file, a folder, a value. The programs print it as one line."""
+    """What the user must fix: a file, a folder, a value. The programs print it as one line."""
 
 
 @dataclass(frozen=True)
@@ -183,9 +186,9 @@ def iou(a: Box, b: Box) -> float:
 def merge_pairs(pairs: Iterable[Pair]) -> tuple[HOI, ...]:
     """Joins pairs of the same two things into instances with several verbs (Sec. 4.2).
 
-    A pair joins an instance that has its object class but not its verb, and whose boxes, those of
-    its first pair, both overlap the pair's by IoU > 0.5: of several the one with the largest
-    min(IoU human, IoU object), of equals the earliest. Without one it starts an instance. The
+    A pair joins an instance that has its object class but not its verb, and whose boxes (those of
+    its first pair) both overlap the pair's by IoU > 0.5. It takes the instance with the largest
+    min(IoU human, IoU object), or the earliest of equals. If none fits, it starts an instance. The
     same verb never joins: the annotators meant two people or two objects. Any frame.
     """
     merged: list[tuple[Pair, str, list[str]]] = []
@@ -216,10 +219,9 @@ def to_image_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int,
     return tuple(min(max(side, 0.0), size - 1.0) for side, size in sides)
 
 
-def in_text_frame(hoi: HOI, sample: Sample, text_size: tuple[int, int]) -> HOI:
-    """An HOI of the sample with its boxes in pixels of an image of text_size, (width, height)."""
-    sizes = (sample.width, sample.height), text_size
-    human, obj = (to_model_frame(box, *sizes) for box in (hoi.human, hoi.object))
+def in_frame(hoi: HOI, old_size: tuple[int, int], new_size: tuple[int, int]) -> HOI:
+    """An HOI with boxes in the frame of another size of the image; sizes are (width, height)."""
+    human, obj = (to_model_frame(box, old_size, new_size) for box in (hoi.human, hoi.object))
     return replace(hoi, human=human, object=obj)
 
 
@@ -260,9 +262,9 @@ ANSWER_EXAMPLE = """\
 def prompt_text(*, thinking: bool = True, task_description: bool = True) -> str:
     """The text of the user turn (Fig. 4); the two switches are the ablations of Table 2.
 
-    With both it is, to the character, what the authors ask their own weights.
-    Without `thinking` the Thinking Process and the example's <think> part are left out, without
-    `task_description` the role and both lists of classes.
+    With both, it is the authors' own prompt, character by character. Without `thinking`, the
+    Thinking Process and the example's <think> part are left out; without `task_description`, the
+    role and both lists of classes.
     """
     return "".join(
         (
@@ -277,17 +279,17 @@ def prompt_text(*, thinking: bool = True, task_description: bool = True) -> str:
     )
 
 
-ANSWER_OPEN, ANSWER_CLOSE, THINK_CLOSE = "<answer>", "</answer>", "</think>"
+ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """One object of the answer, as written; what it lacks or spoils is None or ()."""
+    """One object of the answer; what is missing or cannot be read is None or ()."""
 
     human: Box | None  # as written, inverted or not; None: key missing, or not four finite numbers
     object: Box | None
-    object_class: str | None  # stripped, of the vocabulary or not; None: missing or no string
-    verbs: tuple[str, ...]  # split at commas, stripped, empties dropped, repeats kept
+    object_class: str | None  # in HICO's spelling if it is of the vocabulary, else as written
+    verbs: tuple[str, ...]  # likewise; split at commas, empties dropped, repeats kept
     key_count: int  # keys as written, repeats counted (Eq. 12)
     span: tuple[int, int]  # its characters in the text
 
@@ -328,117 +330,120 @@ def format_completion(hois: Iterable[HOI], think: str | None) -> str:
 
 
 def parse_completion(text: str) -> Completion:
-    """Reads a model's text: its tags, and the JSON objects of its answer, one an instance.
+    """Reads a model's text: its tags, and the objects of its answer, one an instance.
 
     The answer is what follows the last `<answer>` that instances follow, up to `</answer>`.
     Without `<answer>`, it is what follows `</think>`, or the whole text: only prediction uses
-    that, as the rewards ask for the tag. An object that cannot be read is skipped, as is whatever
-    stands between objects, so a list cut short keeps those before the cut. Never raises; time is
-    linear in the text.
+    that, as the rewards ask for the tag. What has only one reading is read; a field that cannot
+    be read is None or (). Never raises; time is linear in the text.
     """
-    instances = ()
-    for start, stop in _answer_places(text):
-        instances = tuple(_read_instances(text, start, stop))
+    tagged = [found.span(1) for found in _TAGGED.finditer(text)]
+    plain, instances = _plain(text), ()
+    for start, stop in reversed(tagged or [_UNTAGGED.match(text).span(1)]):
+        instances = tuple(_read_instances(plain, start, stop))
         if instances:
             break
-    return Completion("<think>" in text, ANSWER_OPEN in text, instances)
+    return Completion("<think>" in text, bool(tagged), instances)
 
 
-def _answer_places(text: str) -> list[tuple[int, int]]:
-    """Where the answer may stand, (start, stop) in the text, the likeliest first."""
-    starts = [match.end() for match in re.finditer(ANSWER_OPEN, text)]
-    if not starts:
-        starts = [text.rfind(THINK_CLOSE) + len(THINK_CLOSE) if THINK_CLOSE in text else 0]
-    places = []
-    for start, following in zip(starts, [*starts[1:], len(text)], strict=True):
-        close = text.find(ANSWER_CLOSE, start, following)
-        places.append((start, close if close >= 0 else following))
-    return places[::-1]
-
-
-# Both patterns take what they take for good ("*+"), and an escaped quote never opens a string:
-# so a quote or a brace that is never closed is searched to the end of the text only once.
-_FLAT = r"""(?: [^{}"\\]++ | "(?:\\.|[^"\\])*+" | \\"? )*+"""
-# From brace to brace; a value may be an object itself, deeper ones are found alone.
-_OBJECT = re.compile(rf"\{{ {_FLAT} (?: \{{ {_FLAT} \}} {_FLAT} )*+ \}}", re.VERBOSE | re.DOTALL)
-_COMMENT = r"(?://|\#)[^\n{}]*+"  # on one line with the rest it ends before the brace
-# What models write in an object where JSON has something else; the first two stay as they are.
-_NEAR_JSON = re.compile(
-    rf"""
-      "(?:\\.|[^"\\])*+" | \\.
-    | '(?:\\.|[^'\\])*+'
-    | , (?= (?:\s|{_COMMENT})*+ [}}\]] )
-    | {_COMMENT}
-    | \b(?:None|True|False)\b
-    """,
-    re.VERBOSE | re.DOTALL,
+# No pattern takes back what it took ("*+") or looks past the next quote or brace: so the time is
+# linear in any text.
+_TAGGED = re.compile(rf"{ANSWER_OPEN}(.*?)(?={ANSWER_OPEN}|{ANSWER_CLOSE}|\Z)", re.DOTALL)
+_UNTAGGED = re.compile(rf"(?:.*</think>)?+(.*?)(?={ANSWER_CLOSE}|\Z)", re.DOTALL)
+_ASCII_MARKS = str.maketrans(
+    "“”„«»＂‘’‚＇`：，；［］（）｛｝\xa0\u3000\u200b\u200c\u200d\u2060\ufeff",
+    "\"\"\"\"\"\"'''''" + ":,;[](){}       ",
 )
-_RESPELLED = {"None": "null", "True": "true", "False": "false"}
+# A string keeps what looks like a comment. Escapes are those of a list written as a string.
+_NOISE = re.compile(r"""("[^"\\\n]*+")|(?://|\#)[^\n{}]*+|\\(?:[nrt]|(?=["']))""")
 
 
-def _to_json(text: str) -> str:
-    """Python's quotes and words become JSON's; comments and trailing commas are left out."""
-
-    def respell(match: re.Match) -> str:
-        found = match[0]
-        if found[0] == "'":
-            inner = re.sub(r"""\\?["']""", "'", found[1:-1])  # no label has a quote in it
-            return f'"{inner}"'
-        return "" if found[0] in ",/#" else _RESPELLED.get(found, found)
-
-    return _NEAR_JSON.sub(respell, text)
+def _plain(text: str) -> str:
+    """The text, as long as before, with ASCII marks and without escapes and comments."""
+    return _NOISE.sub(lambda found: found[1] or " " * len(found[0]), text.translate(_ASCII_MARKS))
 
 
-def _pairs_hook(pairs: list[tuple[str, object]]) -> tuple[dict[str, object], int]:
-    # JSON has no tuples, so a tuple is an object; its dict has the last value of a repeated key.
-    return dict(pairs), len(pairs)
-
-
-# float for integers too: int() refuses long ones, and a boolean is no coordinate this way.
-# Not strict: a string may hold a raw line break.
-_DECODER = json.JSONDecoder(object_pairs_hook=_pairs_hook, parse_int=float, strict=False)
+_PART = re.compile(
+    r"""
+    (?P<key>  # one of the four, with a quote or a colon after it; or another, with a colon
+        ["']?+ (?<!\w) (?P<name> human | (?:object|verb)[ _]class | object ) \s*+
+        (?: ["']++ \s*+ :*+ | :++ )
+      | (?: "[^"\n]*+" | '[^'\n]*+' | (?<![\w"'])[^\W\d]\w*+ ) \s*+ :++
+    ) \s*+
+    (?:  # a whole value, which may hold keys and braces: a string, a list, no instance
+        (?: "[^"]*+" | '[^'"{}]*+' ) (?= \s*+ [,;}\])] ) | \[ [^][:"'{}]*+ \]
+      | \{ (?! [^{}]*?(?:human|object|verb) ) [^{}]*+ \}
+    )?+
+    | [{}] | \] (?= [\s"']*+ \Z )  # where an object begins or ends
+    """,
+    re.VERBOSE | re.IGNORECASE,
+)
+_EXAMPLE_BOX = "[x1, y1, x2, y2]"  # of the prompt, which a model may repeat
 
 
 def _read_instances(text: str, start: int, stop: int) -> Iterator[Prediction]:
-    while found := _OBJECT.search(text, start, stop):
-        instance = _read_instance(found[0], found.span())
-        if instance is None:
-            start = found.start() + 1  # a quote too many may have hidden objects in this one
-        else:
-            yield instance
-            start = found.end()
+    """The instances between two places of the text: objects end at a brace or the last bracket.
 
-
-def _read_instance(text: str, span: tuple[int, int]) -> Prediction | None:
-    for spell in (str, _to_json):
-        try:
-            return _to_prediction(*_DECODER.decode(spell(text)), span)
-        except (ValueError, RecursionError):  # no JSON, or brackets a thousand deep
+    An object that lacks one of its own braces is an instance if all four fields can be read.
+    """
+    opened, keys = None, []
+    for part in _PART.finditer(text, start, stop):
+        if part["key"]:
+            keys.append(part)
             continue
-    return None
+        if part[0] == "}" and opened is not None:
+            inside = text[opened + 1 : part.start()]
+            if (keys or not inside.strip()) and _EXAMPLE_BOX not in inside:
+                yield _to_prediction(text, (opened, part.end()), keys)
+        elif keys:
+            found = _to_prediction(text, (keys[0].start(), part.start()), keys)
+            if None not in (found.human, found.object, found.object_class) and found.verbs:
+                yield found
+        opened, keys = part.start() if part[0] == "{" else None, []
 
 
-def _to_prediction(fields: dict, key_count: int, span: tuple[int, int]) -> Prediction:
-    label, verbs = fields.get("object class"), fields.get("verb class")
+def _to_prediction(text: str, span: tuple[int, int], keys: list[re.Match]) -> Prediction:
+    """The instance of an object; a value reaches from its key to the next one."""
+    ends = [key.start() for key in keys] + [span[1]]
+    values = {
+        (key["name"] or "").lower().replace("_", " "): text[key.end("key") : end]
+        for key, end in zip(keys, ends[1:], strict=True)
+    }
+    classes = _to_labels(values.get("object class", ""))
     return Prediction(
-        human=_to_box(fields.get("human")),
-        object=_to_box(fields.get("object")),
-        object_class=label.strip() if isinstance(label, str) else None,
-        verbs=_to_verbs(verbs if isinstance(verbs, list) else [verbs]),
-        key_count=key_count,
+        human=_to_box(values.get("human", "")),
+        object=_to_box(values.get("object", "")),
+        object_class=classes[0] if len(classes) == 1 else None,
+        verbs=_to_labels(values.get("verb class", "")),
+        key_count=len(keys),
         span=span,
     )
 
 
-def _to_box(value: object) -> Box | None:
-    if not isinstance(value, list) or len(value) != 4:
-        return None
-    finite = all(isinstance(side, float) and math.isfinite(side) for side in value)
-    return tuple(value) if finite else None
+_AROUND = " \t\r\n\"'()[]{},:;"  # a value
+_NUMBER = r"[-+]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:e[-+]?[0-9]++)?+"
+_SIDES = [rf"""(?:["']?{name}["']?\s*+:\s*+)?({_NUMBER})""" for name in ("x1", "y1", "x2", "y2")]
+_BOX = re.compile(r"[\s,;:]++".join(_SIDES), re.IGNORECASE)
 
 
-def _to_verbs(values: list) -> tuple[str, ...]:
-    if not all(isinstance(value, str) for value in values):
-        return ()
-    labels = (label.strip() for value in values for label in value.split(","))
-    return tuple(label for label in labels if label)
+def _to_box(value: str) -> Box | None:
+    """Four finite numbers, with or without brackets, quotes, and the names x1, y1, x2, y2."""
+    found = _BOX.fullmatch(value.strip(_AROUND))
+    box = tuple(map(float, found.groups())) if found else (math.nan,)
+    return box if all(map(math.isfinite, box)) else None
+
+
+_VOCABULARY = frozenset(OBJECTS + VERBS)
+_STRINGS = re.compile(r"""[\s\[(,;:]*+(?:(?:"[^"]*+"|'[^']*+')[\s,;\])}]*+)++""")
+
+
+def _to_labels(value: str) -> tuple[str, ...]:
+    """Labels between commas; where a quote is missing or too many, only those of the vocabulary."""
+    labels = tuple(filter(None, (_spelled(label.strip(_AROUND)) for label in value.split(","))))
+    return labels if _STRINGS.fullmatch(value) or _VOCABULARY.issuperset(labels) else ()
+
+
+def _spelled(label: str) -> str:
+    """The label in HICO's spelling if it is of the vocabulary, else as written."""
+    plain = " ".join(label.replace("_", " ").lower().split())
+    return plain if plain in _VOCABULARY else label.strip()

@@ -65,7 +65,7 @@ def run_stage(config) -> None:
     if isinstance(config, DemoConfig):
         from demo.run import run_demo
 
-        run_demo(**dataclasses.asdict(config))
+        run_demo(config)
     elif isinstance(config, ReportConfig):
         from engine.report.page import write_page
 

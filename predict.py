@@ -29,7 +29,8 @@ from engine.data.examples import Example, Examples, PromptOptions, prompt_option
 from engine.data.image_check import excluded_names
 from engine.data.loader import read_ahead
 from engine.files import aside, write_json
-from engine.model.model_files import model_warnings, weights_fingerprint
+from engine.model.lora import add_adapters, read_adapter
+from engine.model.model_files import model_and_adapter, model_warnings, weights_fingerprint
 from engine.model.policy import load_model
 from engine.ranks import Ranks, start_ranks
 from engine.report.dry_run import describe
@@ -54,7 +55,7 @@ MANY = 0.5  # share of cut or unreadable answers that is worth a warning
 
 def predict(config: PredictConfig) -> None:
     """Write predictions.jsonl and summary.json for a split."""
-    ranks = start_ranks()
+    ranks, config = start_ranks(), with_base(config)
     samples = load_split(config.data, config.split)[: config.limit or None]
     names = excluded_names(config.exclude, samples)
     samples = [sample for sample in samples if sample.file_name not in names]
@@ -68,7 +69,7 @@ def predict(config: PredictConfig) -> None:
         **dataclasses.asdict(config),
         **dataclasses.asdict(examples.options),
         "examples": examples.fingerprint(),
-        "weights": weights_fingerprint(config.model),
+        "weights": weights_fingerprint(config.model, config.adapter),
         "stage": "predict",
         "command": sys.argv,
         "reward_parts": reward_parts(),
@@ -80,7 +81,7 @@ def predict(config: PredictConfig) -> None:
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
     dist.barrier()  # every rank has listed the parts before one is added
     todo = [index for index in range(len(samples)) if index not in stored]
-    model, started = load_model(config.model, ranks.device), time.perf_counter()
+    model, started = load_adapted(config, ranks), time.perf_counter()
     rows = predict_rows(model, examples, todo, ranks, **row_options(config))
     mine = write_rows(part_file(run.path, number + ranks.rank), rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
@@ -103,13 +104,13 @@ def predict(config: PredictConfig) -> None:
 
 def predict_photographs(config: PredictConfig) -> None:
     """Print what the model says of photographs, and draw it."""
-    ranks = start_ranks()
+    ranks, config = start_ranks(), with_base(config)
     samples, paths = photographs(config.image), picture_paths(config.image, config.out)
     examples = Examples(config.model, samples, asked_options(config), upright=True)
     if config.dry_run:
         return ranks.print(describe(examples, examples[0]))
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    model, indices = load_model(config.model, ranks.device), list(range(len(samples)))
+    model, indices = load_adapted(config, ranks), list(range(len(samples)))
     for line in model_warnings(config.model, examples.config):
         ranks.print(line)
     rows = predict_rows(model, examples, indices, ranks, **row_options(config))
@@ -125,10 +126,25 @@ def predict_photographs(config: PredictConfig) -> None:
         ranks.print(f"\n{answer_text(sample, row['line'])}\n{cut}picture: {path}")
 
 
+def with_base(config: StageConfig) -> StageConfig:
+    """The config with an adapter's base as the model, if --model names the adapter alone."""
+    model, adapter = model_and_adapter(config.model, config.adapter)
+    return dataclasses.replace(config, model=model, adapter=adapter)
+
+
+def load_adapted(config: PredictConfig, ranks: Ranks):
+    """The model that predicts, with its adapter if there is one."""
+    model = load_model(config.model, ranks.device)
+    if not config.adapter:
+        return model
+    return add_adapters(model, read_adapter(config.adapter), model.dtype, seed=0).eval()
+
+
 def asked_options(config: StageConfig) -> PromptOptions:
     """How the model is asked: the ablations of Table 2, and the frame of boxes."""
     names = [field.name for field in dataclasses.fields(PromptOptions)]
-    return prompt_options(config.model, **{name: getattr(config, name) for name in names})
+    asked = {name: getattr(config, name) for name in names}
+    return prompt_options(config.model, config.adapter, **asked)
 
 
 def row_options(config: PredictConfig) -> dict:

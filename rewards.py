@@ -1,34 +1,34 @@
-"""The rewards of Sec. 3.3, one function an equation: Eqs. 6-23 in the paper's order.
+"""The rewards of Sec. 3.3, one function per equation: Eqs. 6-23 in the paper's order.
 
-Everything here is pure: it takes what `hicodet.parse_completion` made of the model's text and the
-ground truth of the image, and returns numbers or new values. Both sides are in the frame the text
-speaks in (absolute pixels of the image that the model sees), so boxes are compared as written.
+Everything here is pure: it takes what `hicodet.parse_completion` read in the model's text and the
+ground truth of the image, and returns numbers or new values. Both sides are in the frame of the
+text (absolute pixels of the image that the model sees), so boxes are compared as written.
 
 Axes: N^_a predicted instances, N_a ground-truth instances. Multisets are `Counter`s.
 
-Where the paper leaves a choice, it is read like this:
-1. Eq. 7: as printed, one overlapping box of the two makes a duplicate, which also hits one person
-   with two objects. `duplicate_rule="pair"` asks for both boxes, the purpose the text states.
-2. Eq. 8: the record holds unique boxes only, so a duplicate makes no later box a duplicate.
-3. Eq. 13: a duplicate gets none of r_b, r_ko, r_kv. Eqs. 14-22 know nothing of duplicates;
-   with `duplicates_earn="nothing"` they earn, and use up, no labels either.
-4. Eqs. 10, 16: the denominator counts verbs as written, repeats included; without verbs both are 0.
+Where the paper leaves a choice, this code reads it as follows:
+1. Eq. 7: as printed, one overlapping box of the two makes a duplicate. That also hits one person
+   with two objects. `duplicate_rule="pair"` asks for both boxes, which the text gives as the aim.
+2. Eq. 8: only unique boxes are recorded, so a duplicate makes no later box a duplicate.
+3. Eq. 13: a duplicate gets none of r_b, r_ko, r_kv. Eqs. 14-22 ignore duplicates. With
+   `duplicates_earn="nothing"` a duplicate neither earns labels nor uses them up.
+4. Eqs. 10, 16: the denominator counts verbs as written, with repeats; without verbs both are 0.
 5. Eqs. 14-18: C_gt is a multiset. All verbs of an instance are compared with what the instances
-   before it left over, and each distinct match then takes one occurrence away.
-6. Eqs. 14-18 compare labels with the image's whole set: who does what with which is not asked.
-   `label_reward="matched"` compares them on the pairs of Eq. 21 instead.
+   before it left; then each distinct match takes one occurrence away.
+6. Eqs. 14-18 compare labels with those of the whole image: they do not ask who does what with
+   which. `label_reward="matched"` compares them on the pairs of Eq. 21 instead.
 7. An instance without both boxes has r_b = 0, is no duplicate and takes no part in Eqs. 19-22;
-   its labels count as usual. A box without area is none: its IoU with its own copies is 0/0, so
-   that they would all be unique in Eq. 7.
-8. An answer without a readable list is N^_a = 0. With N_a = 0 every term divided by it is 0.
+   its labels count as usual. A box without area counts as missing: its IoU with its own copies is
+   0/0, so Eq. 7 would find every copy unique.
+8. An answer without a readable instance is N^_a = 0. With N_a = 0 all terms divided by it are 0.
+9. Answers that are not strict JSON are read, and earn rewards in training: the parser takes what
+   has only one reading. Eq. 12 counts the keys as written.
 """
 
 import operator
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import replace
-
-import numpy as np
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 
 from hicodet import HOI, OBJECTS, VERBS, Box, Completion, Prediction, iou
 
@@ -37,14 +37,11 @@ N_KEYS = 4  # N_k of Eq. 12: "human", "object", "object class", "verb class"
 DUPLICATE_IOU = 0.5  # Eq. 7
 # How the overlaps of the human boxes and of the object boxes combine to "duplicate" in Eq. 7.
 DUPLICATE_RULES = {"printed": operator.or_, "pair": operator.and_}
-DUPLICATES_EARN = ("labels", "nothing")  # in Eqs. 14 and 16
-ABLATIONS = ("label", "iou")  # Table 3: "w/o label reward", "w/o IoU reward"
 
 OBJECT_SET = frozenset(OBJECTS)  # C_o of Eq. 9
 VERB_SET = frozenset(VERBS)  # C_v of Eq. 11
 
 BoxPair = tuple[Box, Box]  # human box, object box
-NO_BOXES = ((0.0,) * 4,) * 2  # stands where an instance lacks a box
 
 
 # HOI key format reward
@@ -58,10 +55,10 @@ def tag_reward(completion: Completion) -> float:
 def box_reward(
     instance: Prediction, recorded: Sequence[BoxPair], duplicate_rule: str = "printed"
 ) -> float:
-    """Eq. 7: r_b, 1 if the instance has both boxes and they duplicate none on the record.
+    """Eq. 7: r_b, 1 if the instance has both boxes and they duplicate no recorded pair.
 
-    `recorded` is the record of the instances before this one (Eq. 8). A duplicate overlaps a
-    recorded pair by IoU > 0.5 in the human or the object box ("printed") or in both ("pair").
+    `recorded` has the unique boxes of the instances before this one (Eq. 8). A duplicate overlaps
+    a recorded pair by IoU > 0.5 in the human or the object box ("printed") or in both ("pair").
     """
     if not instance.has_boxes:
         return 0.0
@@ -85,22 +82,13 @@ def recorded_boxes(
 def box_rewards(instances: Sequence[Prediction], duplicate_rule: str = "printed") -> list[float]:
     """r_b of all instances of an answer: Eqs. 7 and 8 in turn.
 
-    A box holds the centre of every box that it overlaps by IoU > 0.5. So an instance need only be
-    compared with the recorded pairs around its own centres, which are few in the longest answer.
+    The time grows with instances times recorded pairs: copies are cheap, as none is recorded.
     """
-    boxes = [(a.human, a.object) if a.has_boxes else NO_BOXES for a in instances]
-    corners = np.array(boxes, dtype=float).reshape(-1, 2, 4).transpose(2, 1, 0)
-    x1, y1, x2, y2 = np.ascontiguousarray(corners)  # (2, N^_a) each: of humans and of objects
-    x, y = x1 + (x2 - x1) / 2, y1 + (y2 - y1) / 2
-    recorded, unique = (), np.zeros(len(instances), dtype=bool)
-    for i, instance in enumerate(instances):
-        in_width = (x1[:, :i] <= x[:, i, None]) & (x[:, i, None] <= x2[:, :i])
-        in_height = (y1[:, :i] <= y[:, i, None]) & (y[:, i, None] <= y2[:, :i])
-        around = DUPLICATE_RULES[duplicate_rule](*(in_width & in_height))[unique[:i]]
-        near = [recorded[k] for k in np.flatnonzero(around)]
-        unique[i] = box_reward(instance, near, duplicate_rule)
-        recorded = recorded_boxes(recorded, instance, unique[i])
-    return unique.astype(float).tolist()
+    recorded, rewards = (), []
+    for instance in instances:
+        rewards.append(box_reward(instance, recorded, duplicate_rule))
+        recorded = recorded_boxes(recorded, instance, rewards[-1])
+    return rewards
 
 
 def object_format_reward(instance: Prediction) -> float:
@@ -213,9 +201,12 @@ def without_duplicate_labels(
 # HOI IoU reward
 
 
-def matching_cost(similarity: np.ndarray) -> np.ndarray:
+Matrix = Sequence[Sequence[float]]  # a row a predicted instance, a column a true one
+
+
+def matching_cost(similarity: Matrix) -> Matrix:
     """Eq. 19: C = 1 - s, from and to (N^_a, N_a)."""
-    return 1.0 - similarity
+    return [[1.0 - value for value in row] for row in similarity]
 
 
 def pair_similarity(instance: Prediction, hoi: HOI) -> float:
@@ -226,9 +217,9 @@ def pair_similarity(instance: Prediction, hoi: HOI) -> float:
     return 0.5 * (iou(instance.human, hoi.human) + iou(instance.object, hoi.object))
 
 
-def match_instances(cost: np.ndarray) -> list[tuple[int, int]]:
+def match_instances(cost: Matrix) -> list[tuple[int, int]]:
     """Eq. 21: M*, the (i, j) of the one-to-one matching of least cost, min(N^_a, N_a) of them."""
-    # Only here, as SciPy takes longer to load than all the rest of a command's --help.
+    # Only here: commands that need no rewards must not wait for SciPy.
     from scipy.optimize import linear_sum_assignment
 
     rows, columns = linear_sum_assignment(cost)
@@ -242,9 +233,9 @@ def matched_pairs(
     complete = [instance for instance in instances if instance.has_boxes]
     if not hois or not complete:
         return []
-    similarity = np.array([[pair_similarity(a, b) for b in hois] for a in complete])
+    similarity = [[pair_similarity(a, b) for b in hois] for a in complete]
     matching = match_instances(matching_cost(similarity))
-    return [(complete[i], hois[j], float(similarity[i, j])) for i, j in matching]
+    return [(complete[i], hois[j], similarity[i][j]) for i, j in matching]
 
 
 def iou_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
@@ -283,15 +274,65 @@ def matched_verb_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) ->
     return total / max(len(hois), len(instances), 1)
 
 
-LABEL_REWARDS = {  # of object classes, of verbs
-    "printed": (object_label_reward, verb_label_reward),
-    "matched": (matched_object_reward, matched_verb_reward),
+OBJECT_REWARDS = {"printed": object_label_reward, "matched": matched_object_reward}
+VERB_REWARDS = {"printed": verb_label_reward, "matched": matched_verb_reward}
+
+
+# Overall reward
+
+
+@dataclass(frozen=True)
+class RewardPart:
+    """A term of Eq. 23."""
+
+    title: str  # in the report
+    largest: float
+    reward: Callable[[Completion, Sequence[HOI], dict], float]  # the dict: total_reward's options
+    ablation: str | None = None  # the name in `without` that leaves it out (Table 3)
+
+
+def _format_part(completion: Completion, hois: Sequence[HOI], options: dict) -> float:
+    return format_reward(completion, hois, options["duplicate_rule"])
+
+
+def _object_part(completion: Completion, hois: Sequence[HOI], options: dict) -> float:
+    return OBJECT_REWARDS[options["label_reward"]](completion.instances, hois)
+
+
+def _verb_part(completion: Completion, hois: Sequence[HOI], options: dict) -> float:
+    return VERB_REWARDS[options["label_reward"]](completion.instances, hois)
+
+
+def _iou_part(completion: Completion, hois: Sequence[HOI], options: dict) -> float:
+    return iou_reward(completion.instances, hois)
+
+
+REWARD_PARTS = {  # a further reward is a function and a row here
+    "format": RewardPart("Format", sum(REWARD_WEIGHTS.values()), _format_part),
+    "object": RewardPart("Object label", 1.0, _object_part, ablation="label"),
+    "verb": RewardPart("Verb label", 1.0, _verb_part, ablation="label"),
+    "iou": RewardPart("IoU", 1.0, _iou_part, ablation="iou"),
+}
+ABLATIONS = tuple(dict.fromkeys(part.ablation for part in REWARD_PARTS.values() if part.ablation))
+REWARD_OPTIONS = {  # keyword of total_reward -> its values
+    "duplicate_rule": tuple(DUPLICATE_RULES),
+    "duplicates_earn": ("labels", "nothing"),  # in Eqs. 14 and 16
+    "label_reward": tuple(OBJECT_REWARDS),
 }
 
 
-def _check(name: str, value: str, known: Collection[str]) -> None:
-    if value not in known:
-        raise ValueError(f"{name} is one of {list(known)}: {value!r}")
+def reward_parts(*, without: Collection[str] = ()) -> dict[str, dict]:
+    """The parts that make up the reward, in order: {name: {"title": str, "largest": float}}.
+
+    `without` is as in total_reward. Raises ValueError for an unknown name.
+    """
+    if unknown := set(without).difference(ABLATIONS):
+        raise ValueError(f"without takes names of {ABLATIONS}: {sorted(unknown)}")
+    return {
+        name: {"title": part.title, "largest": part.largest}
+        for name, part in REWARD_PARTS.items()
+        if part.ablation not in without
+    }
 
 
 def total_reward(
@@ -306,39 +347,24 @@ def total_reward(
     """Eq. 23: r, the sum of the format, label and IoU rewards, at most 3.8.
 
     `hois` are in the frame of the text. `without` names rewards to leave out, as in Table 3:
-    "label" (Eqs. 14-18) and "iou" (Eqs. 19-22). Returns "format", "object", "verb", "iou" and
+    "label" (Eqs. 14-18) and "iou" (Eqs. 19-22). Returns the value of each of REWARD_PARTS and
     their sum "total"; a part left out is 0, and a text without `<answer>` earns 0 throughout.
     Raises ValueError for an unknown name in any option.
     """
-    _check("duplicate_rule", duplicate_rule, DUPLICATE_RULES)
-    _check("duplicates_earn", duplicates_earn, DUPLICATES_EARN)
-    _check("label_reward", label_reward, LABEL_REWARDS)
-    if unknown := set(without).difference(ABLATIONS):
-        raise ValueError(f"without takes names of {ABLATIONS}: {sorted(unknown)}")
-    parts = {"format": 0.0, "object": 0.0, "verb": 0.0, "iou": 0.0}
-    if completion.has_answer:
-        parts["format"] = format_reward(completion, hois, duplicate_rule)
-        if "label" not in without:
-            labelled = completion.instances
-            if duplicates_earn == "nothing":
-                labelled = without_duplicate_labels(labelled, duplicate_rule)
-            object_reward, verb_reward = LABEL_REWARDS[label_reward]
-            parts["object"] = object_reward(labelled, hois)
-            parts["verb"] = verb_reward(labelled, hois)
-        if "iou" not in without:
-            parts["iou"] = iou_reward(completion.instances, hois)
-    return parts | {"total": sum(parts.values())}
-
-
-def reward_parts(*, without: Collection[str] = ()) -> dict[str, dict]:
-    """Title and largest value of each part of the reward that a run has, in order."""
-    parts = {"format": ("Format", 0.8), "object": ("Object label", 1.0)}
-    parts |= {"verb": ("Verb label", 1.0), "iou": ("IoU", 1.0)}
-    left_out: set[str] = set()
-    left_out |= {"object", "verb"} if "label" in without else set()
-    left_out |= {"iou"} if "iou" in without else set()
-    return {
-        name: {"title": title, "largest": largest}
-        for name, (title, largest) in parts.items()
-        if name not in left_out
+    options = {
+        "duplicate_rule": duplicate_rule,
+        "duplicates_earn": duplicates_earn,
+        "label_reward": label_reward,
     }
+    for name, value in options.items():
+        if value not in REWARD_OPTIONS[name]:
+            raise ValueError(f"{name} is one of {REWARD_OPTIONS[name]}: {value!r}")
+    earning = reward_parts(without=without) if completion.has_answer else {}
+    if duplicates_earn == "nothing":
+        instances = without_duplicate_labels(completion.instances, duplicate_rule)
+        completion = replace(completion, instances=tuple(instances))
+    parts = {
+        name: part.reward(completion, hois, options) if name in earning else 0.0
+        for name, part in REWARD_PARTS.items()
+    }
+    return parts | {"total": sum(parts.values())}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engine.data.examples import END_OF_TURN, Example
 from engine.model.optimizer import ClippedAdamW, micro_batches
-from engine.model.packing import pack
+from engine.model.packing import pack, shared_prefix
 from engine.model.policy import gathered
 from engine.ranks import Ranks
 from hicodet import HOI, Sample, format_completion
@@ -51,7 +51,8 @@ class SFT:
         started, ranks = time.perf_counter(), self.ranks
         num_tokens = ranks.sum(sum(w * len(e.target_ids) for e, w in zip(batch, weights)))
         lengths = [len(e.prompt.prompt_ids) + len(e.target_ids) for e in batch]
-        micros = micro_batches(lengths, weights, self.tokens_per_microbatch, ranks)
+        shared = shared_prefix([e.prompt for e in batch], self.policy.config.image_token_id)
+        micros = micro_batches(lengths, weights, self.tokens_per_microbatch, ranks, shared)
         total = 0.0
         for places, kept in gathered(self.policy, micros):
             prompts = [batch[i].prompt for i in places]

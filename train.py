@@ -27,30 +27,33 @@ from engine.data.training_images import (
     notes_on,
 )
 from engine.files import naming, replace_file
+from engine.model.lora import Adapter, read_adapter
 from engine.model.model_files import model_warnings, weights_fingerprint
 from engine.model.optimizer import ClippedAdamW, learning_rate
-from engine.model.policy import load_model, load_policy, load_reference, refresh
+from engine.model.policy import load_policies, refresh
 from engine.model.quantized import is_packed
 from engine.ranks import Ranks, start_ranks, use_all_cores
 from engine.report.dry_run import describe, picture
 from engine.report.events import Events
 from engine.report.run_view import model_card, update_page, verdicts
 from engine.runs.run_folder import RunFolder, open_run
+from engine.sampling.slots import choose_slots
 from engine.signals import RESUME, StopSignal, exit_code
 from engine.traces.trace_file import traces_of, untraced_line
 from grpo import GRPO
 from hicodet import InputError
-from predict import asked_options, predict_rows, summarise, text_reward
+from predict import asked_options, predict_rows, summarise, text_reward, with_base
 from rewards import reward_parts
 from sft import SFT, supervised_text, traced_samples
 
 SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
+FOR_SLOTS = 0.25  # of the memory that is free before the first step
 FEW_STEPS, PAPER_RATE = 100, 1e-6  # a training below both changes little
 
 
 def sft(config: SFTConfig) -> None:
     """Thinking distillation and answer supervision (Sec. 3.2)."""
-    ranks = start_ranks(timedelta(minutes=config.timeout))
+    ranks, config = start_ranks(timedelta(minutes=config.timeout)), with_base(config)
     options = asked_options(config)
     samples, thinks, untraced = annotated_samples(config.data), {}, []
     if options.thinking:
@@ -65,7 +68,8 @@ def sft(config: SFTConfig) -> None:
     excluded = excluded_images(config.exclude, samples)
     if config.dry_run:
         return ranks.print(describe(examples, first_example(examples, excluded)))
-    parts = set_up(config, examples, excluded, ranks, SFT.name, needs_replica=config.eval_every > 0)
+    needs = {"replica": config.eval_every > 0, "reference": False}
+    parts = set_up(config, examples, excluded, ranks, SFT.name, needs)
     if ranks.rank == 0 and thinks:
         replace_file(parts.run.path / "untraced.txt", "".join(f"{name}\n" for name in untraced))
     stage = SFT(parts.policy, parts.optimizer, ranks, config.tokens_per_microbatch)
@@ -74,25 +78,23 @@ def sft(config: SFTConfig) -> None:
 
 def grpo(config: GRPOConfig) -> None:
     """Reinforcement learning with the HOI rewards (Sec. 3.3)."""
-    ranks = start_ranks(timedelta(minutes=config.timeout))
+    ranks, config = start_ranks(timedelta(minutes=config.timeout)), with_base(config)
     samples, rewards = annotated_samples(config.data), config.group(REWARDS)
     examples = Examples(config.model, samples, asked_options(config))
     excluded = excluded_images(config.exclude, samples)
     if config.dry_run:
         first = first_example(examples, excluded)
         return ranks.print(describe(examples, first, partial(text_reward, **rewards)))
-    parts = set_up(config, examples, excluded, ranks, GRPO.name, needs_replica=True)
-    reference = None
-    if config.kl_coef:
-        reference = load_reference(config.model, ranks.device, offload=config.offload)
+    needs = {"replica": True, "reference": config.kl_coef > 0}
+    parts = set_up(config, examples, excluded, ranks, GRPO.name, needs)
     stage = GRPO(
         parts.policy,
         parts.optimizer,
         parts.replica,
-        reference,
+        parts.reference,
         examples,
         ranks,
-        slots=min(config.slots, math.ceil(config.batch_size / ranks.world)),
+        slots=sampling_slots(config, parts, ranks),
         group_size=config.group_size,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -119,7 +121,9 @@ class Parts:
     excluded: Collection[int]  # places of examples that are left out
     policy: object  # pi_theta
     optimizer: ClippedAdamW
-    replica: object | None  # in the dtype of computation, for sampling
+    replica: object | None  # pi_old, which samples
+    reference: object | None  # pi_ref
+    adapter: Adapter | None  # what alone is trained with LoRA
     evaluation: "Evaluation | None"
     steps: int  # of the whole run
     done: int  # of them, before this process
@@ -131,10 +135,12 @@ def set_up(
     excluded: Collection[int],
     ranks: Ranks,
     stage: str,
-    *,
-    needs_replica: bool,
+    needs: dict[str, bool],
 ) -> Parts:
-    """The run's folder, the policy and its optimizer, restored if a run is resumed."""
+    """The run's folder, the policies and the optimizer, restored if a run is resumed.
+
+    needs: whether there is a "replica", pi_old, and a "reference", pi_ref.
+    """
     require_trainable(config, examples, ranks)
     kept = len(examples) - len(excluded)
     steps = config.max_steps or config.epochs * math.ceil(kept / config.batch_size)
@@ -148,9 +154,10 @@ def set_up(
         path = run.path / "first_sample.png"
         with naming(path):
             picture(first_example(examples, excluded)).save(path)
-    memory = {name: getattr(config, name) for name in ("gradient_checkpointing", "offload")}
-    policy = load_policy(config.model, ranks.device, **memory)
-    replica = load_model(config.model, ranks.device) if needs_replica else None
+    memory = {name: getattr(config, name) for name in ("gradient_checkpointing", "offload", "seed")}
+    adapter = adapter_of(config)
+    policies = load_policies(config.model, ranks.device, adapter, **needs, **memory)
+    policy, replica, reference = policies
     optimizer = ClippedAdamW(
         policy,
         beta2=config.adam_beta2,
@@ -164,15 +171,37 @@ def set_up(
     if held_out:
         counts, limit = training_counts(config.data), config.eval_max_new_tokens
         evaluation = Evaluation(held_out, replica, counts, ranks, max_new_tokens=limit)
-    return Parts(run, examples, excluded, policy, optimizer, replica, evaluation, steps, done)
+    return Parts(
+        run, examples, excluded, policy, optimizer, replica, reference, adapter, evaluation, steps,
+        done,
+    )  # fmt: skip
+
+
+def adapter_of(config: TrainConfig) -> Adapter | None:
+    """The LoRA adapter that is trained; None: all weights are."""
+    if config.adapter:
+        found = read_adapter(config.adapter)
+        if config.lora_rank not in (0, found.rank):
+            raise InputError(f"--lora-rank {config.lora_rank}: the adapter has rank {found.rank}")
+        return dataclasses.replace(found, base=config.model)
+    alpha = config.lora_alpha or 2 * config.lora_rank
+    return Adapter(config.lora_rank, alpha, config.model) if config.lora_rank else None
+
+
+def sampling_slots(config: GRPOConfig, parts: Parts, ranks: Ranks) -> int:
+    """The number of groups that a rank samples at a time."""
+    images = math.ceil(config.batch_size / ranks.world)
+    sizes = {"group_size": config.group_size, "new": config.max_new_tokens}
+    sizes["prompt_room"] = parts.examples.longest_prompt()
+    return choose_slots(parts.replica, ranks, config.slots, images, share=FOR_SLOTS, **sizes)
 
 
 def require_trainable(config: TrainConfig, examples: Examples, ranks: Ranks) -> None:
-    """Raise InputError for quantised weights, which have no gradient, and --offload on a CPU."""
-    if is_packed(examples.config):
+    """Raise InputError for quantised weights without adapters, and for --offload on a CPU."""
+    if is_packed(examples.config) and not (config.lora_rank or config.adapter):
         raise InputError(
             f"--model {config.model}: its weights are quantised (quantization_config of "
-            "config.json), and only predict takes such a model; train one in bf16 or fp32"
+            "config.json), and cannot be trained; train adapters on them with --lora-rank 16"
         )
     if config.offload and ranks.device.type == "cpu":
         raise InputError("--offload: it spares a GPU's memory, and torch finds no GPU here")
@@ -189,7 +218,7 @@ def settings_of(
         **dataclasses.asdict(examples.options),
         "examples": examples.fingerprint(),
         "excluded": excluded_fingerprint(excluded),
-        "weights": weights_fingerprint(config.model),
+        "weights": weights_fingerprint(config.model, config.adapter),
         "stage": stage,
         "command": sys.argv,
         "steps": steps,
@@ -316,7 +345,7 @@ def export(parts: Parts, name: str) -> None:
     notes = {PROMPT_FILE: parts.examples.options.as_file()}
     notes["README.md"] = model_card(parts.run.path) if parts.run.ranks.rank == 0 else ""
     processors = [parts.examples.tokenizer, parts.examples.processor]
-    parts.run.export(parts.policy, name, processors, notes)
+    parts.run.export(parts.policy, name, processors, notes, parts.adapter)
 
 
 def held_out_examples(config: TrainConfig, options: PromptOptions) -> Examples:

@@ -1,11 +1,11 @@
-"""The toy's base model: where things are, and nothing of who does what with them.
+"""The toy's base model: what a model knows before it meets the task, as Qwen2.5-VL does.
 
-    python -m demo.toy runs/grounding --complete --seed 1000
+    python -m demo.toy runs/grounding --train 20000 --left-out 0 --seed 1000
     torchrun --nproc_per_node 2 -m demo.base runs/grounding --out runs/base
 
-It learns from random weights to list every person and object of a drawing (demo/grounding.py). So
-it stands for what Qwen2.5-VL-3B knows before it meets HOI, and its HOI mAP is 0. The loop and the
-loss are those of SFT. --out gets what a run writes; its model/ is the base model.
+It learns from random weights to list every person and object, then the pairs, in a format that the
+task does not read (demo/grounding.py). So its HOI mAP is 0. The loop and the loss are those of SFT.
+The base model is the folder model/ in --out.
 """
 
 import sys
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from demo.grounding import PROMPT
+from demo.grounding import PAIRS_PROMPT, PROMPT, pair_lines
 from engine.data.annotations import load_split
-from engine.data.examples import END_OF_TURN, Examples
+from engine.data.examples import END_OF_TURN, Examples, PromptOptions
 from engine.data.loader import batches
 from engine.model.model_files import weights_fingerprint
 from engine.model.optimizer import ClippedAdamW, learning_rate
@@ -27,7 +27,7 @@ from engine.ranks import Ranks, start_ranks
 from engine.runs.run_folder import open_run
 from engine.signals import RESUME, StopSignal, one_line
 from engine.traces.trace_file import read_traces
-from hicodet import InputError
+from hicodet import HOI, InputError
 from sft import SFT
 from train import Parts, fit
 
@@ -35,20 +35,26 @@ TOKENS_PER_MICROBATCH = 16384
 SAVE_EVERY = 250  # steps between checkpoints
 
 
-def grounding_examples(folder: Path, model: str) -> Examples:
-    """The training drawings of `python -m demo.toy`, each with PROMPT and grounding.jsonl's text.
+def base_examples(folder: Path, boxes_only: bool) -> Examples:
+    """The training drawings of `python -m demo.toy`, each with its prompt and text.
 
-    folder: with data/ and grounding.jsonl. Raises InputError if a file is missing.
+    folder: with data/, model/ and grounding.jsonl. boxes_only: no lines of pairs after the text of
+    grounding.jsonl. Raises InputError if a file is missing.
     """
     texts = folder / "grounding.jsonl"
     if not texts.is_file():
         raise InputError(f"{texts}: no such file; python -m demo.toy writes it")
+
+    def target_text(hois: tuple[HOI, ...], grounding: str) -> str:
+        return grounding + ("" if boxes_only else f"\n{pair_lines(hois)}") + END_OF_TURN
+
     return Examples(
-        model,
+        str(folder / "model"),
         load_split(folder / "data", "train"),
+        PromptOptions(task_description=False),  # as the demo goes on
         thinks=read_traces(texts),
-        prompt_text=lambda thinking: PROMPT,
-        target_text=lambda hois, grounding: grounding + END_OF_TURN,
+        target_text=target_text,
+        prompt_text=lambda thinking: PROMPT if boxes_only else PAIRS_PROMPT,
     )
 
 
@@ -56,24 +62,20 @@ def grounding_examples(folder: Path, model: str) -> Examples:
 class BaseConfig(Config):
     """Options of the command."""
 
-    dir: Path = required(
-        "folder that python -m demo.toy wrote", positional=True, group="what to read and write"
-    )
-    out: str = required("folder for all that the run writes", group="what to read and write")
-    model: Path | None = option(
-        None, "the weights to start from (default: DIR/model)", group="what to read and write"
-    )
-    steps: int = option(1000, "optimizer steps", least=1, group="the training")
-    seed: int = option(0, "of the data order", least=0, group="the training")
-    resume: bool = option(False, "go on with the run in --out", group="what to read and write")
+    FILES, TRAINING = "input and output", "training"
+    dir: Path = required("folder that python -m demo.toy wrote", positional=True, group=FILES)
+    out: str = required("folder for all that the run writes", group=FILES)
+    resume: bool = option(False, "go on with the run in --out", group=FILES)
+    boxes_only: bool = option(False, "teach boxes alone, without lines of pairs", group=TRAINING)
+    steps: int = option(3000, "optimizer steps", least=1, group=TRAINING)
+    seed: int = option(0, "seed of the data order", least=0, group=TRAINING)
 
 
 def make_base(config: BaseConfig, ranks: Ranks) -> None:
     """Train the base model."""
-    model = str(config.model or config.dir / "model")
-    examples = grounding_examples(config.dir, model)
-    settings = {"model": model, "seed": config.seed, "steps": config.steps}
-    settings |= {"examples": examples.fingerprint(), "weights": weights_fingerprint(model)}
+    model, examples = str(config.dir / "model"), base_examples(config.dir, config.boxes_only)
+    settings = {"seed": config.seed, "steps": config.steps, "examples": examples.fingerprint()}
+    settings |= {"model": model, "weights": weights_fingerprint(model)}
     settings |= {"stage": "sft", "command": sys.argv}
     run = open_run(config.out, config, settings, ranks)
     policy = load_policy(model, ranks.device, gradient_checkpointing=False)
@@ -84,7 +86,9 @@ def make_base(config: BaseConfig, ranks: Ranks) -> None:
     rate = partial(
         learning_rate, steps=config.steps, highest=1.5e-3, warmup=50, schedule=SFT.schedule
     )
-    parts = Parts(run, examples, (), policy, optimizer, None, None, config.steps, done)
+    parts = Parts(
+        run, examples, (), policy, optimizer, None, None, None, None, config.steps, done
+    )
     stage = SFT(policy, optimizer, ranks, TOKENS_PER_MICROBATCH)
     with StopSignal() as stop:
         fit(stage, parts, stream, rate, ranks, stop, save_every=SAVE_EVERY)

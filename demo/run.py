@@ -1,6 +1,9 @@
-"""The demo: drawings, a base model, SFT, GRPO, predictions and mAP, by commands a user would type.
+"""The demo: drawings, SFT, GRPO, predictions and mAP, by commands that a user would type.
 
     python hoi_r1.py demo
+
+It starts from the model in demo/base_model, as a real run starts from Qwen2.5-VL: that model lists
+people, objects and pairs in a format of its own, and does not know the answers of the task.
 """
 
 import os
@@ -8,145 +11,214 @@ import shlex
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from demo.show import draw, table
+from demo.show import draw_answers, results_table
+from engine.files import remove, replace_file
+from engine.signals import RESUME, one_line
 from hicodet import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
+BASE_MODEL = ROOT / "demo" / "base_model"
+BASE_IMAGES, BASE_STEPS, BASE_SEED = 20000, 3000, 1000  # what it was made from
+BASE_ANSWERS = 100  # drawings that the base answers; it describes pairs in another format
+START = 8  # seconds that a program with torch needs to start
 LEFT_OUT = 0.55  # share of the training half's further pairs that is not annotated
-BASE_SEED = 1000  # added to the seed: the base model learns from other drawings than SFT
-# A million weights want other learning rates than 3 billion, and another second beta of AdamW (see
-# `train`); the rest of GRPO is Sec. 4.2's.
+# A million weights need other learning rates than 3 billion, and another second beta of AdamW; the
+# rest of GRPO is Sec. 4.2's.
 RECIPE = {
     "sft": "--batch-size 16 --learning-rate 1.5e-3 --warmup-steps 20",
     "grpo": "--learning-rate 2e-4 --max-new-tokens 96",
 }
+COMMON = "--no-task-description --workers 0"
+LOG = "commands.txt"  # the commands that finished, for --resume
 
 
-def run_demo(
-    *,
-    out: str,
-    seed: int,
-    train_images: int,
-    test_images: int,
-    base_steps: int,
-    sft_steps: int,
-    grpo_steps: int,
-    base: str,
-    complete: bool,
-    steps_scale: float,
-) -> None:
-    """Train, predict, evaluate, and show what was learned; the options are DemoConfig's.
+@dataclass(frozen=True)
+class Stage:
+    """A command of the demo."""
 
-    Raises InputError if `out` exists, or `base` is no folder of a model.
+    title: str
+    words: list[str]  # of the command, after "python"
+    seconds: float  # on two calm cores, to estimate the time left
+    writes: tuple[str, ...] = ()  # names in --out that are removed before the command runs again
+    parallel: bool = False  # whether two processes may share the work
+
+
+def run_demo(config) -> None:
+    """Run every stage, then print the table and draw the answers. config: DemoConfig.
+
+    Raises InputError if --out or --base is not a folder to use.
     """
-    out, started = Path(out).resolve(), time.perf_counter()
-    if out.exists():
-        raise InputError(f"{out} exists: choose another --out, or remove it")
+    out, started = Path(config.out).resolve(), time.perf_counter()
+    if out.exists() and not config.resume:
+        raise InputError(f"{out} exists: choose another --out, or go on with --resume")
+    if out.exists() and not (out / LOG).exists():  # what it holds is not ours to remove
+        raise InputError(f"--resume: {out} is not the folder of a demo ({LOG} is missing)")
+    require_model(config.base)
+    with one_line("", RESUME):
+        run_stages(out, demo_stages(config, out))
+        print(results_table(out, ("base", "sft", "grpo")))
+        draw_answers(out, count=6)
+    minutes = (time.perf_counter() - started) / 60
+    print(f"\npictures: {out / 'pictures'}\nreport: {out / 'report.html'}\n{minutes:.1f} minutes")
+
+
+def require_model(base: str) -> None:
+    """Raise InputError if --base is given and is not the folder of a model."""
+    if base and (Path(base) / "model").is_dir():
+        raise InputError(f"--base {base} is the folder of a run: is {Path(base) / 'model'} meant?")
     if base and not (Path(base) / "config.json").is_file():
-        raise InputError(f"--base {base}: no folder of a model, as the model/ of demo.base is")
-    asked = train_images, base_steps, sft_steps, grpo_steps
-    images, *steps = (max(1, round(number * steps_scale)) for number in asked)
-    number = process_count()
-    with ThreadPoolExecutor() as beside:  # either takes one core
-        others = [] if base else [beside.submit(draw_for_base, out, images, seed)]
-        make_data(out, images, test_images, seed, left_out=0.0 if complete else LEFT_OUT)
-    [other.result() for other in others]  # or what it raised
-    model = Path(base).resolve() if base else make_base(out, steps[0], seed, number)
-    models = [model]
-    predict(out, "base", model, number)
-    for name, length in (("sft", steps[1]), ("grpo", steps[2])):
-        model = train(out, name, model, f"--max-steps {length} --seed {seed}", number)
-        models.append(model)
-        predict(out, name, model, number)
-    sample(out, out / "sampled.json", models, seed, number)
-    report(out)
-    print(table(out, ("base", "sft", "grpo")))
-    draw(out, count=6)
-    print(f"\npictures: {out / 'pictures'}\n{(time.perf_counter() - started) / 60:.1f} minutes")
+        raise InputError(f"--base {base}: no model in this folder (config.json is missing)")
 
 
-def make_data(out: Path, train: int, test: int, seed: int, *, left_out: float) -> None:
-    """Drawings, random weights and the teacher's traces. left_out: as in demo.toy."""
-    sizes = f"--train {train} --test {test} --left-out {left_out} --seed {seed}"
-    command(f"-m demo.toy {{out}} {sizes}", out=out)
-    command("teacher.py --backend template --data {out}/data --out {out}/traces.jsonl", out=out)
+def demo_stages(config, out: Path) -> list[Stage]:
+    """All commands of the demo, in their order. config: DemoConfig."""
+    seed, test, left_out = config.seed, config.test_images, 0.0 if config.complete else LEFT_OUT
+    numbers = (config.train_images, config.sft_steps, config.grpo_steps, BASE_IMAGES, BASE_STEPS)
+    images, sft_steps, grpo_steps, base_images, base_steps = (
+        max(1, round(number * config.steps_scale)) for number in numbers
+    )
+    toy = toy_command(out, images, test, left_out, seed)
+    picture = "hoi_r1.py show --data {out}/data --split train --images 1 --out {out}/pictures"
+    stages = [
+        Stage("drawings", toy, 5 + images / 700, ("data", "model", "grounding.jsonl")),
+        Stage("a teacher's traces", trace_command(out), 2, ("traces.jsonl",)),
+        Stage("a first picture", words(picture, out), 2, ("pictures",)),
+    ]
+    model = Path(config.base).resolve() if config.base else BASE_MODEL
+    if config.train_base:
+        toy, base = base_commands(out, base_images, base_steps, seed)
+        stages.append(Stage("drawings for the base", toy, 5 + base_images / 700, ("grounding",)))
+        stages.append(Stage("base", base, START + 0.14 * base_steps, ("base",), True))
+        model = out / "base" / "model"
+    stages += answer_stages(out, "base", model, min(BASE_ANSWERS, test))
+    for name, steps, seconds in (("sft", sft_steps, 0.14), ("grpo", grpo_steps, 0.67)):
+        train = train_command(out, name, model, f"--max-steps {steps} --seed {seed}")
+        stages.append(Stage(name.upper(), train, START + seconds * steps, (name,), True))
+        model = out / name / "model"
+        stages += answer_stages(out, name, model, test)
+    runs = "{out}/sft {out}/grpo {out}/test_base {out}/test_sft {out}/test_grpo"
+    report = words(f"hoi_r1.py report {runs} --out {{out}}/report.html", out)
+    return [*stages, Stage("the page of all runs", report, 3)]
 
 
-def draw_for_base(out: Path, images: int, seed: int) -> None:
-    """The drawings that the base model learns from, others than those of SFT and GRPO."""
-    drawings, flags = out / "grounding", f"--train {images} --test 1 --seed {BASE_SEED + seed}"
-    command(f"-m demo.toy {{drawings}} --complete {flags}", drawings=drawings)
+def answer_stages(out: Path, name: str, model: Path, images: int) -> list[Stage]:
+    """Greedy answers for held-out drawings, and their mAP."""
+    folder, limit = f"test_{name}", f"--limit {images}"
+    predict, score = predict_command(out, folder, model, limit), score_command(out, folder, limit)
+    return [Stage(f"answers of {name}", predict, START + images / 70, (folder,), True),
+            Stage(f"mAP of {name}", score, 3)]  # fmt: skip
 
 
-def make_base(out: Path, steps: int, seed: int, processes: int) -> Path:
-    """Train a base model from the toy's random weights. Returns its folder."""
-    flags = f"--model {{out}}/model --out {{out}}/base --steps {steps} --seed {seed}"
-    command(f"-m demo.base {{out}}/grounding {flags}", processes, out=out)
-    return out / "base" / "model"
+def words(line: str, out: Path, **paths: Path) -> list[str]:
+    """The words of a command line; {name} is a path, which may hold spaces."""
+    return [word.format(out=out, **paths) for word in line.split()]
 
 
-def train(out: Path, stage: str, model: Path, flags: str, processes: int, name: str = "") -> Path:
-    """Run SFT or GRPO from a model. Returns the new model's folder, in that of `name`."""
+def toy_command(out: Path, train: int, test: int, left_out: float, seed: int) -> list[str]:
+    """Drawings with their annotations. left_out: as in demo.toy."""
+    sizes = f"--train {train} --test {test} --left-out {left_out:g} --seed {seed}"
+    return words(f"-m demo.toy {{out}} {sizes}", out)
+
+
+def trace_command(out: Path) -> list[str]:
+    """The teacher's traces."""
+    line = "teacher.py --backend template --data {out}/data --out {out}/traces.jsonl"
+    return words(line, out)
+
+
+def base_commands(out: Path, images: int, steps: int, seed: int, flags: str = "") -> list:
+    """The commands of the base model: drawings, other ones than those of SFT, and the training."""
+    drawings = toy_command(out / "grounding", images, 1, 0.0, BASE_SEED + seed)
+    flags += f" --steps {steps} --seed {seed}"
+    return [drawings, words(f"-m demo.base {{out}}/grounding --out {{out}}/base {flags}", out)]
+
+
+def train_command(out: Path, stage: str, model: Path, flags: str, name: str = "") -> list[str]:
+    """SFT or GRPO from a model, into the folder `name`, by default that of the stage."""
     traces = "--traces {out}/traces.jsonl " if stage == "sft" else ""
     flags += f" {RECIPE[stage]} --adam-beta2 0.98 --no-gradient-checkpointing --save-every 0"
-    run = out / (name or stage)
-    command(
-        f"hoi_r1.py {stage} --model {{model}} --data {{out}}/data {traces}--out {{run}} "
-        f"--no-task-description --workers 0 {flags}",
-        processes, model=model, out=out, run=run)
-    return run / "model"
+    line = f"hoi_r1.py {stage} --model {{model}} --data {{out}}/data {traces}--out {{run}} {COMMON}"
+    return words(f"{line} {flags}", out, model=model, run=out / (name or stage))
 
 
-def predict(out: Path, name: str, model: Path, processes: int, flags: str = "") -> None:
-    """Greedy answers for the held-out drawings, and their mAP."""
-    paths = {"model": model, "out": out, "test": out / f"test_{name}"}
-    command(
-        "hoi_r1.py predict --model {model} --data {out}/data --out {test} --max-new-tokens 96 "
-        f"--no-task-description --workers 0 {flags}",
-        processes, **paths)
-    command(
-        "evaluate.py {test}/predictions.jsonl --data {out}/data --classes present --breakdown "
-        "--json {test}/map.json", **paths)
+def predict_command(out: Path, folder: str, model: Path, flags: str) -> list[str]:
+    """Greedy answers of a model for the held-out drawings."""
+    line = f"hoi_r1.py predict --model {{model}} --data {{out}}/data --out {{test}} {COMMON}"
+    return words(f"{line} --max-new-tokens 96 {flags}", out, model=model, test=out / folder)
 
 
-def sample(out: Path, file: Path, models: list[Path], seed: int, processes: int) -> None:
-    """Sampled answers of every model for the held-out drawings; their mean rewards go to `file`."""
-    paths = {f"model_{number}": model for number, model in enumerate(models)}
-    folders = " ".join(f"{{{name}}}" for name in paths)
-    flags = f"--data {{out}}/data --max-new-tokens 96 --seed {seed} --out {{file}}"
-    command(f"-m demo.sampled {folders} {flags}", processes, out=out, file=file, **paths)
+def score_command(out: Path, folder: str, flags: str) -> list[str]:
+    """mAP over the classes that are drawn, with what was wrong."""
+    line = ("evaluate.py {test}/predictions.jsonl --data {out}/data --json {test}/map.json "
+            "--classes present --breakdown")  # fmt: skip
+    return words(f"{line} {flags}", out, test=out / folder)
 
 
-def report(out: Path) -> None:
-    """One page of the trainings and predictions, with their curves and Table 1."""
-    names = ("sft", "grpo", "test_base", "test_sft", "test_grpo")
-    runs = " ".join(f"{{out}}/{name}" for name in names)
-    command(f"hoi_r1.py report {runs} --out {{out}}/report.html", out=out)
+def process_count(seconds: float) -> int:
+    """Processes for work of these seconds: one per GPU, or else per core; at most two.
 
+    One for short work, for which a further process does not pay its own start.
+    """
+    if seconds < 2 * START:
+        return 1
+    import torch  # seconds, which a short demo saves
 
-def process_count() -> int:
-    """How many processes train and predict: one for each GPU or else each core, two at most."""
     return min(2, torch.cuda.device_count() or os.cpu_count() or 1)
 
 
-def command(line: str, processes: int = 1, **paths: Path) -> None:
-    """Show and run one of the project's programs; exits if it fails, as it has said why."""
-    words = [word.format(**paths) for word in line.split()]  # paths may hold spaces
+def run_stages(out: Path, stages: list[Stage]) -> None:
+    """Run the stages that are not in out/commands.txt yet, and note each that finishes there.
+
+    Raises InputError if the file has other commands, of a demo with other options.
+    """
+    log, spent, expected = out / LOG, 0.0, 0.0
+    out.mkdir(parents=True, exist_ok=True)
+    log.touch()
+    done = log.read_text().splitlines()
+    lines = [shlex.join(["python", *stage.words]) for stage in stages]
+    if done != lines[: len(done)]:
+        raise InputError(f"--resume: {out} was made with other options: see {log}")
+    for number, stage in enumerate(stages[len(done) :], start=len(done)):
+        pace = spent / expected if expected > 10 else 1.0  # this machine's, against two calm cores
+        left, later = (pace * sum(s.seconds for s in stages[n:]) for n in (number, number + 1))
+        print(f"\n[{number + 1} of {len(stages)}] {stage.title}; time left: {clock(left)}")
+        for name in stage.writes:  # of a command that was interrupted
+            remove(out / name)
+        started = time.perf_counter()
+        processes = process_count(stage.seconds) if stage.parallel else 1
+        run_command(stage.words, processes, later)
+        spent, expected = spent + time.perf_counter() - started, expected + stage.seconds
+        replace_file(log, "".join(f"{line}\n" for line in lines[: number + 1]))
+
+
+def clock(seconds: float) -> str:
+    """Minutes and seconds: 3:05."""
+    return "{}:{:02d}".format(*divmod(round(seconds), 60))
+
+
+def run_command(words: list[str], processes: int = 1, later: float = 0.0) -> None:
+    """Show and run one of the project's programs; exits if it fails.
+
+    later: estimated seconds of the commands after it, which its progress bar shows.
+    """
     if processes > 1:
-        torchrun = "-m torch.distributed.run --standalone --nproc_per_node"
-        words = [*torchrun.split(), str(processes), *words]
-    print(f"\n$ python {shlex.join(words)}", flush=True)
+        torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"
+        words = [*torchrun.split(), *words]
+    print(f"$ python {shlex.join(words)}", flush=True)
     # a million weights are too few to share: on a busy machine two threads wait for each other
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=environment)
+    settings = {"OMP_NUM_THREADS": "1", **os.environ}
+    if later:  # tqdm takes the defaults of its bars from variables of these names
+        settings["TQDM_BAR_FORMAT"] = (
+            "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining} + "
+            f"{clock(later)} for later stages{{postfix}}]"
+        )
+    process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=settings)
     try:
         code = process.wait()
-    except KeyboardInterrupt:  # which the command got too; torchrun needs a moment to end its ranks
+    except KeyboardInterrupt:  # the command got it too; torchrun needs a moment to end its ranks
         process.wait()
         raise
     if code:

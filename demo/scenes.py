@@ -1,11 +1,11 @@
 """The scenes of the toy HICO-DET: people and objects drawn on a colour gradient.
 
-A drawing is a row of square panels, each with one person and object at most. Where the two stand
-to each other decides the verbs. Beside them there may be a second object of the same person, and
-bystanders, people without an object. Boxes are 0-based inclusive pixels, as in `hicodet`, and lie
-on a 14-pixel grid, so that a side is one of a few numbers. A layout (the boxes of a pair in its
-panel, object class, verbs) belongs either to training or to testing. The two kinds of RARE have at
-most eight training pairs each, so that the Rare column of the evaluation has content.
+A drawing is a row of square panels, each with at most one pair of person and object. Their relative
+place decides the verbs. A person may have a second object, and a panel may hold a bystander instead
+of a pair. Boxes are 0-based inclusive pixels, as in `hicodet`, on a 14-pixel grid: a side is one of
+a few numbers. A layout (boxes of a pair in its panel, object class, verbs) is in the training half
+or in the test half. The two RARE kinds have at most eight training pairs each, so that the
+evaluation has rare classes.
 """
 
 import zlib
@@ -24,15 +24,15 @@ OBJECT_SIZES = {"bicycle": (42, 28), "horse": (42, 42), "sports ball": (28, 28),
                 "umbrella": (42, 28)}
 RARE_SCENES = 8  # HICO-DET calls an HOI class rare below 10 training pairs
 TEST_SHARE = 4  # one layout in four is kept for testing
-FURTHER_PAIR = 0.75  # how often a panel beside the first holds a pair
+FURTHER_PAIR = 0.75  # how often a panel after the first holds a pair
 SAME_KIND = 0.5  # how often this pair is of the first one's kind
-SECOND_OBJECT = 0.1  # how often it is, instead, another object of the first one's person
+SECOND_OBJECT = 0.1  # how often it is instead another object of the first one's person
 BYSTANDER = 0.5  # how often a panel without a pair holds a person
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of pair: an object class, its verbs in HICO order, and where the person stands."""
+    """One kind of pair: an object class, its verbs in HICO order, and where the object is."""
     object_class: str
     verbs: tuple[str, ...]
     place: str
@@ -40,14 +40,14 @@ class Kind:
 
 @dataclass(frozen=True)
 class Scene:
-    """One drawing: its width in pixels, its pairs, and the boxes of people who do nothing."""
+    """One drawing: its width in pixels, its pairs, and the boxes of people without an object."""
     width: int
     hois: tuple[HOI, ...]
     bystanders: tuple[Box, ...]
 
     @property
     def people(self) -> list[Box]:
-        """Every person once, whatever number of objects it has to do with."""
+        """Every person once, however many objects the person has."""
         return list(dict.fromkeys([hoi.human for hoi in self.hois] + list(self.bystanders)))
 
 
@@ -69,7 +69,7 @@ RARE = (
 
 
 def object_corners(human: Box, size: tuple[int, int], place: str) -> list[tuple[float, float]]:
-    """All top left corners of an object of this size that stands in this place to the person."""
+    """All top left corners of an object of this size in this place relative to the person."""
     left, top, right, bottom = human
     width, height = size
     touching = [left - width, left - width + GRID, right - GRID, right]
@@ -108,12 +108,12 @@ def layouts(kind: Kind) -> list[HOI]:
 
 
 def is_test_layout(hoi: HOI) -> bool:
-    """Whether a layout is kept for testing: a fixed hash, so no seed mixes the two halves."""
+    """Whether a layout is in the test half: a fixed hash, so no seed mixes the halves."""
     return zlib.crc32(repr(hoi).encode()) % TEST_SHARE == 0
 
 
-def draw_kinds(split: str, count: int, rng: np.random.Generator) -> list[Kind]:
-    """The kinds of `count` first pairs in random order: rare kinds get few in training."""
+def random_kinds(split: str, count: int, rng: np.random.Generator) -> list[Kind]:
+    """The kinds of `count` first pairs in random order; training has few of the rare kinds."""
     if split == "test":
         kinds = (KINDS + RARE) * (count // len(KINDS + RARE) + 1)
         return [kinds[i] for i in rng.permutation(count)]
@@ -134,7 +134,7 @@ def moved(box: Box, x: int) -> Box:
 
 
 def second_objects(first: HOI, pool: dict[Kind, list[HOI]]) -> list[HOI]:
-    """What else the person of `first` may do at the same time, with an object that is apart."""
+    """Further pairs of the person of `first`, with an object that does not touch the first one."""
     return [hoi for kind in KINDS if kind.object_class != first.object_class
             and kind.place != "apart" for hoi in pool[kind]
             if hoi.human == first.human and iou(hoi.object, first.object) == 0]
@@ -166,7 +166,7 @@ def make_scenes(split: str, count: int, seed: int, pairs: int = 2) -> list[Scene
     rng = np.random.default_rng([seed, split == "test"])
     pool = {kind: [hoi for hoi in layouts(kind) if is_test_layout(hoi) == (split == "test")]
             for kind in KINDS + RARE}
-    return [make_scene(kind, pool, pairs, rng) for kind in draw_kinds(split, count, rng)]
+    return [make_scene(kind, pool, pairs, rng) for kind in random_kinds(split, count, rng)]
 
 
 SHIRTS = ((255, 255, 255), (40, 40, 220), (230, 230, 40), (20, 20, 20))
@@ -175,7 +175,7 @@ FRAMES = ((0, 0, 0), (0, 0, 160), (120, 0, 0))
 
 
 def background(width: int) -> np.ndarray:
-    """(SIDE, width, 3) uint8: red grows with x and green with y, so colour tells the place."""
+    """(SIDE, width, 3) uint8: red grows with x and green with y, so colour shows the place."""
     image = np.full((SIDE, width, 3), 128.0)
     image[:, :, 0] = np.linspace(0, 255, width)
     image[:, :, 1] = np.linspace(0, 255, SIDE)[:, None]

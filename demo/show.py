@@ -17,66 +17,65 @@ PAIRS = ("precision", "recall", "f1")
 WIDTH = 480  # pixels of a panel
 
 
-def table(out: Path, names) -> str:
-    """A row a model, on the held-out drawings: mAP, mean rewards, and pairs found, in percent."""
+def results_table(out: Path, names) -> str:
+    """A row per model: mAP, mean reward and pairs of its answers for held-out drawings."""
     lines = [
-        "\n               Default           Known Object       mean reward      pairs",
-        "          Full  Rare Non-R     Full  Rare Non-R     greedy  T = 1    prec.  rec.    F1",
+        "\n                mAP (Default)    mean           pairs",
+        "      images  Full  Rare Non-R  reward   prec.  rec.    F1",
     ]
-    sampled = json.loads((out / "sampled.json").read_text())["reward"]
-    for name, reward in zip(names, sampled, strict=True):
+    for name in names:
         row = figures(out / f"test_{name}")
-        default, known = (percent(row[s], MAPS) for s in ("default", "known_object"))
-        rewards = f"{row['reward']:6.3f} {reward:6.3f}"
-        lines.append(f"{name:8s}{default}   {known}     {rewards}   {percent(row['pairs'], PAIRS)}")
+        maps, pairs = percentages(row["default"], MAPS), percentages(row["pairs"], PAIRS)
+        lines.append(f"{name:5s} {row['images']:6d} {maps}  {row['reward']:6.3f}   {pairs}")
     return "\n".join(lines)
 
 
 def figures(folder: Path) -> dict:
-    """What was measured of the greedy answers in `folder`; shares from 0 to 1.
+    """What was measured of the greedy answers in `folder`; shares are from 0 to 1.
 
-    Returns {"default", "known_object": {"full", "rare", "non_rare"}, "reward": mean total,
-    "pairs": {"precision", "recall", "f1"}, "right_verb": of the pairs that were found with the
-    right object class, the share that has the right verb}.
+    Returns {"images": their number, "default", "known_object": {"full", "rare", "non_rare"},
+    "reward": mean total, "pairs": {"precision", "recall", "f1"}, "right_verb": share of the pairs
+    with the right boxes and object class that have the right verb}.
     """
     result = json.loads((folder / "map.json").read_text())
     row = {s: {name: result[s][name] for name in MAPS} for s in ("default", "known_object")}
-    row["reward"] = json.loads((folder / "summary.json").read_text())["reward"]["total"]
+    row["images"] = result["num_images"]
     row["pairs"] = {name: result["pair_scores"]["micro"][name] for name in PAIRS}
+    row["reward"] = json.loads((folder / "summary.json").read_text())["reward"]["total"]
     found = len(result["breakdown"]["why"]) - result["breakdown"]["missed"]
     wrong = result["breakdown"]["kinds"]["wrong verb"]["pairs"]
     return row | {"right_verb": found / max(found + wrong, 1)}
 
 
-def percent(shares: dict, names) -> str:
+def percentages(shares: dict, names) -> str:
     """The shares of these names in percent; "-" for a mean over nothing."""
     values = [shares[name] for name in names]
     return " ".join("    -" if value is None else f"{100 * value:5.1f}" for value in values)
 
 
-def draw(out: Path, count: int) -> None:
+def draw_answers(out: Path, count: int) -> None:
     """Pictures of held-out drawings: the ground truth, then the answers after SFT and GRPO.
 
-    They are of the first `count` drawings, and in one more picture of the drawing in which GRPO
-    raised the reward of the greedy answer most, above the one in which it lowered it most.
+    They show the first `count` drawings. best_and_worst.png shows the drawing whose reward GRPO
+    raised most, above the one whose reward it lowered most.
     """
     folder = out / "pictures"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     samples = annotations.load_split(out / "data", "test")
     rows = {name: stored_rows(out / f"test_{name}")[0] for name in ("sft", "grpo")}
 
-    def panes(index: int) -> Image.Image:
+    def panels(index: int) -> Image.Image:
         return answers(samples[index], {name: rows[name][index] for name in rows})
 
     for index, sample in enumerate(samples[:count]):
-        save(panes(index), folder / f"{Path(sample.file_name).stem}.png")
-    save(stack([panes(index) for index in extremes(rows)]), folder / "best_and_worst.png")
+        save(panels(index), folder / f"{Path(sample.file_name).stem}.png")
+    save(stack([panels(index) for index in extremes(rows)]), folder / "best_and_worst.png")
 
 
 def extremes(rows: dict[str, dict[int, dict]]) -> list[int]:
     """The drawing whose reward GRPO raised most, and the one it lowered most, if there is one.
 
-    rows: those of `predict_rows` by image, for "sft" and "grpo". Of equals the first one.
+    rows: those of `predict_rows` by image, for "sft" and "grpo". The first one of equals.
     """
     sft, grpo = (rows[name] for name in ("sft", "grpo"))
     gains = {i: grpo[i]["reward"]["total"] - sft[i]["reward"]["total"] for i in sorted(sft)}
@@ -88,13 +87,13 @@ def answers(sample: hicodet.Sample, rows: dict[str, dict]) -> Image.Image:
     """One drawing in a row of panels: its ground truth, then each model's answer and reward."""
     image, truth = open_image(sample.path), sample.hois
     own = range(len(truth))
-    panes = [drawing.draw_pairs(image, truth, own, caption="ground truth", width=WIDTH)]
+    panels = [drawing.draw_pairs(image, truth, own, caption="ground truth", width=WIDTH)]
     for name, row in rows.items():
         hois = line_hois(row["line"])
         caption = f"{name.upper()}, reward {row['reward']['total']:.2f}"
         colours = drawing.match_pairs(truth, hois)
-        panes.append(drawing.draw_pairs(image, hois, colours, caption=caption, width=WIDTH))
-    return drawing.side_by_side(panes)
+        panels.append(drawing.draw_pairs(image, hois, colours, caption=caption, width=WIDTH))
+    return drawing.side_by_side(panels)
 
 
 def stack(rows: list[Image.Image]) -> Image.Image:

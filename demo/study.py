@@ -1,232 +1,275 @@
-"""The paper's tables on the toy, over several seeds, and two tables on the real annotations.
+"""The paper's tables on the toy, over several seeds: docs/study.md.
 
-    # hours: every cell that has no JSON file yet; then demo/STUDY.md
-    python -m demo.study run
+    # every model of a section without a row in demo/study.jsonl: minutes each
+    python -m demo.study run --sections demo
+    # the tables and verdicts of docs/study.md, from demo/study.jsonl
     python -m demo.study write
-    # what the rewards do not see, and what the rules of --scores are worth
-    python -m demo.study blind --data hico_20160224_det
-    python -m demo.study scores --data hico_20160224_det
 
-A cell is one model, trained as in the demo but for what its name says, and what it answers on 1,000
-held-out drawings. Its figures go to demo/study/NAME.json; models and drawings to --out. Cells of a
-seed share its base model and, where they only differ in GRPO, the model after SFT. A run that was
-cut short goes on with the cell it was at. Seeds may run beside each other, each in one process.
+A row holds the scores of one model on 1,000 held-out drawings. Models of a seed share what they
+start from. An interrupted run goes on with its row. Several may run at a time, with other seeds.
 """
 
-import dataclasses
 import json
-import shutil
-import typing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from statistics import mean, stdev
+from typing import Literal
 
-import demo.run
-from demo.blind import blind_table
-from demo.score_rules import rules_table
+from demo import run
 from demo.show import figures
-from demo.tables import MORE_ANSWERS, OPEN_FLAGS, RATES, rates_picture, study_page
 from engine.configs import DemoConfig
-from engine.files import replace_file, write_json
-from engine.options import Config, option, parse_stage, required
+from engine.files import json_lines, naming, remove, replace_file
+from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
 
-FIGURES = Path(__file__).parent / "study"
-PAGE = Path(__file__).parent / "STUDY.md"
-PICTURE = Path(__file__).parents[1] / "assets" / "left_out.svg"
+RESULTS, PAGE = run.ROOT / "demo" / "study.jsonl", run.ROOT / "docs" / "study.md"
 SIZES = DemoConfig()
-SFT_STEPS = 1500  # of most cells; the demo, which has its minutes to keep, takes fewer
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model of the study."""
-
-    seed: int
-    left_out: float = demo.run.LEFT_OUT  # as in demo.toy
-    sft: int = SFT_STEPS  # steps of SFT; 0: the base
-    grpo: str | None = None  # options of GRPO beside the demo's; None: no GRPO
-    scores: str = "rank"  # of predict
-
-    @property
-    def name(self) -> str:
-        """Of the JSON file and the run's folder."""
-        parts = [f"seed{self.seed}", f"left-out{self.left_out:g}", f"sft{self.sft}"]
-        parts += [] if self.grpo is None else ["grpo", *self.grpo.replace("--", "").split()]
-        return "_".join(parts + ([] if self.scores == "rank" else [self.scores]))
-
-    @property
-    def start(self) -> "Cell":
-        """The cell that GRPO starts from."""
-        return dataclasses.replace(self, grpo=None, scores="rank")
-
-
-# What each section compares; a cell may stand in several. The first has the demo itself.
-SECTIONS = {
-    "demo": (range(5), [{"sft": 0}] + [{"sft": steps, **more}
-                     for steps in (SIZES.sft_steps, SFT_STEPS) for more in ({}, {"grpo": ""})]),
-    "1": (range(3), [{"sft": steps, **more} for steps in (400, 1000)
-                     for more in ({}, {"grpo": ""})]),
-    "2": (range(3), [{"grpo": "--without label"}, {"grpo": "--without iou"}]),
-    "3": (range(2), [{"left_out": rate, **more} for rate in RATES
-                     for more in ({}, {"grpo": ""})]
-        + [{"left_out": RATES[-1], "grpo": MORE_ANSWERS}]),
-    "4": (range(3), [{"grpo": "--label-reward matched"}]),
-    "5": (range(3), [{"grpo": flags} for flags in OPEN_FLAGS]
-        + [{"grpo": "", "scores": rule} for rule in ("ones", "likelihood")]),
+BOXES_STEPS = 1000  # training of a base that learns boxes alone
+COLUMNS = {  # where a row has the value, its factor, its decimals
+    "Full": (("default", "full"), 100, 1), "Rare": (("default", "rare"), 100, 1),
+    "Non-Rare": (("default", "non_rare"), 100, 1), "reward": (("reward",), 1, 2),
+    "T = 1": (("reward_sampled",), 1, 2), "prec.": (("pairs", "precision"), 100, 1),
+    "rec.": (("pairs", "recall"), 100, 1), "F1": (("pairs", "f1"), 100, 1),
+    "right verb": (("right_verb",), 100, 1),
 }  # fmt: skip
 
 
-def cells_of(sections, seeds) -> list[Cell]:
-    """The cells of the sections in their order, seed by seed."""
-    wanted = [(name, seed) for name, seed in product(sections, seeds) if seed in SECTIONS[name][0]]
-    return [Cell(seed, **more) for name, seed in wanted for more in SECTIONS[name][1]]
+@dataclass(frozen=True)
+class Model:
+    """How a model is made and its answers are scored. A row of a table is its mean over seeds."""
+
+    label: str
+    sft: int = 1500  # steps of SFT; 0: the base
+    grpo: str | None = None  # options of GRPO, added to the demo's; None: no GRPO
+    left_out: float = run.LEFT_OUT  # as in demo.toy
+    scores: str = "rank"  # of predict
+    base: str = "boxes"  # trained on boxes alone, from random weights; "pairs": demo/base_model
+
+    @property
+    def settings(self) -> dict:
+        """All but the label, as a row of the results has it."""
+        return {name: getattr(self, name) for name in ("base", "left_out", "sft", "grpo", "scores")}
+
+    @property
+    def folder(self) -> str:
+        """The name of its run."""
+        options = "" if self.grpo is None else f"_grpo{self.grpo.replace(' ', '')}"
+        return f"{self.base}_sft{self.sft}{options}"
+
+    def rows(self, results: list[dict]) -> dict[int, dict]:
+        """Its rows of the results, by seed."""
+        return {row["seed"]: row for row in results if self.settings.items() <= row.items()}
 
 
-class Study:
-    """Runs cells. out: folder of models and drawings. sizes: of the drawings and trainings."""
+@dataclass(frozen=True)
+class Claim:
+    """That `column` is higher for one model than for another, on the same seeds."""
 
-    def __init__(self, out: Path, figures_folder: Path, sizes: DemoConfig = SIZES):
-        self.out, self.figures_folder, self.sizes = out, figures_folder, sizes
+    text: str
+    higher: Model
+    lower: Model
+    column: str = "Full"
 
-    def run(self, cell: Cell) -> None:
-        """Train and measure the model of a cell, if its JSON file is not there yet."""
-        file = self.figures_folder / f"{cell.name}.json"
-        if file.is_file():
-            return
-        model, data = self.model(cell), self.data(cell)
-        answers = data / f"test_{cell.name}"
-        shutil.rmtree(answers, ignore_errors=True)
-        demo.run.predict(data, cell.name, model, 1, f"--scores {cell.scores}")
-        demo.run.sample(data, answers / "sampled.json", [model], cell.seed, 1)
-        sampled = json.loads((answers / "sampled.json").read_text())["reward"][0]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        row = dataclasses.asdict(cell) | figures(answers) | {"reward_sampled": sampled}
-        write_json(file, row)
 
-    def model(self, cell: Cell) -> Path:
-        """The folder of a cell's model, which is trained now if it is not there."""
-        data, sizes = self.data(cell), self.sizes
-        if cell.grpo is not None:
-            flags = f"--max-steps {sizes.grpo_steps} --seed {cell.seed} {cell.grpo}"
-            run = data / dataclasses.replace(cell, scores="rank").name
-            return self.trained(run, "grpo", cell.start, flags)
-        base = Cell(cell.seed, sft=0)
-        if cell.sft:
-            flags = f"--max-steps {cell.sft} --seed {cell.seed}"
-            return self.trained(data / f"sft{cell.sft}", "sft", base, flags)
-        data = self.data(base)
-        if not (data / "base" / "model").is_dir():
-            for folder in ("grounding", "base"):
-                shutil.rmtree(data / folder, ignore_errors=True)
-            demo.run.draw_for_base(data, sizes.train_images, cell.seed)
-            demo.run.make_base(data, sizes.base_steps, cell.seed, 1)
-        return data / "base" / "model"
+def before_and_after(label: str, **settings) -> tuple[Model, Model]:
+    """A model after SFT, and the same after GRPO from there."""
+    sft = Model(label, **settings)
+    return sft, replace(sft, label=f"{label}, then GRPO", grpo="")
 
-    def trained(self, run: Path, stage: str, start: Cell, flags: str) -> Path:
-        """The final model of the training in folder `run`, from the model of the cell `start`."""
-        if not (run / "model").is_dir():
-            model = self.model(start)
-            shutil.rmtree(run, ignore_errors=True)  # of a study that was cut short
-            demo.run.train(run.parent, stage, model, flags, 1, run.name)
-        return run / "model"
 
-    def data(self, cell: Cell) -> Path:
-        """The folder of a cell's drawings and traces, which are made now if not there."""
-        data = self.out / f"seed{cell.seed}_left-out{cell.left_out:g}"
-        if not data.is_dir():
-            draft, sizes = data.parent / f"{data.name}.tmp", self.sizes
-            shutil.rmtree(draft, ignore_errors=True)
-            numbers = sizes.train_images, sizes.test_images, cell.seed
-            demo.run.make_data(draft, *numbers, left_out=cell.left_out)
-            draft.rename(data)
-        return data
+DEMO = before_and_after(f"SFT, {SIZES.sft_steps} steps", sft=SIZES.sft_steps, base="pairs")
+LENGTHS = [before_and_after(f"SFT, {n:,} steps", sft=n) for n in (400, 1000, 1200, 1500)]
+RATES = [before_and_after(f"{100 * rate:g} % left out: SFT", left_out=rate)
+         for rate in (0.0, 0.4, 0.55, 0.6, 0.7)]  # fmt: skip
+MORE = Model("70 % left out: SFT, then GRPO with G = 16", grpo="--group-size 16", left_out=0.7)
+FULL = Model("full reward", grpo="")
+NO_LABEL = Model("without label reward", grpo="--without label")
+NO_IOU = Model("without IoU reward", grpo="--without iou")
+MATCHED = Model("labels on matched pairs", grpo="--label-reward matched")
+READINGS = [Model(f"`{flags}`", grpo=flags) for flags in (
+    "--kl-coef 0", "--kl-coef 0.001", "--group-size 8", "--group-size 16",
+    "--duplicate-rule pair", "--duplicates-earn nothing", "--ratio sequence")]  # fmt: skip
+SCORES = [Model(f"`--scores {rule}`", grpo="", scores=rule) for rule in ("ones", "likelihood")]
+MODELS = {  # by section: for how many seeds `run` makes them, and the rows of the table
+    "demo": (5, [replace(DEMO[0], label="base", sft=0), *DEMO]),
+    "1": (3, [Model("base", sft=0), *(model for both in zip(*LENGTHS) for model in both)]),
+    "2": (3, [FULL, NO_LABEL, NO_IOU]),
+    "3": (2, [*(model for both in RATES for model in both), MORE]),
+    "4": (3, [replace(FULL, label="labels of the whole image (printed)"), MATCHED]),
+    "5": (3, [*READINGS, *SCORES]),
+}
+CLAIMS = {
+    "demo": [
+        Claim("GRPO raises mAP (16.77 to 18.33 in the paper)", *DEMO[::-1]),
+        Claim("GRPO raises the reward of greedy answers", *DEMO[::-1], "reward"),
+        Claim("GRPO raises mAP on rare classes", *DEMO[::-1], "Rare"),
+    ],
+    "1": [Claim("1,500 steps of SFT are better than 1,000", LENGTHS[3][0], LENGTHS[1][0])]
+    + [Claim(f"GRPO raises mAP after {sft.sft:,} steps of SFT", grpo, sft) for sft, grpo in LENGTHS]
+    + [Claim("1,000 steps of SFT, then GRPO, beat 1,500 of SFT", LENGTHS[1][1], LENGTHS[3][0])],
+    "2": [
+        Claim("the label reward helps (0.76 in the paper)", FULL, NO_LABEL),
+        Claim("the IoU reward helps (3.62 in the paper)", FULL, NO_IOU),
+        Claim("the IoU reward helps more than the label reward", NO_LABEL, NO_IOU),
+    ],
+    "3": [Claim(f"GRPO raises mAP with {100 * sft.left_out:g} % left out", grpo, sft)
+          for sft, grpo in RATES]
+    + [Claim("GRPO with G = 16 raises mAP with 70 % left out", MORE, RATES[-1][0])],
+    "4": [
+        Claim("labels on matched pairs raise mAP", MATCHED, FULL),
+        Claim("labels on matched pairs make more verbs right", MATCHED, FULL, "right verb"),
+    ],
+}  # fmt: skip
+
+
+def column_value(row: dict, column: str) -> float | None:
+    """What a row of the results has in a column; None if it has nothing there."""
+    keys, factor, _ = COLUMNS[column]
+    for key in keys:
+        row = row.get(key)
+    return None if row is None else factor * row
+
+
+def mean_and_spread(values: list[float | None], decimals: int) -> str:
+    """Mean and standard deviation over seeds; "-" where no seed has a value."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    text = f"{mean(values):.{decimals}f}"
+    return text + (f" ± {stdev(values):.{decimals}f}" if len(values) > 1 else "")
+
+
+def gains(claim: Claim, results: list[dict]) -> list[float]:
+    """By how much the claim's column is higher, on each seed that both models have."""
+    higher, lower = claim.higher.rows(results), claim.lower.rows(results)
+    pairs = [(higher[seed], lower[seed]) for seed in sorted(higher.keys() & lower.keys())]
+    return [column_value(a, claim.column) - column_value(b, claim.column) for a, b in pairs]
+
+
+def verdict(claim: Claim, results: list[dict]) -> str:
+    """One sentence: reproduced if every seed agrees, not reproduced if every seed disagrees."""
+    found, decimals = gains(claim, results), COLUMNS[claim.column][2]
+    if not found:
+        return f"- {claim.text}: **open**, not run."
+    agree = sum(gain > 0 for gain in found)
+    word = {len(found): "reproduced", 0: "not reproduced"}.get(agree, "too noisy to say")
+    word = word if len(found) > 1 else "one seed, too few to say"
+    what = f"{claim.column} {mean(found):+.{decimals}f} on the mean"
+    bounds = f"{min(found):+.{decimals}f} to {max(found):+.{decimals}f}"
+    return f"- {claim.text}: **{word}**; up in {agree} of {len(found)}, {what} ({bounds})."
+
+
+def section_text(name: str, results: list[dict]) -> str:
+    """The table and the verdicts of a section."""
+    lines = ["| | seeds | " + " | ".join(COLUMNS) + " |", "|---" * (len(COLUMNS) + 2) + "|"]
+    for model in MODELS[name][1]:
+        rows = model.rows(results).values()
+        cells = [mean_and_spread([column_value(row, column) for row in rows], decimals)
+                 for column, (_, _, decimals) in COLUMNS.items()]  # fmt: skip
+        lines += [f"| {model.label} | {len(rows)} | {' | '.join(cells)} |"] if rows else []
+    return "\n".join([*lines, "", *(verdict(claim, results) for claim in CLAIMS[name])])
+
+
+def changes_text(models: list[Model], results: list[dict]) -> str:
+    """How each of these models changes the mAP of the full reward: mean (bounds)."""
+    found = [(model.label, gains(Claim("", model, FULL), results)) for model in models]
+    return ", ".join(f"{label} {mean(gain):+.1f} ({min(gain):+.1f} to {max(gain):+.1f})"
+                     for label, gain in found if gain) + "."  # fmt: skip
+
+
+def filled_page(page: str, results: list[dict]) -> str:
+    """The page with the text of each section between its two comments."""
+    texts = {name: section_text(name, results) for name in CLAIMS}
+    texts |= {"readings": changes_text(READINGS, results), "scores": changes_text(SCORES, results)}
+    for name, text in texts.items():
+        before, rest = page.split(f"<!-- {name} -->")
+        after = rest.partition(f"<!-- end of {name} -->")[2]
+        page = f"{before}<!-- {name} -->\n{text}\n<!-- end of {name} -->{after}"
+    return page
+
+
+def read_results(file: Path) -> list[dict]:
+    """The rows of the results; none without the file."""
+    return [row for _, row in json_lines(file)] if file.exists() else []
+
+
+def add_row(results: Path, model: Model, seed: int, out: Path) -> None:
+    """Train and measure a model, unless it has its row. out: folder of models and drawings."""
+    if seed in model.rows(read_results(results)):
+        return
+    folder, data = trained(model, seed, out), drawings(model, seed, out)
+    answers = f"test_{model.folder}"
+    remove(data / answers)  # of a study that was interrupted, or with other scores
+    run.run_command(run.predict_command(data, answers, folder, f"--scores {model.scores}"))
+    run.run_command(run.score_command(data, answers, ""))
+    row = {"seed": seed} | model.settings | figures(data / answers)
+    with naming(results), open(results, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def trained(model: Model, seed: int, out: Path) -> Path:
+    """The folder of a model, which is trained now if it is not there."""
+    data = drawings(model, seed, out)
+    folder = data / model.folder
+    if model.grpo is not None:
+        start = trained(replace(model, grpo=None), seed, out)
+        flags = f"--max-steps {SIZES.grpo_steps} --seed {seed} {model.grpo}"
+        lines = [run.train_command(data, "grpo", start, flags, folder.name)]
+    elif model.sft:
+        start = trained(replace(model, sft=0, left_out=run.LEFT_OUT), seed, out)
+        flags = f"--max-steps {model.sft} --seed {seed}"
+        lines = [run.train_command(data, "sft", start, flags, folder.name)]
+    elif model.base == "pairs":
+        return run.BASE_MODEL
+    else:
+        folder = data / "base"
+        lines = run.base_commands(data, SIZES.train_images, BOXES_STEPS, seed, "--boxes-only")
+    if not (folder / "model").is_dir():
+        remove(folder)  # of a study that was interrupted
+        for line in lines:
+            run.run_command(line)
+    return folder / "model"
+
+
+def drawings(model: Model, seed: int, out: Path) -> Path:
+    """The folder of a model's drawings and traces, which are made now if not there."""
+    data = out / f"seed{seed}_left-out{model.left_out:g}"
+    if not data.is_dir():
+        draft, sizes = data.with_name(f"{data.name}.tmp"), (SIZES.train_images, SIZES.test_images)
+        remove(draft)
+        run.run_command(run.toy_command(draft, *sizes, model.left_out, seed))
+        run.run_command(run.trace_command(draft))
+        draft.rename(data)
+    return data
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Config):
-    """Train and measure the cells that have no JSON file yet.
+class StudyConfig(Config):
+    """Options of the command."""
 
-    Sections are those of demo/STUDY.md; "demo" takes five seeds, 3 takes two, the others three.
-
-        python -m demo.study run --sections 1 2 --seeds 0
-    """
-
-
-    sections: tuple[typing.Literal[*SECTIONS], ...] = option(
-        tuple(SECTIONS), "parts of the page (default: all)", group="what to run"
+    TASK, RUN = "what to do", "models to run"
+    task: Literal["run", "write"] = required(
+        "run: train and measure models; write: fill docs/study.md", metavar="TASK", positional=True,
+        group=TASK,
     )
-    seeds: tuple[int, ...] = option(
-        (0, 1, 2, 3, 4), "seeds (default: 0 to 4)", metavar="N", group="what to run"
+    sections: tuple[Literal[*MODELS], ...] = option(
+        tuple(MODELS), "sections of docs/study.md (default: all)", group=RUN
     )
-    out: str = option(
-        "runs/study", "folder for models and drawings", metavar="DIR", group="what to run"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class WriteConfig(Config):
-    """Write demo/STUDY.md and its picture from the figures there are.
-
-    What was not run is said to be open.
-
-        python -m demo.study write
-    """
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlindConfig(Config):
-    """Edit perfect answers: the cost in mAP, and in reward.
-
-    Some minutes; no model is needed, and no image is opened.
-
-        python -m demo.study blind --data hico_20160224_det
-    """
-
-
-    data: str = required(
-        "folder of hico_20160224_det: anno_bbox.mat", metavar="DIR", group="what to read"
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoresConfig(Config):
-    """Score answers like a model's by each rule of predict --scores.
-
-    Some minutes; no model is needed, and no image is opened.
-
-        python -m demo.study scores --data hico_20160224_det
-    """
-
-
-    data: str = required(
-        "folder of hico_20160224_det: anno_bbox.mat", metavar="DIR", group="what to read"
-    )
-
-
-STAGES = {"run": RunConfig, "write": WriteConfig, "blind": BlindConfig, "scores": ScoresConfig}
+    seeds: tuple[int, ...] = option(tuple(range(5)), "seeds (default: 0-4)", metavar="N", group=RUN)
+    out: Path = option(Path("runs/study"), "folder for models", metavar="DIR", group=RUN)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run cells, write the page, or print a table on the real annotations."""
-    config = parse_stage(STAGES, __doc__, argv, prog="python -m demo.study")
-    again = "run the same command again to go on" if isinstance(config, RunConfig) else ""
-    with one_line("", again):
-        run_stage(config)
-
-
-def run_stage(config: Config) -> None:
-    """What the first word of the command line asks for."""
-    if isinstance(config, RunConfig):
-        study = Study(Path(config.out).resolve(), FIGURES)
-        for cell in cells_of(config.sections, config.seeds):
-            study.run(cell)
-    elif isinstance(config, WriteConfig):
-        rows = [json.loads(file.read_text()) for file in sorted(FIGURES.glob("*.json"))]
-        replace_file(PAGE, study_page(rows))
-        replace_file(PICTURE, rates_picture(rows))
-    else:
-        print((blind_table if isinstance(config, BlindConfig) else rules_table)(config.data))
+    """Run models, or write the page; --help lists the options."""
+    config = parse_config(StudyConfig, __doc__, argv, prog="python -m demo.study")
+    with one_line("", "run the same command again to go on"):
+        if config.task == "write":
+            return replace_file(PAGE, filled_page(PAGE.read_text(), read_results(RESULTS)))
+        for name in config.sections:
+            seeds, models = MODELS[name]
+            for seed, model in product(sorted(set(config.seeds) & set(range(seeds))), models):
+                add_row(RESULTS, model, seed, config.out.resolve())
 
 
 if __name__ == "__main__":

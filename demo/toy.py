@@ -2,16 +2,15 @@
 
     python -m demo.toy runs/toy --train 4000 --test 500
 
-writes, with runs/toy as DIR, `DIR/data` (anno_bbox.mat, anno.mat, images/train2015,
-images/test2015, the layout of hico_20160224_det) and `DIR/model` (a `save_pretrained` folder), so
-that the toy runs through the same commands as HICO-DET and the 3B model. The scenes are those of
-`demo/scenes.py`. `DIR/grounding.jsonl` says what every training image shows, annotated or not, in
-the format of traces.jsonl: the task that a base model is made with.
+writes into runs/toy: `data` in the layout of hico_20160224_det (anno_bbox.mat, anno.mat, images),
+and `model`, a `save_pretrained` folder. So the toy runs through the same commands as HICO-DET and
+the 3B model. `demo/scenes.py` draws the scenes. `grounding.jsonl` lists what each training image
+shows, in the format of traces.jsonl; the base model learns from it.
 
-A pair with two verbs is annotated once per HOI class with slightly different boxes, as in HICO-DET,
-and one image in forty lists an interaction that is not visible. Annotators of HICO-DET missed
-pairs, and so do ours: in the training half every pair after an image's first is left out at a
-stated rate. The held-out half is complete, which HICO-DET's is not. The .mat files are 1-based.
+A pair with two verbs is annotated once per HOI class with slightly different boxes, as in HICO-DET.
+One image in forty lists an interaction that is not visible. As annotators of HICO-DET missed pairs,
+training images lose each pair after the first at a given rate; test images are complete, which
+HICO-DET's are not. The .mat files are 1-based.
 """
 
 import json
@@ -40,8 +39,8 @@ from engine.traces.template import gerund, join_words, template_trace
 from hicodet import HOI, HOI_CLASSES, Box, format_completion, prompt_text
 
 MAX_PAIRS = 3
-INVISIBLE_SHARE = 40  # one image in so many lists an interaction without boxes
-# The special tokens of Qwen2.5-VL that a prompt with an image uses; they follow all the others.
+INVISIBLE_SHARE = 40  # one image in 40 lists an interaction without boxes
+# The special tokens of Qwen2.5-VL in a prompt with an image; they follow all other tokens.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
 CHAT_TEMPLATE = (  # Qwen's, without its video and picture numbering branches
@@ -54,14 +53,14 @@ CHAT_TEMPLATE = (  # Qwen's, without its video and picture numbering branches
     "<|vision_start|><|image_pad|><|vision_end|>"
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-IMAGE_PROCESSOR = {  # preprocessor_config.json as Qwen2.5-VL has it, but for max_pixels
+IMAGE_PROCESSOR = {  # preprocessor_config.json of Qwen2.5-VL, with other max_pixels
     "min_pixels": 28 * 28, "max_pixels": MAX_PAIRS * SIDE * SIDE, "patch_size": 14,
     "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
-# The demo's model, about a million parameters, and one for unit tests, which has what the real
-# model has and the demo does without: grouped queries, a windowed vision block, a large rope theta.
-# A small theta and large initial weights are what lets a model this small learn boxes in minutes.
+# The demo's model has about a million parameters. The one for unit tests has what only the real
+# model has too: grouped queries, a windowed vision block, a large rope theta. With a small theta
+# and large initial weights, a model this small learns boxes in minutes.
 TOY_SIZES = {
     "text": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 4, "intermediate_size": 256,
@@ -93,13 +92,13 @@ def struct(rows: list[dict]) -> np.ndarray:
 
 
 def box_structs(boxes: list[Box]) -> np.ndarray:
-    """Boxes as the official files hold them: 1-based, x before y, small unsigned integers."""
+    """Boxes in the official files' format: 1-based, x before y, small unsigned integers."""
     rows = [[np.uint16(side + 1) for side in box] for box in boxes]
     return struct([{"x1": x1, "x2": x2, "y1": y1, "y2": y2} for x1, y1, x2, y2 in rows])
 
 
 def jittered(box: Box, width: int, rng: np.random.Generator) -> Box:
-    """The box moved by at most a pixel a side: every HOI class is annotated anew."""
+    """The box with each side moved by at most a pixel: each HOI class is annotated separately."""
     last = (width - 1, SIDE - 1) * 2
     return tuple(int(v) for v in np.clip(np.add(box, rng.integers(-1, 2, 4)), 0, last))
 
@@ -129,7 +128,7 @@ def annotate(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def seen_by_annotator(scene: Scene, left_out: float, rng: np.random.Generator) -> Scene:
-    """The scene without the pairs that are missed: each after the first at the rate `left_out`."""
+    """The scene without the missed pairs: each one after the first, at the rate `left_out`."""
     missed = rng.random(len(scene.hois)) < left_out
     hois = [hoi for i, hoi in enumerate(scene.hois) if i == 0 or not missed[i]]
     return replace(scene, hois=tuple(hois))
@@ -161,10 +160,10 @@ def image_labels(bbox: np.ndarray) -> np.ndarray:
 
 def write_data(root: Path, train: int, test: int, seed: int, *, pairs: int = 2,
                left_out: float = 0.55) -> None:
-    """Write a folder that looks like hico_20160224_det, with `train` and `test` images.
+    """Write a folder in the layout of hico_20160224_det, with `train` and `test` images.
 
     pairs: the most pairs of an image, 1 to 3. left_out: share of the training half's second and
-    third pairs that are not annotated. The drawings do not depend on it.
+    third pairs that are not annotated; the drawings do not depend on it.
     """
     train_names, bbox_train = write_split(
         root, "train", make_scenes("train", train, seed, pairs), left_out, seed)
@@ -183,7 +182,7 @@ def write_data(root: Path, train: int, test: int, seed: int, *, pairs: int = 2,
 
 
 def write_grounding(path: Path, train: int, seed: int, pairs: int) -> None:
-    """One line a training image, in the format of traces.jsonl, with the text of grounding."""
+    """A line per training image in the format of traces.jsonl, with what it shows."""
     with path.open("w") as lines:
         for number, scene in enumerate(make_scenes("train", train, seed, pairs), start=1):
             row = {"file_name": f"HICO_train2015_{number:08d}.jpg", "think": grounding_text(scene)}
@@ -191,7 +190,7 @@ def write_grounding(path: Path, train: int, seed: int, pairs: int) -> None:
 
 
 def label_phrases() -> list[str]:
-    """What varies in the toy's completions beside numbers, longest first ("holding", "hold")."""
+    """What varies in the toy's completions, besides numbers; longest first ("holding", "hold")."""
     phrases = set()
     for kind in KINDS + RARE:
         phrases |= {kind.object_class, ", ".join(kind.verbs),
@@ -200,7 +199,7 @@ def label_phrases() -> list[str]:
 
 
 def toy_texts() -> list[str]:
-    """The texts that the tokenizer is made from: the prompts' and completions of every kind."""
+    """The texts that the tokenizer is trained on: prompts, and completions of every kind."""
     texts = [prompt_text(thinking=thinking, task_description=False)
              for thinking in (True, False)]
     texts += [PROMPT, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
@@ -217,9 +216,8 @@ def toy_texts() -> list[str]:
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE in which a number, a label or a constant line of the toy is one token.
 
-    Text is first cut after every line break and around numbers and labels; the trainer then
-    merges each piece of `toy_texts` completely. Any other text falls back to smaller tokens.
-    Cached: this takes most of a second.
+    Text is cut after every line break and around numbers and labels. The trainer then merges each
+    piece of `toy_texts` completely; other text has smaller tokens. Cached: it takes a second.
     """
     pattern = "|".join([r"(?:, )?(?<!\p{L})\p{N}+", *map(re.escape, label_phrases())])
     tokenizer = Tokenizer(models.BPE())
@@ -238,7 +236,7 @@ def toy_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast, sizes: dict) -> Qwen2_5_VLConfig:
-    """A Qwen2.5-VL configuration for this tokenizer; its vocabulary is padded as Qwen's is."""
+    """A Qwen2.5-VL configuration for this tokenizer; the vocabulary is padded like Qwen's."""
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     rope = {"rope_type": "default", **sizes["text"]["rope_parameters"]}
     text = {**sizes["text"], "rope_parameters": rope, "max_position_embeddings": 4096,
@@ -254,7 +252,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast, sizes: dict) -> Qwen2_5_VLC
 
 
 def random_model(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A randomly initialised fp32 model in eval mode; the caller's random state is left alone."""
+    """A randomly initialised fp32 model in eval mode; the caller's random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config).eval()
@@ -266,7 +264,7 @@ def random_model(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditiona
 
 def tiny_model(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
                ) -> Qwen2_5_VLForConditionalGeneration:
-    """A model for unit tests with the token ids of `tokenizer` (None: those of the toy's)."""
+    """A model for unit tests with the token ids of `tokenizer`, by default the toy's."""
     return random_model(model_config(tokenizer or toy_tokenizer(), TINY_SIZES), seed)
 
 
@@ -282,34 +280,24 @@ def write_model(folder: Path, seed: int) -> None:
 class ToyConfig(Config):
     """Options of the command."""
 
-    dir: Path = required(
-        "folder to write data/ and model/ into", positional=True, group="what to write"
-    )
-    train: int = option(4000, "training images", least=1, group="what to write")
-    test: int = option(500, "test images", least=1, group="what to write")
-    pairs: int = option(
-        2, "most pairs of an image, at most 3", least=1, below=MAX_PAIRS + 1, group="annotations"
-    )
+    FILES, IMAGES = "what to write", "images and annotations"
+    dir: Path = required("folder to write data/ and model/ into", positional=True, group=FILES)
+    seed: int = option(0, "seed of scenes, colours and weights", least=0, group=FILES)
+    train: int = option(4000, "training images", least=1, group=IMAGES)
+    test: int = option(500, "test images", least=1, group=IMAGES)
+    pairs: int = option(2, "most pairs of an image, 1 to 3", least=1, below=4, group=IMAGES)
     left_out: float = option(
-        0.55, "share of the training half's further pairs that is not annotated", least=0,
-        group="annotations",
-    )
-    complete: bool = option(False, "annotate every pair, --left-out 0", group="annotations")
-    seed: int = option(0, "of scenes, colours and weights", least=0, group="what to write")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.left_out > 1:
-            raise ValueError(f"--left-out {self.left_out}: must be at most 1")
+        0.55, "share of the training images' further pairs to leave out; 1: all", least=0,
+        group=IMAGES,
+    )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write data, model and grounding texts; --help lists the options."""
     config = parse_config(ToyConfig, __doc__, argv, prog="python -m demo.toy")
-    left_out = 0.0 if config.complete else config.left_out
     with one_line(), naming(config.dir):
         write_data(config.dir / "data", config.train, config.test, config.seed, pairs=config.pairs,
-                   left_out=left_out)
+                   left_out=config.left_out)
         write_grounding(config.dir / "grounding.jsonl", config.train, config.seed, config.pairs)
         write_model(config.dir / "model", config.seed)
 

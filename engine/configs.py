@@ -15,11 +15,13 @@ SAMPLING = "sampling (Sec. 3.3)"
 OBJECTIVE = "objective (Eqs. 2-5)"
 REWARDS = "rewards (Eqs. 6-23)"  # each is a keyword of rewards.total_reward
 OPTIMIZER = "optimizer"
+LORA = "LoRA (not in the paper)"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation while training"
 DECODING = "decoding and scores"
 SPEED = "memory and speed"
 
+FULL_RATE = 1e-6  # Sec. 4.2
 DATA = "folder in the layout of hico_20160224_det: anno_bbox.mat, images/"
 
 
@@ -28,12 +30,16 @@ class StageConfig(Config):
     """Options shared by sft, grpo and predict."""
 
     GROUPS = (
-        *(FILES, PROMPT, LENGTH, SAMPLING, DECODING, OBJECTIVE, REWARDS, OPTIMIZER, CHECKPOINTS),
-        *(EVALUATION, SPEED),
+        *(FILES, PROMPT, LENGTH, SAMPLING, DECODING, OBJECTIVE, REWARDS, OPTIMIZER, LORA),
+        *(CHECKPOINTS, EVALUATION, SPEED),
     )
     FREE = (FILES, CHECKPOINTS, EVALUATION, SPEED)
     model: str = required(
-        "folder or hub name of a Qwen2.5-VL model (safetensors)", group=FILES, per_host=True
+        "folder or hub name of a Qwen-VL model (safetensors)", group=FILES, per_host=True
+    )
+    adapter: str = option(
+        "", "folder of a LoRA adapter for --model, ours or peft's; a training continues it",
+        group=FILES, metavar="DIR", per_host=True,
     )
     data: str = required(DATA, group=FILES, per_host=True)
     exclude: str = option(
@@ -57,10 +63,15 @@ class StageConfig(Config):
         "prompt with the role and the valid classes (Table 2); default: as --model was trained, "
         "else on", group=PROMPT,
     )
-    box_frame: Literal["model", "original"] | None = option(
+    box_frame: Literal["model", "original", "thousand"] | None = option(
         None,
-        "pixels that boxes in the text count: of the resized image that the model sees, or of the "
-        "original; default: as --model was trained, else model", group=PROMPT,
+        "what boxes in the text count: pixels of the resized image that the model sees, pixels of "
+        "the original, or thousandths of each side; default: as --model was trained", group=PROMPT,
+    )
+    text_first: bool | None = option(
+        None, "put the image after the text, whose states all images then share: faster, and "
+        "another prompt than the authors'; default: as --model was trained, else off",
+        group=PROMPT,
     )
     workers: int = option(
         2, "processes per rank that read images; 0: the rank itself reads", least=0, group=SPEED,
@@ -77,9 +88,17 @@ class TrainConfig(StageConfig):
         1, "passes over the training images if --max-steps is 0", least=1, paper="Sec. 4.2",
         group=LENGTH, on_resume="allow",
     )
-    learning_rate: float = option(
-        1e-6, "peak learning rate of AdamW", least=0, paper="Sec. 4.2", group=OPTIMIZER,
-        on_resume="note",
+    learning_rate: float | None = option(
+        None, "peak learning rate of AdamW (default: 1e-6, Sec. 4.2; for LoRA 1e-4 in sft and 1e-5 "
+        "in grpo: at 1e-6 adapters hardly learn)", least=0, group=OPTIMIZER, on_resume="note",
+    )
+    lora_rank: int = option(
+        0, "train LoRA adapters of this rank instead of all weights; 0: all weights, as in the "
+        "paper", least=0, group=LORA,
+    )
+    lora_alpha: float | None = option(
+        None, "LoRA adapters are scaled by this over their rank (default: twice the rank)",
+        least=0.001, group=LORA,
     )
     warmup_steps: int = option(
         0, "steps over which the learning rate rises", least=0, group=OPTIMIZER
@@ -124,6 +143,15 @@ class TrainConfig(StageConfig):
     )
 
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora_alpha and not self.lora_rank:
+            raise ValueError("--lora-alpha: only with --lora-rank")
+        if self.learning_rate is None:
+            rate = self.LORA_RATE if self.lora_rank or self.adapter else FULL_RATE
+            object.__setattr__(self, "learning_rate", rate)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainConfig):
     """Thinking distillation and answer supervision: SFT (Sec. 3.2).
@@ -138,6 +166,7 @@ class SFTConfig(TrainConfig):
             --model Qwen/Qwen2.5-VL-3B-Instruct --traces traces.jsonl --out runs/sft
     """
 
+    LORA_RATE = 1e-4
     traces: str = option("", "traces.jsonl from teacher.py", group=FILES, per_host=True)
     untraced: Literal["skip", "answer"] | None = option(
         None,
@@ -166,6 +195,7 @@ class GRPOConfig(TrainConfig):
             --model runs/sft/model --out runs/grpo
     """
 
+    LORA_RATE = 1e-5
     batch_size: int = option(
         16, "images per batch, over all ranks, each with G completions", least=1, paper="Sec. 4.2",
         group=LENGTH,
@@ -273,10 +303,10 @@ class PredictConfig(StageConfig):
 class DemoConfig(Config):
     """All of it on a drawn data set, with a tiny model, on a laptop.
 
-    Draws people and objects in HICO-DET's format and takes a Qwen2.5-VL of a million weights
-    through a base training, SFT, GRPO, prediction and mAP, by the commands of a real run. It ends
-    with a table, pictures and a page, after about 12 minutes on two CPU cores. The second line
-    shows only that everything runs: a hundredth of the steps teaches nothing.
+    Draws people and objects in HICO-DET's format. Takes a Qwen2.5-VL of a million weights, which
+    can already describe such drawings, through SFT, GRPO, prediction and mAP, by the commands of a
+    real run. Ends with a table, pictures and a page, after about five minutes on two CPU cores. The
+    second line shows only that everything runs: a hundredth of the steps teaches nothing.
 
         python hoi_r1.py demo
         python hoi_r1.py demo --steps-scale 0.01 --test-images 20 --out runs/small
@@ -284,8 +314,12 @@ class DemoConfig(Config):
 
     DRAWINGS = "drawings"
     out: str = option("runs/demo", "folder for all that the demo writes", group=FILES)
-    base: str = option(
-        "", "folder of a base model made before, such as runs/demo/base/model", group=FILES
+    resume: bool = option(
+        False, "go on with the demo in --out after its last finished command", group=FILES
+    )
+    base: str = option("", "folder of another base model than demo/base_model", group=FILES)
+    train_base: bool = option(
+        False, "make the base model again, from random weights", group=FILES
     )
     train_images: int = option(10000, "number of training drawings", least=1, group=DRAWINGS)
     test_images: int = option(1000, "number of held-out drawings", least=1, group=DRAWINGS)
@@ -293,13 +327,16 @@ class DemoConfig(Config):
     steps_scale: float = option(
         1.0, "factor for the steps and the training drawings", least=0.001, group=LENGTH
     )
-    base_steps: int = option(1000, "steps that make the base model", least=1, group=LENGTH)
-    sft_steps: int = option(1200, "steps of SFT", least=1, group=LENGTH)
+    sft_steps: int = option(800, "steps of SFT", least=1, group=LENGTH)
     grpo_steps: int = option(40, "steps of GRPO", least=1, group=LENGTH)
     seed: int = option(
-        0, "seed of the drawings, the first weights, data order and sampling", least=0,
-        group=LENGTH,
+        0, "seed of the drawings, the data order and sampling", least=0, group=LENGTH
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.base and self.train_base:
+            raise ValueError("--base, --train-base: give one of them")
 
 
 @dataclass(frozen=True, kw_only=True)

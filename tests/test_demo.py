@@ -1,43 +1,41 @@
-"""The demo: its base model, its commands, its table and its pictures, all of them small."""
+"""The demo: its base models, commands, --resume, table and pictures; all of them small."""
 
 import json
 import re
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessorPil
 
 import demo.base
-import demo.run
 import evaluate
 import hoi_r1
 import teacher
-from demo import sampled, show, toy
-from demo.grounding import PROMPT
-from engine.data.examples import Examples
-from engine.model.policy import load_model
-from engine.ranks import Ranks
+from demo import run, scenes, show, toy
+from demo.grounding import PAIRS_PROMPT, PROMPT, grounding_text, pair_lines
 from hicodet import HOI, InputError, Sample
 from tests.runs import metrics, weights
 from tests.test_disk_full import no_file_above
 
 MAINS = {"hoi_r1.py": hoi_r1, "teacher.py": teacher, "evaluate.py": evaluate, "demo.toy": toy,
-         "demo.base": demo.base, "demo.sampled": sampled}
+         "demo.base": demo.base}
+SMALL = ["--train-images", "20", "--test-images", "7", "--sft-steps", "2", "--grpo-steps", "1"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Twenty drawings, all their pairs annotated, and random weights."""
     folder = tmp_path_factory.mktemp("toy")
-    toy.main([str(folder), "--train", "20", "--test", "4", "--complete"])
+    toy.main([str(folder), "--train", "20", "--test", "4", "--left-out", "0"])
     return folder
 
 
-def in_this_process(line, processes=1, **paths):
-    """`demo.run.command` without the seconds that a new Python takes, and with short answers."""
-    line = line.replace("--max-new-tokens 96", "--max-new-tokens 9")
-    words = [word.format(**paths) for word in line.split()]
+def in_this_process(words, processes=1, later=0):
+    """`demo.run.run_command` without the start of a new Python, and with short answers."""
+    words = ["9" if word == "96" else word for word in words]
     words = words[1:] if words[0] == "-m" else words
     try:
         MAINS[words[0]].main(words[1:])
@@ -45,156 +43,191 @@ def in_this_process(line, processes=1, **paths):
         assert not end.code
 
 
-def run_demo(out, *flags):
-    sizes = ["--train-images", "20", "--test-images", "7", "--sft-steps", "2", "--grpo-steps", "1"]
+def run_demo(out, *flags, command=in_this_process):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo.run, "command", in_this_process)
-        hoi_r1.main(["demo", "--out", str(out), *sizes, *flags])
+        patch.setattr(run, "run_command", command)
+        hoi_r1.main(["demo", "--out", str(out), *SMALL, *flags])
 
 
 def difference(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
-# the base model
+# base models
 
 
-def test_the_base_is_asked_for_places_and_supervised_on_all_that_is_drawn(folder):
-    examples = demo.base.grounding_examples(folder, str(folder / "model"))
+@pytest.mark.parametrize("boxes_only, prompt", [(False, PAIRS_PROMPT), (True, PROMPT)])
+def test_base_learns_what_is_drawn(boxes_only, prompt, folder):
+    examples = demo.base.base_examples(folder, boxes_only)
     line = json.loads((folder / "grounding.jsonl").read_text().splitlines()[3])
-    example = examples[3]
+    example, scene = examples[3], scenes.make_scenes("train", 20, seed=0)[3]
     assert example.sample.file_name == line["file_name"]
-    assert PROMPT in examples.tokenizer.decode(example.prompt.prompt_ids)
-    assert examples.tokenizer.decode(example.target_ids) == line["think"] + "<|im_end|>"
+    assert f"{prompt}<|im_end|>" in examples.tokenizer.decode(example.prompt.prompt_ids)
+    lines = "" if boxes_only else f"\n{pair_lines(scene.hois)}"
+    text = examples.tokenizer.decode(example.target_ids)
+    assert text == grounding_text(scene) + lines + "<|im_end|>"
 
 
 @pytest.mark.slow
-def test_the_base_is_the_same_on_two_processes(folder, tmp_path):
+def test_base_is_the_same_on_two_processes(folder, tmp_path):
     """The real command, under torchrun as the demo runs it."""
-    flags = f"-m demo.base {folder} --steps 2 --seed 3 --out {tmp_path}"
-    demo.run.command(f"{flags}/two", 2)
-    in_this_process(f"{flags}/one")
+    words = ["-m", "demo.base", str(folder), "--steps", "2", "--seed", "3", "--out"]
+    run.run_command([*words, str(tmp_path / "two")], 2)
+    in_this_process([*words, str(tmp_path / "one")])
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert difference(one, two) < 1e-5
     assert difference(one, weights(folder)) > 1e-5
 
 
-def test_a_base_that_was_cut_short_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch):
+def test_interrupted_base_goes_on_to_the_same_weights(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(demo.base, "SAVE_EVERY", 2)
     flags = [str(folder), "--steps", "3", "--out"]
     demo.base.main([*flags, str(tmp_path / "whole")])
     whole = weights(tmp_path / "whole")
+    settings = tmp_path / "whole" / "config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"finished": False}))
     shutil.rmtree(tmp_path / "whole" / "model")
     demo.base.main([*flags, str(tmp_path / "whole"), "--resume"])
     assert difference(whole, weights(tmp_path / "whole")) == 0
     assert [row["step"] for row in metrics(tmp_path / "whole")] == [1, 2, 3]
 
 
-def test_a_folder_without_grounding_is_refused(tmp_path):
+def test_folder_without_grounding_is_refused(tmp_path):
     with pytest.raises(InputError, match="grounding.jsonl: no such file"):
-        demo.base.grounding_examples(tmp_path, str(tmp_path / "model"))
+        demo.base.base_examples(tmp_path, boxes_only=False)
 
 
-# sampled answers
+def test_base_model_of_the_repository_sees_held_out_drawings():
+    """By the library's own loading and decoding: boxes, labels, and lines of pairs."""
+    drawn, colours = scenes.make_scenes("test", 50, seed=5), np.random.default_rng(0)
+    tokenizer = AutoTokenizer.from_pretrained(run.BASE_MODEL)
+    processor = Qwen2VLImageProcessorPil.from_pretrained(run.BASE_MODEL)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(run.BASE_MODEL, dtype=torch.float32)
+    images = [scenes.draw_scene(scene, colours) for scene in drawn]
+    content = [{"type": "image"}, {"type": "text", "text": PAIRS_PROMPT}]
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+    ).replace("<|image_pad|>", "<|image_pad|>" * 32)
+    ids = tokenizer([text] * len(drawn), return_tensors="pt")["input_ids"]
+    found = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=100, do_sample=False,
+        mm_token_type_ids=(ids == model.config.image_token_id).int(),
+        **processor(images=images, return_tensors="pt"),
+    )  # fmt: skip
+    answers = tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
+    lists = [answer.partition("\n]")[0] + "\n]" for answer in answers]
+    right = [text == grounding_text(scene) for text, scene in zip(lists, drawn, strict=True)]
+    assert sum(right) >= 40
+    whole = [f"{text}\n{pair_lines(s.hois)}" for text, s in zip(lists, drawn, strict=True)]
+    assert sum(map(str.__eq__, answers, whole)) >= 25
 
 
-@pytest.mark.slow
-def test_a_sampled_reward_for_each_image_of_the_share(folder, monkeypatch):
-    """The mean over two ranks' shares is that over all images: seeds go with the image."""
-    monkeypatch.setattr(sampled, "text_reward", lambda text, hois: {"total": len(text)})
-    model = str(folder / "model")
-    examples = Examples(model, sampled.annotations.load_split(folder / "data", "test"))
-    policy = load_model(model, torch.device("cpu"))
-
-    def rewards(rank, world, seed=0):
-        ranks = Ranks(rank, world, torch.device("cpu"))
-        return sampled.sampled_rewards(policy, examples, ranks, max_new_tokens=9, seed=seed)
-
-    alone = sorted(rewards(0, 1))
-    assert len(alone) == 4 and sorted(rewards(0, 3) + rewards(1, 3) + rewards(2, 3)) == alone
-    assert sorted(rewards(0, 1, seed=1)) != alone
+# drawings
 
 
-def test_data_or_a_model_that_is_none_is_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(sampled, "start_ranks", lambda: Ranks(0, 1, torch.device("cpu")))
-    for model, data, said in (
-        (folder / "model", tmp_path, f"error: {tmp_path}/anno_bbox.mat is missing"),
-        (tmp_path, folder / "data", f"error: --model {tmp_path}: no "),
-    ):
-        with pytest.raises(SystemExit) as ended:
-            sampled.main([str(model), "--data", str(data), "--out", str(tmp_path / "sampled.json")])
-        assert ended.value.code.startswith(said)
-
-
-@pytest.mark.parametrize("program, line", [
-    (toy, "d"), (demo.base, "d --out o"), (sampled, "m --data d --out o")
-])  # fmt: skip
-def test_a_seed_below_0_is_refused(program, line, capsys):
-    with pytest.raises(SystemExit) as ended:
-        program.main([*line.split(), "--seed", "-1"])
-    assert ended.value.code == 2
-    assert "error: --seed -1: must be at least 0" in capsys.readouterr().err
-
-
-def test_drawings_that_do_not_fit_are_one_line(tmp_path):
-    with no_file_above(100), pytest.raises(SystemExit) as ended:
+def test_full_disk_while_drawing_is_one_line(tmp_path, capsys):
+    with no_file_above(100), pytest.raises(SystemExit):
         toy.main([str(tmp_path), "--train", "1", "--test", "1"])
-    assert ended.value.code == f"error: [Errno 27] File too large: '{tmp_path}'"
+    assert f"error: [Errno 27] File too large: '{tmp_path}'" in capsys.readouterr().err
 
 
-# all of it
+# all commands
 
 
-def test_demo_small(tmp_path, capsys):
+def test_small_demo_from_a_base_of_its_own(tmp_path, capsys):
     """Every command, the page, the table and the pictures."""
     out = tmp_path / "demo"
-    run_demo(out, "--base-steps", "2")
+    run_demo(out, "--train-base", "--steps-scale", "0.001")
     printed = capsys.readouterr().out
-    rows = printed[printed.index("Known Object       mean reward") :].splitlines()[2:5]
+    rows = printed[printed.index("mAP (Default)") :].splitlines()[2:5]
     assert [row.split()[0] for row in rows] == ["base", "sft", "grpo"]
-    assert all(len(row.split()) == 12 for row in rows)
-    assert len(list((out / "pictures").glob("HICO_*.png"))) == 6
+    assert all(len(row.split()) == 9 for row in rows)
+    assert "time left: " in printed and f"{out}/pictures/HICO_train2015_00000001.png" in printed
+    assert len(list((out / "pictures").glob("HICO_test*.png"))) == 6
     assert (out / "pictures" / "best_and_worst.png").is_file()
     page = (out / "report.html").read_text()
-    assert all(re.search(rf"test_{n} <small>{n}/model; \d+ classes", page) for n in ("base", "grpo"))
     for name in ("base", "sft", "grpo"):
+        assert re.search(rf"test_{name} <small>{name}/model; \d+ classes", page)
         assert json.loads((out / f"test_{name}" / "map.json").read_text())["num_images"] == 7
-    assert len(metrics(out / "base")) == 2
+    assert len(metrics(out / "base")) == 3
     settings = json.loads((out / "grpo" / "config.json").read_text())
     assert (settings["batch_size"], settings["group_size"], settings["kl_coef"]) == (16, 4, 0.04)
 
 
-def test_options_of_the_demo_reach_its_commands(folder, tmp_path, monkeypatch):
-    lines = []
-    monkeypatch.setattr(demo.run, "command", lambda line, *_, **paths: lines.append((line, paths)))
-    monkeypatch.setattr(demo.run, "table", lambda *_: "")
-    monkeypatch.setattr(demo.run, "draw", lambda *_, **__: None)
+def stages_of(out, *flags):
+    """The commands of a demo by their titles."""
+    config = hoi_r1.parse_config(["demo", *flags])
+    return {stage.title: " ".join(stage.words) for stage in run.demo_stages(config, out)}
+
+
+def test_options_reach_the_commands(folder, tmp_path):
     flags = ["--base", str(folder / "model"), "--complete", "--steps-scale", "0.5", "--seed", "4"]
-    hoi_r1.main(["demo", "--out", str(tmp_path / "demo"), *flags])
-    assert lines[0][0] == "-m demo.toy {out} --train 5000 --test 1000 --left-out 0.0 --seed 4"
-    assert not any("demo.base" in line for line, _ in lines)
-    stages = [(line, paths) for line, paths in lines if "--max-steps" in line]
-    assert "hoi_r1.py sft" in stages[0][0] and "--max-steps 600 --seed 4" in stages[0][0]
-    assert "hoi_r1.py grpo" in stages[1][0] and "--max-steps 20 --seed 4" in stages[1][0]
-    assert stages[0][1]["model"] == folder / "model"
-    assert stages[1][1]["model"] == tmp_path / "demo" / "sft" / "model"
+    stages = stages_of(tmp_path, *flags)
+    drawings = f"-m demo.toy {tmp_path} --train 5000 --test 1000 --left-out 0 --seed 4"
+    assert stages["drawings"] == drawings
+    assert f"hoi_r1.py sft --model {folder}/model " in stages["SFT"]
+    assert "--max-steps 400 --seed 4" in stages["SFT"]
+    assert f"hoi_r1.py grpo --model {tmp_path}/sft/model " in stages["GRPO"]
+    assert "--max-steps 20 --seed 4" in stages["GRPO"]
+    assert not any("demo.base" in line for line in stages.values())
 
 
-def test_what_is_there_is_not_overwritten(tmp_path):
+def test_demo_starts_from_the_base_in_the_repository(tmp_path):
+    assert f"sft --model {run.BASE_MODEL} " in stages_of(tmp_path)["SFT"]
+    stages = stages_of(tmp_path, "--train-base")
+    assert "--train 20000" in stages["drawings for the base"]
+    assert "--steps 3000" in stages["base"]
+    assert f"sft --model {tmp_path}/base/model " in stages["SFT"]
+
+
+def test_interrupted_demo_goes_on_after_its_last_finished_command(tmp_path, capsys):
+    """Ctrl-C in SFT; what the SFT had written is removed before it starts again."""
+    out, ran = tmp_path / "demo", []
+
+    def command(words, processes=1, later=0):
+        stage = next(word for word in words if word in ("sft", "grpo") or "." in word)
+        ran.append(words[1] if words[0] == "hoi_r1.py" else stage)
+        if ran.count("sft") == 1 and ran[-1] == "sft":
+            (out / "sft").mkdir()
+            raise KeyboardInterrupt
+        assert ran[-1] != "sft" or not (out / "sft").exists()
+
+    with pytest.raises(SystemExit) as ended:
+        run_demo(out, command=command)
+    assert ended.value.code == 130 and "interrupted; to continue" in capsys.readouterr().err
+    before = list(ran)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "results_table", lambda *_: "")
+        patch.setattr(run, "draw_answers", lambda *_, **__: None)
+        run_demo(out, "--resume", command=command)
+    assert ran[len(before)] == "sft" and ran.count("demo.toy") == 1 and ran[-1] == "report"
+
+
+def test_other_options_are_not_resumed(tmp_path):
+    stages = run.demo_stages(hoi_r1.parse_config(["demo", *SMALL]), tmp_path)
+    (tmp_path / run.LOG).write_text("python -m demo.toy --seed 5\n")
+    with pytest.raises(InputError, match="--resume: .* was made with other options"):
+        run.run_stages(tmp_path, stages)
+
+
+def test_existing_folder_is_not_overwritten(tmp_path, capsys):
     with pytest.raises(SystemExit):
         run_demo(tmp_path)
+    assert "choose another --out, or go on with --resume" in capsys.readouterr().err
 
 
-def test_a_base_that_is_none_is_refused_before_anything_is_drawn(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        run_demo(tmp_path / "demo", "--base", str(tmp_path))
-    assert re.search("error: --base .*: no folder of a model", capsys.readouterr().err)
+def test_base_without_a_model_is_refused_before_anything_is_drawn(tmp_path, capsys):
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    for base, said in (("", "no model in this folder"), ("run", "is .*/run/model meant")):
+        with pytest.raises(SystemExit):
+            run_demo(tmp_path / "demo", "--base", str(tmp_path / base))
+        assert re.search(f"error: --base .*: {said}", capsys.readouterr().err)
     assert not (tmp_path / "demo").exists()
 
 
-def test_a_command_that_fails_stops_the_demo(tmp_path):
+def test_failing_command_stops_the_demo():
     with pytest.raises(SystemExit, match="the demo stopped at: python teacher.py --nonsense"):
-        demo.run.command("teacher.py --nonsense")
+        run.run_command(["teacher.py", "--nonsense"])
 
 
 # table and pictures
@@ -204,32 +237,27 @@ def rows_of(*totals):
     return {index: {"reward": {"total": total}} for index, total in enumerate(totals)}
 
 
-def test_the_extremes_are_the_largest_gain_and_the_largest_loss():
-    rows = {"sft": rows_of(1.0, 3.0, 2.0, 0.0), "grpo": rows_of(1.5, 2.0, 1.5, 0.5)}
-    assert show.extremes(rows) == [0, 1]  # gains 0.5, -1, -0.5, 0.5: of equals the first
+@pytest.mark.parametrize("sft, grpo, shown", [
+    ((1.0, 3.0, 2.0, 0.0), (1.5, 2.0, 1.5, 0.5), [0, 1]),  # gains 0.5, -1, -0.5, 0.5
+    ((1.0, 3.0), (1.0, 3.2), [1]),  # nothing got worse
+])  # fmt: skip
+def test_extremes_are_the_largest_gain_and_the_largest_loss(sft, grpo, shown):
+    assert show.extremes({"sft": rows_of(*sft), "grpo": rows_of(*grpo)}) == shown
 
 
-def test_where_nothing_got_worse_nothing_is_shown_as_worse():
-    assert show.extremes({"sft": rows_of(1.0, 3.0), "grpo": rows_of(1.0, 3.2)}) == [1]
-
-
-def test_the_table_in_percent(tmp_path):
+def test_results_table_is_in_percent(tmp_path):
     means = {"full": 0.5, "rare": None, "non_rare": 0.25}
     pairs = {"micro": {"precision": 0.75, "recall": 0.6, "f1": 2 / 3}}
+    wrong = {"why": [None], "missed": 0, "kinds": {"wrong verb": {"pairs": 0}}}
+    scores = {"default": means, "known_object": means, "pair_scores": pairs, "breakdown": wrong}
     (tmp_path / "test_sft").mkdir()
-    for name, value in (
-        ("test_sft/map", {"default": means, "known_object": means, "pair_scores": pairs,
-                          "breakdown": {"why": [None], "missed": 0,
-                                        "kinds": {"wrong verb": {"pairs": 0}}}}),
-        ("test_sft/summary", {"reward": {"total": 2.5}}),
-        ("sampled", {"reward": [2.25]}),
-    ):
-        (tmp_path / f"{name}.json").write_text(json.dumps(value))
-    row = show.table(tmp_path, ("sft",)).splitlines()[-1]
-    assert row.split() == "sft 50.0 - 25.0 50.0 - 25.0 2.500 2.250 75.0 60.0 66.7".split()
+    (tmp_path / "test_sft" / "map.json").write_text(json.dumps(scores | {"num_images": 7}))
+    (tmp_path / "test_sft" / "summary.json").write_text('{"reward": {"total": 2.5}}')
+    row = show.results_table(tmp_path, ("sft",)).splitlines()[-1]
+    assert row.split() == "sft 7 50.0 - 25.0 2.500 75.0 60.0 66.7".split()
 
 
-def test_answers_stand_beside_the_truth_with_their_rewards(tmp_path):
+def test_answers_are_next_to_the_truth_with_their_rewards(tmp_path):
     Image.new("RGB", (120, 60)).save(tmp_path / "x.png")
     hoi = HOI((0, 0, 9, 9), (20, 20, 40, 40), "horse", ("ride",))
     sample = Sample("x.png", tmp_path / "x.png", 120, 60, (hoi,), (), frozenset())

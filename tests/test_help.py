@@ -13,8 +13,8 @@ import teacher
 from engine.options import Config, option, parse_config, required
 
 PROGRAMS = {  # command: module
-    **{"evaluate.py": "evaluate", "teacher.py": "teacher", "demo.toy": "demo.toy"},
-    **{"demo.base": "demo.base", "tests.bench": "tests.bench"},
+    **{"evaluate.py": "evaluate", "teacher.py": "teacher"},
+    **{name: name for name in ("demo.toy", "demo.base", "demo.blind", "demo.study", "tests.bench")},
 }
 STAGES = [f"hoi_r1.py {stage}" for stage in hoi_r1.STAGES]
 

@@ -1,20 +1,22 @@
-"""hicodet.py, answers: as they are written, and what is read of any text."""
+"""hicodet.py, answers: how they are written, and what is read of any text."""
 
-import dataclasses
 import json
 import random
+import string
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 import hicodet
-from engine.scoring.predictions import predicted_instances
-from hicodet import HOI
+from hicodet import HOI, HOI_IDS, parse_completion
 
 RIDER = HOI((1.4, 2.6, 30, 40), (5, 6, 70.2, 80), "bicycle", ("ride", "sit on"))
 RIDER_TEXT = (
     '{"human": [1, 3, 30, 40], "object": [5, 6, 70, 80], "object class": "bicycle", '
     '"verb class": "ride, sit on"}'
 )
+BUS = '{"object class": "bus"}'
 
 
 def test_answer_text():
@@ -27,7 +29,7 @@ def test_answer_text():
 
 def test_parser_reads_the_answer():
     text = hicodet.format_completion([RIDER, RIDER], "One person.")
-    completion = hicodet.parse_completion(text)
+    completion = parse_completion(text)
     assert completion.has_think and completion.has_answer
     for instance in completion.instances:
         assert instance.human == (1, 3, 30, 40) and instance.object == (5, 6, 70, 80)
@@ -37,86 +39,129 @@ def test_parser_reads_the_answer():
     assert completion.instances[0].span[1] < completion.instances[1].span[0]
 
 
-def only(answer):
-    """The one instance of an answer's list."""
-    (instance,) = hicodet.parse_completion(f"<answer>{answer}").instances
-    return instance
-
-
 def fields(answer):
-    found = only(answer)
+    """What is read of the one instance of an answer."""
+    (found,) = parse_completion(f"<answer>[{answer}]").instances
     return found.human, found.object, found.object_class, found.verbs, found.key_count
 
 
-NOTHING = None, None, None, ()
-INSTANCES = {
-    "[{}]": (*NOTHING, 0),
-    '[{"human": [1, 2, 3, 4]}]': ((1, 2, 3, 4), None, None, (), 1),
-    '[{"human": [1.5, -2, 3e2, 0]}]': ((1.5, -2, 300, 0), None, None, (), 1),
-    '[{"human": [9, 9, 1, 1]}]': ((9, 9, 1, 1), None, None, (), 1),  # inverted, as written
-    '[{"human": [1, 2, 3]}]': (*NOTHING, 1),
-    '[{"human": [1, 2, 3, 4, 5]}]': (*NOTHING, 1),
-    '[{"human": "1, 2, 3, 4"}]': (*NOTHING, 1),
-    '[{"human": ["1", 2, 3, 4]}]': (*NOTHING, 1),
-    '[{"human": [true, 2, 3, 4]}]': (*NOTHING, 1),
-    '[{"human": [null, 2, 3, 4]}]': (*NOTHING, 1),
-    '[{"human": [[1], 2, 3, 4]}]': (*NOTHING, 1),
-    '[{"human": {"x1": 1, "y1": 2}, "object": {"x1": 3}, "object class": "car"}]': (
-        None, None, "car", (), 3),
-    '[{"human": [NaN, 2, 3, 4]}]': (*NOTHING, 1),
-    '[{"human": [1, 2, Infinity, 4]}]': (*NOTHING, 1),
-    '[{"human": [1, 2, -Infinity, 4]}]': (*NOTHING, 1),
-    '[{"human": [1, 2, 1e999, 4]}]': (*NOTHING, 1),
-    f'[{{"human": [1, 2, {"9" * 5000}, 4]}}]': (*NOTHING, 1),
-    '[{"object class": " hot dog "}]': (None, None, "hot dog", (), 1),
-    '[{"object class": "Fahrrad 自転車"}]': (None, None, "Fahrrad 自転車", (), 1),
-    '[{"object class": "\\ud800"}]': (None, None, "\ud800", (), 1),
-    '[{"object class": ["car"]}]': (*NOTHING, 1),
-    '[{"verb class": "ride,, sit on , ride,"}]': (None, None, None, ("ride", "sit on", "ride"), 1),
-    '[{"verb class": ["ride", "sit on"]}]': (None, None, None, ("ride", "sit on"), 1),
-    '[{"verb class": ["ride", 1]}]': (*NOTHING, 1),
-    '[{"verb class": {"ride": 1}}]': (*NOTHING, 1),
-    '[{"verb class": ""}]': (*NOTHING, 1),
-    '[{"verb": "ride", "Human": 1}]': (*NOTHING, 2),
-    # Eq. 12 counts repeated keys, and the last value is the one used.
-    '[{"object class": "car", "object class": "bus"}]': (None, None, "bus", (), 2),
-    '[{"human": [1, 2, 3, 4], "human": 0}]': (*NOTHING, 2),
+ONE = (1, 2, 3, 4)
+BOXES = {
+    "[1.5, -2, 3e2, 0]": (1.5, -2, 300, 0), "[9, 9, 1, 1]": (9, 9, 1, 1),  # inverted, as written
+    "(1, 2, 3, 4)": ONE, "[[1, 2, 3, 4]]": ONE, '"[1, 2, 3, 4]"': ONE, '"1, 2, 3, 4"': ONE,
+    '{"x1": 1, "y1": 2, "x2": 3, "y2": 4}': ONE, "[1,, 2; 3 4]": ONE, "1, 2, 3, 4]": ONE,
+    "[1, 2, 3]": None, "[1, 2, 3, 4, 5]": None, "[1, [2, 3, 4]]": None, "[[1], 2, 3, 4]": None,
+    '["1", 2, 3, 4]': None, "[1px, 2, 3, 4]": None, "[1,024, 2, 3, 4]": None, "[1-2, 3, 4]": None,
+    '{"x1": 1, "x2": 3, "y1": 2, "y2": 4}': None, '{"x1": 1, "y1": 2}': None, '"?"': None,
+    "[true, 2, 3, 4]": None, "[null, 2, 3, 4]": None, "[NaN, 2, 3, 4]": None, "0": None, "": None,
+    "[1, 2, Infinity, 4]": None, "[1, 2, -Infinity, 4]": None, "[1, 2, 1e999, 4]": None,
+    f"[1, 2, {'9' * 5000}, 4]": None, "[1, x, 3, 4]": None, "null": None,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("answer", INSTANCES, ids=lambda answer: answer[:40])
-def test_parser_on_one_instance(answer):
-    assert fields(answer) == INSTANCES[answer]
+@pytest.mark.parametrize("value, box", BOXES.items(), ids=lambda value: str(value)[:40])
+def test_box_is_four_finite_numbers(value, box):
+    assert fields(f'{{"human": {value}}}') == (box, None, None, (), 1)
 
 
-QUOTED = RIDER_TEXT.replace('"', "'")
-INDENTED = RIDER_TEXT.replace(", \"", ",\n    \"")
-BUS = '{"object class": "bus"}'
-READ = {  # text -> whether it has <answer>, and the object classes of the instances read
-    "a raw line break in a string": (
-        '<answer> [{"object class": "bicycle", "verb class": "ride,\nsit on"}]', True, ["bicycle"]),
+LABELS = {  # value -> verbs; one alone is a class as well
+    '" hot dog "': ["hot dog"], '"Fahrrad 自転車"': ["Fahrrad 自転車"], '["car"]': ["car"], '""': [],
+    '"ride,, sit on , ride,"': ["ride", "sit on", "ride"], '["ride", "sit on"]': ["ride", "sit on"],
+    '"ride,\nsit on"': ["ride", "sit on"], "'car'": ["car"],
+    '"Ride"': ["ride"], '"hair_drier"': ["hair drier"], '"No_Interaction"': ["no interaction"],
+    '"ride and sit on"': ["ride and sit on"], '"ride; sit on"': ["ride; sit on"],
+    '"it\'s {a} // #1: b"': ["it's {a} // #1: b"], '"human: car"': ["human: car"],
+    "'human: car'": ["human: car"],
+    "car": ["car"], '"car': ["car"], 'car"': ["car"], '""car"': ["car"], '"car""': ["car"],
+    '"Bike"': ["Bike"], "bike": [], "None": [],
+    "7": [], '["ride", 1]': [], '{"ride": 1}': [], '"ca"r"': [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", LABELS)
+def test_labels_are_between_commas(value):
+    labels = LABELS[value]
+    label = labels[0] if len(labels) == 1 else None
+    expected = None, None, label, tuple(labels), 2
+    assert fields(f'{{"object class": {value}, "verb class": {value}}}') == expected
+
+
+def test_keys_are_counted_as_written():
+    """Eq. 12 counts repeated keys; the last value is the one used."""
+    nothing = None, None, None, ()
+    assert fields("{}") == (*nothing, 0)
+    assert fields("""{"verb": "ride", "score": {"a": 1}, is_sure: true, 'n': 1}""") == (*nothing, 4)
+    assert fields('{"object class": "car", "object class": "bus"}') == (*nothing[:2], "bus", (), 2)
+    assert fields('{"human": [1, 2, 3, 4], "human": 0}') == (*nothing, 2)
+
+
+def rider(*changes, text=RIDER_TEXT):
+    """RIDER_TEXT with every first of two strings replaced by the second one."""
+    for old, new in zip(changes[::2], changes[1::2], strict=True):
+        assert old in text
+        text = text.replace(old, new)
+    return text
+
+
+PRETTY = json.dumps([json.loads(RIDER_TEXT)], indent=2)
+ONE_READING = {  # each is the rider, once or more often
+    "an object around the list": f'{{"instances": [{RIDER_TEXT}]}}',
+    "objects around the list": f'{{"result": {{"image": "a.jpg", "instances": [{RIDER_TEXT}]}}}}',
+    "an object around the object": f'{{"instance": {RIDER_TEXT}}}',
+    "bare keys": rider('"human"', "human", '"object"', "object", 'class"', "class", '"o', "o",
+                       '"verb class', "verb class"),
+    "curly quotes": rider(' "', " “", '{"', "{“", '"', "”"),
+    "other quotes": rider('"', "«"),
+    "single quotes": rider('"', "'"),
+    "full-width marks": rider(":", "：", ",", "，", '"', "＂"),
+    "no-break spaces": rider(": ", ":\xa0", "], ", "],\xa0"),
+    "zero-width spaces": rider(": ", ":\u200b"),
+    "semicolons between fields": rider("],", "];", 'e",', 'e";'),
+    "no comma after a box": rider('40],', "40]"),
+    "no comma after a label": rider('bicycle",', 'bicycle"'),
+    "no colon": rider('human":', 'human"'),
+    "doubled commas": rider(",", ",,"),
+    "doubled colons": rider(":", "::"),
+    "doubled braces": rider("{", "{{", "}", "}}"),
+    "the list as a string": json.dumps(f"[{RIDER_TEXT}]"),
+    "a list on many lines as a string": json.dumps(PRETTY),
+    "keys with underscores": rider("object class", "object_class", "verb class", "verb_class"),
+    "keys in another case": rider("human", "Human", "object class", "Object Class"),
+    "a list of one class": rider('"bicycle"', '["bicycle"]'),
+    "no brace before ]": f"[{RIDER_TEXT[:-1]}]",
+    "no brace before the next object": f"[{RIDER_TEXT[:-1]}, {RIDER_TEXT}]",
+    "no quote before the next object": f"[{RIDER_TEXT[:-2]}}}, {RIDER_TEXT}]",
+    "no opening brace": f"[{RIDER_TEXT}, {RIDER_TEXT[1:]}]",
+    "a fence": f"\n```json\n{PRETTY}\n```\n",
+    "comments": rider("],", "], // a: 1\n", "}", ",} # the rider"),
+    "trailing commas": f"[{rider(']', ',]', '}', ',}')},]",
+}  # fmt: skip
+ONE_READING |= {
+    f"quote {place} missing": RIDER_TEXT[:place] + RIDER_TEXT[place + 1 :]
+    for place, mark in enumerate(RIDER_TEXT)
+    if mark == '"'
+}
+
+
+@pytest.mark.parametrize("answer", ONE_READING.values(), ids=ONE_READING)
+def test_what_has_one_reading_is_read(answer):
+    (wanted,) = parse_completion(RIDER_TEXT).instances
+    text = f"<think> a </think> <answer> {answer} </answer>"
+    found = parse_completion(text).instances
+    assert {replace(one, span=wanted.span) for one in found} == {wanted}
+    assert len(found) == answer.lower().count("human")
+
+
+TEXTS = {  # text -> whether it has <answer>, and the object classes of the instances read
     "a comment between": (f"<answer> [{RIDER_TEXT}, // two\n{BUS}]", True, ["bicycle", "bus"]),
     "the same on one line": (f"<answer> [{RIDER_TEXT}, // other {BUS}]", True, ["bicycle", "bus"]),
     "a comment inside": (
         '<answer> [{"human": [1, 2], // the "rider\'s"\n "object class": "bus" # or car\n}]',
         True, ["bus"]),
     "None between": (f"<answer> [{RIDER_TEXT}, None, {BUS}]", True, ["bicycle", "bus"]),
-    "None inside": ('<answer> [{"human": None, "object class": "bus"}]', True, ["bus"]),
-    "True and False": ('<answer> [{"object class": "bus", "a": True, "b": False}]', True, ["bus"]),
-    "single quotes": (f"<answer> [{QUOTED}, {QUOTED}] </answer>", True, ["bicycle"] * 2),
-    "single quotes around double ones": (
-        """<answer> [{'object class': 'a "b"', 'verb class': 'x\\'s'}]""", True, ["a 'b'"]),
-    "what strings hold": (
-        """<answer> [{"object class": "it's // #1, None,]",}]""", True, ["it's // #1, None,]"]),
-    "trailing commas": (
-        '<answer> [{"human": [1, 2, 3, 4, ], "object class": "bus" , // last\n },]', True, ["bus"]),
-    "a fence": (f"<answer>\n```json\n[{INDENTED},\n{BUS}]\n```\n</answer>", True,
-                ["bicycle", "bus"]),
     "a fence without <answer>": (f"Here's it:\n```json\n[{BUS}]\n```", False, ["bus"]),
-    "a bare object": (f"<answer> {RIDER_TEXT} </answer>", True, ["bicycle"]),
     "bare objects": (f"<answer>\n{RIDER_TEXT}\n{BUS}\n", True, ["bicycle", "bus"]),
-    "two lists": (f"<answer> [{RIDER_TEXT}] [{BUS}] </answer>", True, ["bicycle", "bus"]),
-    "a list in a list": (f"<answer> [[{RIDER_TEXT}], [{BUS}]] </answer>", True, ["bicycle", "bus"]),
+    "lists in a list": (f"<answer> [[{RIDER_TEXT}], [{BUS}]] </answer>", True, ["bicycle", "bus"]),
     "no <answer>": (f"<think> {BUS}? </think> [{RIDER_TEXT}]", False, ["bicycle"]),
     "no <answer>, </think> again": (
         f"{RIDER_TEXT} </think> {RIDER_TEXT} </think> [{BUS}]", False, ["bus"]),
@@ -125,94 +170,92 @@ READ = {  # text -> whether it has <answer>, and the object classes of the insta
     "another case": (f"<ANSWER> [{BUS}]", False, ["bus"]),
     "<answer> quoted afterwards": (
         f"<answer> [{BUS}] </answer> is in <answer> tags.", True, ["bus"]),
-    "<answer> quoted before": (f"In <answer> tags: <answer> [{BUS}] </answer>", True, ["bus"]),
+    "<answer> quoted before": (f"In #1 <answer> tags: <answer> [{BUS}] </answer>", True, ["bus"]),
     "two answers": (f"<answer> [{RIDER_TEXT}] </answer> <answer> [{BUS}]", True, ["bus"]),
-    "an object behind </answer>": (f"<answer> none </answer> [{BUS}]", True, []),
+    "an object after </answer>": (f"<answer> none </answer> [{BUS}]", True, []),
     "<answer> alone": ("<answer>", True, []),
-    "an empty list": ("<answer> [] </answer>", True, []),
-    "no objects": ('<answer> [7, null, "ride", [1, 2, 3, 4]] </answer>', True, []),
+    "no objects": ('<answer> [7, null, "ride", [1, 2, 3, 4], {see below}] </answer>', True, []),
     "nothing": ("", False, []),
     "only commas between": (f"<answer> [,{BUS} {BUS},\n\t\r,{BUS},]", True, ["bus"] * 3),
-    "a cut list": (f"<answer> [{BUS}, {BUS}", True, ["bus"] * 2),
     "a cut box": (f'<answer> [{BUS}, {{"human": [1, 2', True, ["bus"]),
     "a cut string": (f'<answer> [{BUS}, {{"object class": "bic', True, ["bus"]),
-    "an odd word in a box": (f'<answer> [{{"human": [1, x]}}, {BUS}]', True, ["bus"]),
-    "a key without a value": (f'<answer> [{{"human"}}, {BUS}]', True, ["bus"]),
-    "a missing quote": (f'<answer> [{{"human: [1, 2]}}, {BUS}, {RIDER_TEXT}]', True,
-                        ["bus", "bicycle"]),
-    "missing quotes on both sides": (
-        f'<answer> [{{"a: 1}}, {BUS}, {{"a: 1}}, {RIDER_TEXT}]', True, ["bus", "bicycle"]),
-    "a missing brace": (f'<answer> [{{"human": [1, 2], {BUS}, {RIDER_TEXT}]', True,
-                        ["bus", "bicycle"]),
+    "fields missing, and a brace": (f'<answer> [{{"human": [1, 2], {BUS}]', True, ["bus"]),
+    "a list around an object": (f'<answer> {{"objects": [{BUS}, 7], "n": 1}}', True, ["bus"]),
+    "400 equal pairs": (f"<answer> [{', '.join([BUS] * 400)}]", True, ["bus"] * 400),
+    "exclamation marks": ("<answer>" + "!" * 4000, True, []),
     "brackets 100,000 deep": ("<answer> " + "[" * 100_000, True, []),
     "closed brackets 100,000 deep": (
-        f'<answer> [{{"a": {"[" * 100_000}{"]" * 100_000}}}, {BUS}]', True, ["bus"]),
+        f'<answer> [{{"a": {"[" * 100_000}{"]" * 100_000}}}, {BUS}]', True, [None, "bus"]),
     "braces 100,000 deep": (f"<answer> [{BUS}, " + '{"a":' * 100_000, True, ["bus"]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("text, has_answer, classes", READ.values(), ids=READ)
+@pytest.mark.parametrize("text, has_answer, classes", TEXTS.values(), ids=TEXTS)
 def test_parser_reads(text, has_answer, classes):
-    completion = hicodet.parse_completion(text)
+    completion = parse_completion(text)
     assert completion.has_answer == has_answer
     assert [instance.object_class for instance in completion.instances] == classes
     assert completion.has_think == ("<think>" in text)
-    assert hicodet.parse_completion("<think>" + text).has_think
+    assert parse_completion("<think>" + text).has_think
     for instance in completion.instances:
         written = text[slice(*instance.span)]
-        assert written[0] + written[-1] == "{}" and instance.key_count == written.count(":")
-
-
-def test_near_json_is_read_whole():
-    """Each oddity costs nothing of the instance it stands in."""
-    (wanted,) = hicodet.parse_completion(RIDER_TEXT).instances
-    commented = INDENTED.replace(",\n", ", // a comment\n").replace("}", ",}")
-    for text in (QUOTED, INDENTED, commented, commented.replace('"', "'"), QUOTED[:-1] + ", }"):
-        (found,) = hicodet.parse_completion(text).instances
-        assert dataclasses.replace(found, span=wanted.span) == wanted
+        assert written[0] + written[-1] == "{}" and instance.key_count == written.count('":')
 
 
 def test_parser_keeps_what_precedes_any_cut():
     text = hicodet.format_completion([RIDER] * 3, "Three.")
-    ends = [instance.span[1] for instance in hicodet.parse_completion(text).instances]
+    ends = [instance.span[1] for instance in parse_completion(text).instances]
     for cut in range(len(text)):
-        found = hicodet.parse_completion(text[:cut]).instances
+        found = parse_completion(text[:cut]).instances
         assert len(found) == sum(end <= cut for end in ends)
-
-
-def test_parser_never_raises():
-    rng = random.Random()
-    pieces = [
-        "<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", ":", " ", "\n",
-        '"', "\\", "\\u", "\\ud83d", '"human"', '"object"', '"object class"', '"verb class"',
-        "[1, 2, 3, 4]", '"ride, sit on"', '"bicycle"', "NaN", "-Infinity", "true", "null", "1e999",
-        "-", "0", "9" * 5000, "\x00", "\ud800", "自転車", "é", "'", "//", "#", "None", "\\'",
-        RIDER_TEXT, hicodet.prompt_text(),
-    ]  # fmt: skip
-    for _ in range(1500):
-        text = "".join(rng.choices(pieces, k=rng.randrange(40)))
-        if rng.random() < 0.8:
-            text = "<answer> [" + text
-        completion = hicodet.parse_completion(text)
-        assert completion.has_answer == ("<answer>" in text)
-        for found in completion.instances:
-            assert text[found.span[0]] == "{" and text[found.span[1] - 1] == "}"
-            assert all(verb == verb.strip() != "" for verb in found.verbs)
-        for line in predicted_instances(completion, (640, 480), (644, 476)):
-            json.dumps(line, allow_nan=False).encode()  # finite, and free of lone surrogates
-    for _ in range(300):
-        kept = list(hicodet.format_completion([RIDER] * 2, "Two."))
-        for _ in range(rng.randrange(1, 9)):
-            kept[rng.randrange(len(kept))] = rng.choice(pieces)
-        hicodet.parse_completion("".join(kept))
 
 
 @pytest.mark.parametrize(
     "unit",
-    ["<answer>", "<answer>[", "[", '{"a":', "{},", '"', ",", "9", "\\", '{"a":1,', "][", "'", "\\'",
-     '\\"', "\\{", "{'", '{"', ",#", ",//\n", "{'a':1},", '{"a', "#", "None ", '"}{"', "</think>"],
+    ["<answer>", "<answer>[", "[", "]", '{"a":', "{},", '"', ",", "9", "\\", '{"a":1,', "][", "'",
+     '\\"', "\\{", "{'", '{"', ",#", ",//\n", '{"a', "#", "None ", '"}{"', "</think>", " ", "a ",
+     "human", 'human"', "human:", "{human:{", ":", "] ", "a:", "['", "(", "x1:", "“"],
 )  # fmt: skip
 def test_parser_takes_linear_time(unit):
-    """A quadratic parser would take many minutes here, which is not to be overlooked."""
-    for opening in ("", "<answer> [", '<answer> {"a": "', "<answer> {'a': '"):
-        hicodet.parse_completion(opening + unit * (50_000 // len(unit)))
+    """With a quadratic parser this would take many minutes."""
+    for opening in ("", "<answer> [", '<answer> {"a": "', "<answer> {'a': '", '<answer> {"human":'):
+        parse_completion(opening + unit * (50_000 // len(unit)))
+
+
+MARKS = '{}[]",:'
+
+
+def damaged(text, rng):
+    """The text with one character deleted, doubled or replaced; 70 % of them are JSON's marks."""
+    marks = [place for place, character in enumerate(text) if character in MARKS]
+    place = rng.choice(marks) if rng.random() < 0.7 else rng.randrange(len(text))
+    another = rng.choice(MARKS + string.ascii_lowercase + string.digits)
+    new = rng.choice(["", text[place] * 2, another])
+    return text[:place] + new + text[place + 1 :]
+
+
+def predictions(text):
+    """How often an answer has each instance that counts as a prediction."""
+    return Counter(
+        (found.human, found.object, found.object_class, found.verbs)
+        for found in parse_completion(f"<answer> {text} </answer>").instances
+        if found.has_boxes and any((verb, found.object_class) in HOI_IDS for verb in found.verbs)
+    )
+
+
+def test_instances_survive_a_damaged_character(real_samples):
+    """The parser before this one, which tried JSON first, kept 2,541 of these 5,252.
+
+    125 wrong ones appeared then.
+    """
+    rng = random.Random(0)
+    samples = [sample for sample in real_samples if 1 <= len(sample.hois) <= 8]
+    total = kept = wrong = 0
+    for sample in rng.choices(samples, k=3000):  # of one instance to eight
+        text = hicodet.format_answer(sample.hois).split(" ", 1)[1].rsplit(" ", 1)[0]
+        true, found = predictions(text), predictions(damaged(text, rng))
+        total += true.total()
+        kept += (true & found).total()
+        wrong += (found - true).total()
+    print(f"{kept} of {total} instances survive, {wrong} wrong ones appear")
+    assert kept >= 3900 and wrong <= 200

@@ -96,7 +96,7 @@ def pickled(model):
 
 def adapter(model):
     (model / WEIGHTS).rename(model / "adapter_model.safetensors")
-    (model / ADAPTER).write_text(json.dumps({"base_model_name_or_path": "Qwen/some"}))
+    (model / ADAPTER).write_text(json.dumps({"base_model_name_or_path": "/no/base"}))
 
 
 def sharded(model):
@@ -108,7 +108,7 @@ def all_of(*changes):
     return lambda model: [change(model) for change in changes]
 
 
-LORA = "a LoRA adapter of Qwen/some; merge it into that model"
+LORA = "a LoRA adapter of /no/base, which is not there; give that model with --model and"
 WRAPPED = r"_mod.model.*: a wrapped model was saved; remove the prefix"
 REFUSED = {  # a change of the folder, and what the line names
     "adapter": (adapter, LORA),
@@ -147,7 +147,7 @@ REFUSED = {  # a change of the folder, and what the line names
     "no config": (without(CONFIG), "no config.json in this folder"),
     "config": (write(CONFIG, '{"model_type"'), "no config.json that can be read"),
     "token id": (values(CONFIG, image_token_id="x"), "'image_token_id' expected int"),
-    "another model": (values(CONFIG, model_type="qwen2_vl"), "a qwen2_vl, not a Qwen2.5-VL"),
+    "another model": (values(CONFIG, model_type="llama"), "a llama; the known kinds are qwen2_5"),
     "tokenizer": (lambda m: [p.unlink() for p in m.glob("token*")], "no tokenizer with <.im_end.>"),
     "tokenizer file": (write(TOKENIZER, "null"), "no tokenizer that can be read"),
     "processor": (without(PROCESSOR), "no image processor that can be read"),

@@ -45,7 +45,7 @@ def test_equation_has_function_test_and_row(number):
     assert number in named_tests(), f"no test is named test_eq{number}_..."
     names = {name.split(".")[1] for name in cited()[number]}
     assert any(test.removeprefix(f"test_eq{number}_") in names for test in named_tests()[number])
-    lines = (ROOT / "README.md").read_text().splitlines()
+    lines = (ROOT / "docs/paper.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith(f"| Eq. {number} | `")]
     assert len(rows) == 1, f"README: one row for Eq. {number}"
     assert any(name in rows[0] for name in cited()[number]), rows[0]

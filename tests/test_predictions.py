@@ -43,7 +43,7 @@ def test_predicted_instances():
     good |= {"verb class": "ride, fly, ride, sit on"}
     completion = answer_of(
         good | {"object class": "unicorn"}, good, good | {"human": [1, 2, 3]},
-        good | {"object": None}, ("bicycle", "fly"), ("bicycle", ""), {}, ("Bicycle", "ride"),
+        good | {"object": None}, ("bicycle", "fly"), ("bicycle", ""), {}, ("unicycle", "ride"),
     )  # fmt: skip
     # The picture is twice the model's frame; 2000 lies beyond it, the last pixel is 199.
     expected = {
@@ -57,6 +57,11 @@ def test_predicted_instances():
     assert predicted_instances(completion, *sizes, scores) == [expected]
 
 
+def test_box_clipped_to_no_area_is_no_instance():
+    outside = {"human": [120, 10, 140, 40], "object class": "bicycle", "verb class": "ride"}
+    assert predicted_instances(answer_of(outside), (100, 50), (100, 50)) == []
+
+
 RANKS = {  # rows of an answer -> a score for each verb of each instance
     "none": ([], []),
     "a single triplet": ([("bicycle", "ride")], [[1.0]]),
@@ -66,9 +71,10 @@ RANKS = {  # rows of an answer -> a score for each verb of each instance
     "a repeated verb takes another place": (
         [("bicycle", "ride, ride"), ("dog", "walk")], [[1.0, 0.75], [0.5]]),
     "words of no vocabulary take none": (
-        [("unicorn", "ride"), ("bicycle", "fly to, ride"), ("Dog", "walk"), ("dog", "walk")],
-        [[0.0], [0.0, 1.0], [0.0], [0.5]]),
-    "a list of classes takes none": ([(["dog"], "walk"), ("dog", "walk")], [[0.0], [1.0]]),
+        [("unicorn", "ride"), ("bicycle", "fly to, ride"), ("dog", "walk")],
+        [[0.0], [0.0, 1.0], [0.5]]),
+    "a list of two classes takes none": (
+        [(["dog", "cat"], "walk"), ("dog", "walk")], [[0.0], [1.0]]),
     "no verbs": ([("dog", ""), ("dog", "walk")], [[], [1.0]]),
     "a box missing": (
         [{"object": None, "object class": "dog", "verb class": "walk"}, ("dog", "walk")],

@@ -61,7 +61,8 @@ def test_trained_folder_knows_its_prompt(folder, tmp_path):
     options = {"box_frame": "original", "thinking": False, "traces": "", "max_steps": 1}
     run(config_of("sft", folder, tmp_path / "run", **options))
     model = str(tmp_path / "run" / "model")
-    recorded = {"thinking": False, "task_description": False, "box_frame": "original"}
+    recorded = {"thinking": False, "task_description": False}
+    recorded |= {"box_frame": "original", "text_first": False}
     assert json.loads((tmp_path / "run" / "model" / "prompt.json").read_text()) == recorded
     default = {"model": model, "task_description": None, "max_new_tokens": 2}
     for stage, short in (("predict", {"limit": 1}), ("grpo", {"max_steps": 1})):
@@ -81,20 +82,21 @@ def test_trained_folder_knows_its_prompt(folder, tmp_path):
     ("{", "is damaged: no JSON"), ("[]", "is damaged: no JSON object"),
     ('{"box_frame": 5}', "not the prompt options"), ('{"other": 1}', "not the prompt options"),
 ])  # fmt: skip
-def test_prompt_options_that_cannot_be_read_are_named(text, words, tmp_path):
+def test_prompt_options_that_cannot_be_read_are_named(text, words, folder, tmp_path):
     (tmp_path / PROMPT_FILE).write_text(text)
     with pytest.raises(hicodet.InputError, match=f"{tmp_path / PROMPT_FILE}.*{words}"):
-        prompt_options(str(tmp_path))
+        prompt_options(str(folder / "model"), str(tmp_path))
 
 
-def test_prompt_options_of_other_models(tmp_path):
-    """Those of the paper; those that are asked for."""
-    assert prompt_options("some/hub-name", thinking=None) == PromptOptions(True, True, "model")
+def test_prompt_options_of_other_models(folder, tmp_path):
+    """Those of the paper, or those that are asked for. An adapter has its own."""
+    model = str(folder / "model")
+    assert prompt_options(model, "", thinking=None) == PromptOptions(True, True, "model")
     asked = {"thinking": False, "box_frame": "original"}
-    assert prompt_options("some/hub-name", **asked) == PromptOptions(False, True, "original")
+    assert prompt_options(model, "", **asked) == PromptOptions(False, True, "original")
     (tmp_path / PROMPT_FILE).write_text(PromptOptions().as_file())
-    with pytest.raises(hicodet.InputError, match="^--no-thinking: "):
-        prompt_options(str(tmp_path), thinking=False)
+    with pytest.raises(hicodet.InputError, match=f"^--no-thinking: {tmp_path} was not trained"):
+        prompt_options(model, str(tmp_path), thinking=False)
 
 
 # A folder as the Hub has it

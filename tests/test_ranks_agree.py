@@ -117,7 +117,7 @@ def test_options_in_which_hosts_may_differ(folder):
     for stage in ("sft", "grpo", "predict"):
         differ = config_of(stage, folder, "x").per_host()
         traces = {"traces"} if stage == "sft" else set()
-        assert differ == {"model", "data", "exclude", "out", "workers"} | traces
+        assert differ == {"model", "adapter", "data", "exclude", "out", "workers"} | traces
 
 
 @pytest.mark.slow

@@ -135,11 +135,12 @@ def test_all_differences_are_named_by_their_flags(folder, tmp_path):
     )
 
 
+PROMPT = {"thinking", "task_description", "box_frame", "text_first"}
 REFUSE = {  # everything else may change
     SFTConfig: {"untraced", "batch_size", "seed", "warmup_steps", "adam_beta2", "weight_decay"}
-    | {"max_grad_norm", "thinking", "task_description", "box_frame"},
+    | {"max_grad_norm", "lora_rank", "lora_alpha"} | PROMPT,
     PredictConfig: {"exclude", "split", "limit", "max_new_tokens", "repetition_penalty", "scores"}
-    | {"thinking", "task_description", "box_frame"},
+    | PROMPT,
 }
 REFUSE[GRPOConfig] = REFUSE[SFTConfig] - {"untraced"} | {
     *("group_size", "temperature", "max_new_tokens", "updates_per_batch", "kl_coef", "clip_eps"),

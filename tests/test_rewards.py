@@ -1,8 +1,8 @@
 """Eqs. 6-23, each with numbers worked out by hand."""
 
 from collections import Counter
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
 import rewards
@@ -51,7 +51,6 @@ def test_eq6_tag_reward():
 def test_eq7_box_reward(human, object, printed, pair):
     instance, recorded = predicted(human, object), [(BOX, FAR)]
     assert rewards.box_reward(instance, recorded) == printed
-    assert rewards.box_reward(instance, recorded, "printed") == printed
     assert rewards.box_reward(instance, recorded, "pair") == pair
     complete = not {human, object} & {None, LINE, INVERTED}
     assert rewards.box_reward(instance, []) == complete
@@ -73,14 +72,13 @@ def test_eq8_recorded_boxes():
 
 
 def test_eq8_a_duplicate_is_not_recorded():
-    # Heights 10, 6, 3.2: IoU of first and second 6/10, second and third 3.2/6 = 0.53, first and
-    # third 3.2/10.
-    # The second duplicates the first, so the third has only the first to be compared with.
-    tall, middle, low = BOX, (0.0, 0.0, 10.0, 6.0), (0.0, 0.0, 10.0, 3.2)
-    instances = [predicted(tall, tall), predicted(middle, middle), predicted(low, low)]
-    hois = [truth(), truth(), truth()]
+    # Heights 10, 6, 3.2: IoU 6/10 of the first and second, 3.2/6 = 0.53 of the second and third,
+    # 3.2/10 of the first and third. The second duplicates the first and is not recorded.
+    boxes = [BOX, (0.0, 0.0, 10.0, 6.0), (0.0, 0.0, 10.0, 3.2)]
+    instances = [predicted(box, box) for box in boxes]
+    assert rewards.box_rewards(instances) == [1, 0, 1]
     # 0.2 + (0.6 + 0 + 0.6) / 3
-    assert rewards.format_reward(completion(*instances), hois) == pytest.approx(0.6)
+    assert rewards.format_reward(completion(*instances), [truth()] * 3) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(
@@ -179,8 +177,7 @@ def test_eq18_matched_verbs():
 
 
 def test_eq19_matching_cost():
-    similarity = np.array([[1.0, 0.25, 0.0]])
-    assert rewards.matching_cost(similarity).tolist() == [[0.0, 0.75, 1.0]]
+    assert rewards.matching_cost([[1.0, 0.25], [0.0, 0.5]]) == [[0.0, 0.75], [1.0, 0.5]]
 
 
 def test_eq20_pair_similarity():
@@ -190,10 +187,9 @@ def test_eq20_pair_similarity():
 
 def test_eq21_match_instances():
     # Greedy takes 0.1 first and pays 0.1 + 0.9; the best matching pays 0.2 + 0.3.
-    cost = np.array([[0.1, 0.2], [0.3, 0.9]])
-    assert rewards.match_instances(cost) == [(0, 1), (1, 0)]
-    assert rewards.match_instances(np.array([[0.9], [0.1]])) == [(1, 0)]
-    assert rewards.match_instances(np.array([[0.9, 0.1]])) == [(0, 1)]
+    assert rewards.match_instances([[0.1, 0.2], [0.3, 0.9]]) == [(0, 1), (1, 0)]
+    assert rewards.match_instances([[0.9], [0.1]]) == [(1, 0)]
+    assert rewards.match_instances([[0.9, 0.1]]) == [(0, 1)]
 
 
 def test_eq22_iou_reward():
@@ -209,80 +205,79 @@ def test_eq22_iou_reward():
     assert rewards.iou_reward([predicted(BOX, None)], hois) == 0.0
 
 
-# The labels on matched pairs. The boxes decide: BOX goes with BOX and FAR with FAR.
+# Labels on matched pairs. The boxes decide: BOX goes with BOX and FAR with FAR.
+PAIRS = [truth(BOX, BOX, "bicycle", ("ride", "sit on")), truth(FAR, FAR, "dog", ("hold",))]
+DOG = predicted(FAR, FAR, "dog", ("hold",))
+MATCHED = {  # instances, ground truth -> matched_object_reward, matched_verb_reward
+    "one pair": ([predicted()], [truth()], 1, 1),
+    "other labels": ([predicted(object_class="dog", verbs=("walk",))], [truth()], 0, 0),
+    "no labels": ([predicted(object_class=None, verbs=())], [truth()], 0, 0),
+    # Objects (1 + 4/5) / 2. Verbs: 1 in common of 3 written, 4/5 of 1 in common of 2 true.
+    "another order": (
+        [replace(DOG, verbs=("hold", "hold", "moon")), predicted(BOX, BOX, key_count=5)],
+        PAIRS, 0.9, 11 / 30),
+    "labels swapped": (
+        [predicted(BOX, BOX, "dog", ("hold",)), predicted(FAR, FAR, "bicycle", ("ride", "sit on"))],
+        PAIRS, 0, 0),
+    "one of two pairs": ([DOG], PAIRS, 1 / 2, 1 / 2),
+    "surplus instances have no pair": (
+        [predicted(BOX, FAR, "dog", ("hold",)), predicted(None, FAR, "dog", ("hold",)), DOG],
+        PAIRS[1:], 1 / 3, 1 / 3),
+    "no ground truth": ([DOG], [], 0, 0),
+    "no instances": ([], PAIRS, 0, 0),
+    "nothing": ([], [], 0, 0),
+}  # fmt: skip
 
 
-def test_matched_object_reward():
-    hois = [truth(BOX, BOX, "bicycle"), truth(FAR, FAR, "dog")]
-    right = [predicted(FAR, FAR, "dog"), predicted(BOX, BOX, "bicycle", key_count=5)]
-    # (1 + 4/5) / 2
-    assert rewards.matched_object_reward(right, hois) == pytest.approx(0.9)
-    swapped = [predicted(BOX, BOX, "dog"), predicted(FAR, FAR, "bicycle")]
-    assert rewards.matched_object_reward(swapped, hois) == 0.0
-    assert rewards.object_label_reward(swapped, hois) == 1.0
-    # One of two pairs, then one of three instances: the surplus one has no pair.
-    assert rewards.matched_object_reward(right[:1], hois) == pytest.approx(1 / 2)
-    surplus = [predicted(BOX, FAR, "bicycle"), predicted(None, BOX, "bicycle")]
-    assert rewards.matched_object_reward([right[0], *surplus], hois[1:]) == pytest.approx(1 / 3)
+@pytest.mark.parametrize("instances, hois, objects, verbs", MATCHED.values(), ids=MATCHED)
+def test_rewards_of_labels_on_matched_pairs(instances, hois, objects, verbs):
+    assert rewards.matched_object_reward(instances, hois) == pytest.approx(objects)
+    assert rewards.matched_verb_reward(instances, hois) == pytest.approx(verbs)
 
 
-def test_matched_verb_reward():
-    hois = [truth(BOX, BOX, verbs=("ride", "sit on")), truth(FAR, FAR, verbs=("hold",))]
-    instances = [
-        predicted(FAR, FAR, verbs=("hold", "hold", "moon")),  # 1 in common, 3 written: 1/3
-        predicted(BOX, BOX, verbs=("ride",), key_count=3),  # 1 in common of 2 true: 4/5 * 1/2
-    ]
-    # (1/3 + 2/5) / 2
-    assert rewards.matched_verb_reward(instances, hois) == pytest.approx(11 / 30)
-    swapped = [predicted(BOX, BOX, verbs=("hold",)), predicted(FAR, FAR, verbs=("ride", "sit on"))]
-    assert rewards.matched_verb_reward(swapped, hois) == 0.0
-    assert rewards.verb_label_reward(swapped, hois) == 1.0
-    assert rewards.matched_verb_reward([predicted(BOX, BOX, verbs=())], hois) == 0.0
-    # 1/3 of one instance in three
-    surplus = [instances[0], predicted(BOX, BOX), predicted(BOX, None, verbs=("hold",))]
-    assert rewards.matched_verb_reward(surplus, hois[1:]) == pytest.approx(1 / 9)
+# Overall reward
+
+PARTS = ("format", "object", "verb", "iou", "total")
 
 
-@pytest.mark.parametrize("reward", [rewards.matched_object_reward, rewards.matched_verb_reward])
-def test_matched_labels_without_instances_or_ground_truth(reward):
-    assert reward([], []) == reward([predicted()], []) == reward([], [truth()]) == 0.0
+def total(answer, hois, **options):
+    """The values in the order of PARTS."""
+    parts = rewards.total_reward(answer, hois, **options)
+    assert tuple(parts) == PARTS
+    return pytest.approx(tuple(parts.values()))
+
+
+def test_eq23_total_reward():
+    answer = completion(predicted(THIRD, HALF, "bicycle", ("ride", "moon")))
+    # format 0.2 + 0.2 + 0.2 + 0.2 * 1/2, object 1, verb 1/2, IoU 5/12
+    assert (0.7, 1.0, 0.5, 5 / 12, 157 / 60) == total(answer, [truth(BOX, BOX)])
+    assert (0, 0, 0, 0, 0) == total(replace(answer, has_answer=False), [truth(BOX, BOX)])
 
 
 def test_eq23_total_reward_of_matched_labels():
     hois = [truth(BOX, BOX, verbs=("ride", "hold")), truth(FAR, FAR, "dog", ("walk",))]
     answer = completion(predicted(BOX, BOX), predicted(FAR, FAR, "bicycle", ("walk",)))
-    matched = rewards.total_reward(answer, hois, label_reward="matched")
     # object (1 + 0) / 2, verb (1/2 + 1) / 2
-    assert matched == pytest.approx(
-        {"format": 0.8, "object": 0.5, "verb": 0.75, "iou": 1.0, "total": 3.05})
-    without = rewards.total_reward(answer, hois, label_reward="matched", without=["label"])
-    assert without == rewards.total_reward(answer, hois, without=["label"])
-    # The second one repeats the first one's human box.
+    assert (0.8, 0.5, 0.75, 1.0, 3.05) == total(answer, hois, label_reward="matched")
+    # The second one repeats the first one's human box: format 0.2 + 0.6/2, IoU (1 + 1/2) / 2.
     answer = completion(predicted(BOX, BOX), predicted(BOX, FAR, "dog", ("walk",)))
-    for earn, expected in {"labels": (1.0, 0.75), "nothing": (0.5, 0.25)}.items():
-        parts = rewards.total_reward(answer, hois, label_reward="matched", duplicates_earn=earn)
-        assert (parts["object"], parts["verb"]) == pytest.approx(expected)
-
-
-def test_eq23_total_reward():
-    answer = completion(predicted(THIRD, HALF, "bicycle", ("ride", "moon")))
-    parts = rewards.total_reward(answer, [truth(BOX, BOX)])
-    # format 0.2 + 0.2 + 0.2 + 0.2 * 1/2, object 1, verb 1/2, IoU 5/12
-    expected = {"format": 0.7, "object": 1.0, "verb": 0.5, "iou": 5 / 12, "total": 157 / 60}
-    assert parts == pytest.approx(expected)
+    for earn, parts in {"labels": (1.0, 0.75), "nothing": (0.5, 0.25)}.items():
+        options = {"label_reward": "matched", "duplicates_earn": earn}
+        assert (0.5, *parts, 0.75, 1.25 + sum(parts)) == total(answer, hois, **options)
 
 
 def test_eq23_total_reward_without_parts_of_table_3():
-    answer, hois = completion(predicted()), [truth()]
-    names = ("format", "object", "verb", "iou", "total")
     for without, values in {
         (): (0.8, 1, 1, 1, 3.8),
         ("label",): (0.8, 0, 0, 1, 1.8),
         ("iou",): (0.8, 1, 1, 0, 2.8),
         ("label", "iou"): (0.8, 0, 0, 0, 0.8),
     }.items():
-        parts = rewards.total_reward(answer, hois, without=without)
-        assert parts == pytest.approx(dict(zip(names, values, strict=True)))
+        for rule in ("printed", "matched"):
+            options = {"without": without, "label_reward": rule}
+            assert values == total(completion(predicted()), [truth()], **options)
+        largest = [part["largest"] for part in rewards.reward_parts(without=without).values()]
+        assert largest == [value for value in values[:4] if value]
 
 
 def test_duplicates_keep_or_lose_their_labels():
@@ -299,30 +294,44 @@ def test_duplicates_keep_or_lose_their_labels():
 
 
 def test_eq23_total_reward_where_duplicates_earn_nothing():
-    """A duplicate neither earns the bicycle nor takes it from the instance behind it."""
-    first, copy = predicted(BOX, BOX, "dog", ("walk",)), predicted(BOX, BOX)
-    answer, hois = completion(first, copy, predicted(FAR, FAR)), [truth(FAR, FAR)]
-    printed = rewards.total_reward(answer, hois)
-    nothing = rewards.total_reward(answer, hois, duplicates_earn="nothing")
-    # One bicycle and one ride in three instances, found by the second one or by the third.
-    assert (printed["object"], printed["verb"]) == pytest.approx((1 / 3, 1 / 3))
-    assert nothing == pytest.approx(printed)
-    # With a key too many the second one earns 4/5 of it.
-    answer = completion(first, predicted(BOX, BOX, key_count=5), predicted(FAR, FAR))
-    assert rewards.total_reward(answer, hois)["object"] == pytest.approx(4 / 15)
-    nothing = rewards.total_reward(answer, hois, duplicates_earn="nothing")
-    assert (nothing["object"], nothing["verb"]) == pytest.approx((1 / 3, 1 / 3))
+    """A duplicate neither earns the bicycle nor takes it from the instance after it."""
+    first, last = predicted(BOX, BOX, "dog", ("walk",)), predicted(FAR, FAR)
+    # One bicycle and one ride in three instances: the last one finds them, or the copy before it,
+    # which earns 4/5 of them, as it has a key too many.
+    answer, hois = completion(first, predicted(BOX, BOX, key_count=5), last), [truth(FAR, FAR)]
+    assert (0.6, 4 / 15, 4 / 15, 1, 1.6 + 8 / 15) == total(answer, hois)
+    assert (0.6, 1 / 3, 1 / 3, 1, 1.6 + 2 / 3) == total(answer, hois, duplicates_earn="nothing")
 
 
 @pytest.mark.parametrize("options", [{"without": ["verb"]}, {"without": "iou"},
                                      {"duplicate_rule": "both"}, {"duplicates_earn": "some"},
                                      {"label_reward": "both"}])
 def test_eq23_total_reward_refuses_unknown_names(options):
-    with pytest.raises(ValueError):
+    (name,) = options
+    with pytest.raises(ValueError, match=name):
         rewards.total_reward(completion(), [truth()], **options)
 
 
 def test_no_ground_truth_leaves_the_tag_reward_alone():
     for instances in ((), (predicted(),)):
-        parts = rewards.total_reward(completion(*instances), [])
-        assert parts == {"format": 0.2, "object": 0, "verb": 0, "iou": 0, "total": 0.2}
+        assert (0.2, 0, 0, 0, 0.2) == total(completion(*instances), [])
+
+
+def test_a_further_reward_is_a_function_and_a_row(monkeypatch):
+    def counted(answer, hois, options):
+        return 2.0 * (len(answer.instances) == len(hois))
+
+    row = rewards.RewardPart("Number of pairs", 2.0, counted)
+    monkeypatch.setitem(rewards.REWARD_PARTS, "count", row)
+    parts = rewards.total_reward(completion(predicted()), [truth()], without=["label"])
+    assert list(parts) == ["format", "object", "verb", "iou", "count", "total"]
+    assert parts["count"] == 2.0 and parts["total"] == pytest.approx(0.8 + 1 + 2)
+    kept = rewards.reward_parts(without=["label"])
+    assert list(kept) == ["format", "iou", "count"]
+    assert kept["count"] == {"title": "Number of pairs", "largest": 2.0}
+
+
+def test_every_option_of_the_reward_has_its_values():
+    defaults = rewards.total_reward.__kwdefaults__
+    assert defaults.keys() - {"without"} == rewards.REWARD_OPTIONS.keys()
+    assert all(defaults[name] == values[0] for name, values in rewards.REWARD_OPTIONS.items())

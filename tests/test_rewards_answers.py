@@ -11,7 +11,7 @@ import pytest
 
 import hicodet
 import rewards
-from hicodet import HOI, Prediction, parse_completion
+from hicodet import HOI, parse_completion
 
 RIDER = HOI((10.0, 20.0, 50.0, 100.0), (30.0, 60.0, 90.0, 110.0), "bicycle", ("ride", "sit on"))
 INSTANCE = {"human": [10, 20, 50, 100], "object": [30, 60, 90, 110],
@@ -24,26 +24,6 @@ def written(*instances, think="<think> a </think> "):
 
 def earned(text, hois, **options):
     return rewards.total_reward(parse_completion(text), hois, **options)
-
-
-@pytest.mark.parametrize(
-    "without, missed, surplus", [((), 1.8, 1.0), (["iou"], 1.3, 1.0), (["label"], 0.8, 0.0)])
-def test_what_a_missed_pair_costs_and_a_surplus_one(without, missed, surplus):
-    """Missed, it costs 0.6 / 2 of the format, 1 / 2 of each label and 1 / 2 of the IoU.
-
-    As a surplus it costs 1 / 2 of each label. demo/STUDY.md says what follows for pairs that
-    annotators leave out.
-    """
-    far = {"human": (900.0, 0.0, 950.0, 80.0), "object": (900.0, 90.0, 950.0, 99.0)}
-    pairs = [RIDER, replace(RIDER, **far)]
-    one, both = (hicodet.format_completion(pairs[:count], "a") for count in (1, 2))
-
-    def cost(text, truth):
-        perfect = earned(hicodet.format_completion(truth, "a"), truth, without=without)["total"]
-        return perfect - earned(text, truth, without=without)["total"]
-
-    assert cost(one, pairs) == pytest.approx(missed)
-    assert cost(both, pairs[:1]) == pytest.approx(surplus)
 
 
 def test_a_perfect_answer_with_one_pair_earns_exactly_3_8():
@@ -60,19 +40,8 @@ def test_a_perfect_answer_with_one_person_and_two_objects():
     assert earned(text, [RIDER, bag]) == pytest.approx(
         {"format": 0.5, "object": 1, "verb": 1, "iou": 1, "total": 3.5})
     assert earned(text, [RIDER, bag], duplicate_rule="pair")["total"] == pytest.approx(3.8)
-    # The bag's labels go with it: 0.5 + 1/2 + 1/2 + 1. As a pair it is no duplicate.
-    nothing = {"duplicates_earn": "nothing"}
-    assert earned(text, [RIDER, bag], **nothing)["total"] == pytest.approx(2.5)
-    options = nothing | {"duplicate_rule": "pair"}
-    assert earned(text, [RIDER, bag], **options)["total"] == pytest.approx(3.8)
-
-
-def test_three_riders_of_three_bicycles_earn_the_whole_label_reward():
-    boxes = [(0.0, 0.0, 9.0, 9.0), (20.0, 0.0, 29.0, 9.0), (40.0, 0.0, 49.0, 9.0)]
-    hois = [HOI(box, box, "bicycle", ("ride",)) for box in boxes]
-    parts = earned(hicodet.format_completion(hois, "Three."), hois)
-    assert (parts["object"], parts["verb"]) == (1.0, 1.0)
-    assert parts["total"] == pytest.approx(3.8)
+    # The bag's labels go with it: 0.5 + 1/2 + 1/2 + 1.
+    assert earned(text, [RIDER, bag], duplicates_earn="nothing")["total"] == pytest.approx(2.5)
 
 
 def changed(**values):
@@ -112,24 +81,21 @@ CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a 
     "empty list": (written(), (0.2, 0, 0, 0)),
     "empty instance": (written({}), (0.2, 0, 0, 0)),
     "three empty instances more": (written({}, {}, {}, INSTANCE), (0.2 + 0.6 / 4, 0.25, 0.25, 1)),
-    "what is no object is no instance": (written(1, None, "a", INSTANCE), (0.8, 1, 1, 1)),
-    "single quotes": (TEXT.replace('"', "'"), (0.8, 1, 1, 1)),
-    "a bare object": (TEXT.replace("[{", "{").replace("}]", "}"), (0.8, 1, 1, 1)),
     "three instances too many": (
         written(INSTANCE, apart(1), apart(2), apart(3)), (0.8, 0.25, 0.25, 1)),
     "one box with x2 < x1": (written(changed(human=INVERTED["human"])), UNREAD),
     "one box with x2 = x1": (written(changed(human=[10, 20, 10, 100])), UNREAD),
     "one box with y2 = y1": (written(changed(object=[30, 60, 90, 60])), UNREAD),
-    "NaN": (TEXT.replace("20", "NaN"), UNREAD),
-    "Infinity": (TEXT.replace("20", "-Infinity"), UNREAD),
-    "an integer of 5,000 digits": (TEXT.replace("110", "9" * 5000), UNREAD),
     # These boxes are finite; their areas are infinite, inf * 0 and 1e-320 * 1e-320 = 0.
     "an integer of 301 digits": (
         written(changed(human=[-(10**300), -(10**300), 10**300, 10**300])), UNREAD),
     "a box wider than any float": (written(changed(human=[-1e308, 50, 1e308, 50])), UNREAD),
     "a box smaller than any float": (written(changed(human=[0, 0, 1e-320, 1e-320])), UNREAD),
     "a box of five numbers": (written(changed(object=[30, 60, 90, 110, 1])), UNREAD),
-    "a box of strings": (written(changed(object=["30", "60", "90", "110"])), UNREAD),
+    "not JSON, with one reading": (
+        TEXT.replace('"', "'").replace("[10,", "(10").replace("ride", "Ride"), (0.8, 1, 1, 1)),
+    "not JSON, and a key too many": (  # 4/5
+        TEXT.replace('"human"', "score: 1; human"), (0.2 + 0.8 * 0.6, 0.8, 0.8, 1)),
     "the prompt echoed": (hicodet.prompt_text(), (0.2, 0, 0, 0)),  # its example is no JSON
     "the example of Fig. 4": (
         '<think> reasoning process here </think> <answer> [{"human": [x1, y1, x2, y2], "object": '
@@ -137,10 +103,8 @@ CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a 
         '<verb class>, ... "}] </answer>', (0.2, 0, 0, 0)),
     "no <answer>": (TEXT.replace("answer>", "reply>"), (0, 0, 0, 0)),
     "think tag only": ("<think> One rider. </think>", (0, 0, 0, 0)),
-    "nothing": ("", (0, 0, 0, 0)),
     "cut inside the first instance": (TEXT[:TEXT.index("verb class")], (0.2, 0, 0, 0)),
     "cut inside the second instance": (written(INSTANCE, apart(1))[:-50], (0.8, 1, 1, 1)),
-    "brackets 100,000 deep": ("<think><answer>" + "[" * 100_000, (0.2, 0, 0, 0)),
 }
 
 
@@ -152,58 +116,59 @@ def test_attempts_to_cheat(text, expected):
     assert parts["total"] == pytest.approx(sum(expected))
 
 
-# The same where three ride a bicycle, RIDER and two far from him: text, options -> the total.
+MATCHED, NOTHING = {"label_reward": "matched"}, {"duplicates_earn": "nothing"}
+NO_LABEL, NO_IOU = {"without": ["label"]}, {"without": ["iou"]}
+COPIES, TRUE_AND_POINTS = written(*[INSTANCE] * 3), written(INSTANCE, POINTS, POINTS)
+LEFT, RIGHT = apart(1), apart(2) | {"object class": "dog", "verb class": "walk"}
+SWAPPED = written(LEFT | {"object class": "dog"}, RIGHT | {"object class": "bicycle"})
+HANDED_ON = written(LEFT | {"verb class": "walk"}, RIGHT | {"verb class": "ride, sit on"})
+FIRST_VERB = written(LEFT | {"verb class": "ride"}, RIGHT)
+PEOPLE_SWAPPED = written(LEFT | {"human": RIGHT["human"]}, RIGHT | {"human": LEFT["human"]})
+PAIRS = [HOI(tuple(pair["human"]), tuple(pair["object"]), pair["object class"],
+             tuple(pair["verb class"].split(", "))) for pair in (LEFT, RIGHT)]
 RIDERS = [RIDER, *(replace(RIDER, human=box, object=box)
                    for box in [(900.0, 0.0, 950.0, 80.0), (900.0, 500.0, 950.0, 580.0)])]
-THREE = {
+TOTALS = {  # text, ground truth, options -> total
+    "two pairs": (written(LEFT, RIGHT), PAIRS, {}, 3.8),
+    # A missed pair costs 0.6/2 of the format, 1/2 of each label and 1/2 of the IoU; a surplus one
+    # 1/2 of each label. docs/study.md says what follows for pairs that annotators leave out.
+    "one missed": (written(LEFT), PAIRS, {}, 3.8 - 1.8),
+    "one missed, labels matched": (written(LEFT), PAIRS, MATCHED, 3.8 - 1.8),
+    "one missed, without IoU": (written(LEFT), PAIRS, NO_IOU, 2.8 - 1.3),
+    "one missed, without labels": (written(LEFT), PAIRS, NO_LABEL, 1.8 - 0.8),
+    "one surplus": (written(LEFT, RIGHT), PAIRS[:1], {}, 3.8 - 1),
+    "one surplus, without IoU": (written(LEFT, RIGHT), PAIRS[:1], NO_IOU, 2.8 - 1),
+    "one surplus, without labels": (written(LEFT, RIGHT), PAIRS[:1], NO_LABEL, 1.8),
+    # What the label reward as printed does not see, and what it is on matched pairs.
+    "classes swapped": (SWAPPED, PAIRS, {}, 3.8),
+    "classes swapped, labels matched": (SWAPPED, PAIRS, MATCHED, 2.8),
+    "verbs swapped": (HANDED_ON, PAIRS, {}, 3.8),
+    "verbs swapped, labels matched": (HANDED_ON, PAIRS, MATCHED, 2.8),
+    "the first verb only": (FIRST_VERB, PAIRS, {}, 3.8),
+    "the first verb only, labels matched": (FIRST_VERB, PAIRS, MATCHED, 3.55),  # (1/2 + 1) / 2
+    # IoU 1/2 for the human boxes, 1 for the object boxes; the objects alone decide who is who.
+    "people swapped": (PEOPLE_SWAPPED, PAIRS, {}, 3.3),
+    "people swapped, labels matched": (PEOPLE_SWAPPED, PAIRS, MATCHED, 3.3),
+    # Three ride a bicycle: as a plain set, C_gt of Eq. 15 would give at most 1/3.
+    "three riders": (hicodet.format_completion(RIDERS, "Three."), RIDERS, {}, 3.8),
     # Boxes 0.2 + 0.6/3, labels 1/3 each, IoU 1/3.
-    "one pair": (written(INSTANCE), {}, 1.4),
+    "one of three": (written(INSTANCE), RIDERS, {}, 1.4),
     # Labels 3/3 each: 0.2 + (0.6 + 0 + 0)/3 + 1 + 1 + 1/3.
-    "three copies": (written(*[INSTANCE] * 3), {}, 2.4 + 1 / 3),
-    "three copies that earn nothing": (
-        written(*[INSTANCE] * 3), {"duplicates_earn": "nothing"}, 1.4),
-    # Matched, the copies' labels are those of whomever is left, unless they earn nothing.
-    "three copies, labels matched": (
-        written(*[INSTANCE] * 3), {"label_reward": "matched"}, 2.4 + 1 / 3),
-    "three copies, labels matched, that earn nothing": (
-        written(*[INSTANCE] * 3), {"label_reward": "matched", "duplicates_earn": "nothing"}, 1.4),
-    # Who has no boxes has no pair: 0.2 + (0.6 + 0.4 + 0.4)/3 + 1/3 + 1/3 + 1/3.
-    "a pair and two points, labels matched": (
-        written(INSTANCE, POINTS, POINTS), {"label_reward": "matched"}, 0.2 + 1.4 / 3 + 1),
+    "three copies": (COPIES, RIDERS, {}, 2.4 + 1 / 3),
+    "three copies that earn nothing": (COPIES, RIDERS, NOTHING, 1.4),
+    # The copies are matched to the pairs that are left.
+    "three copies, labels matched": (COPIES, RIDERS, MATCHED, 2.4 + 1 / 3),
+    "three copies, matched, that earn nothing": (COPIES, RIDERS, MATCHED | NOTHING, 1.4),
     # Boxes 0.2 + (0.6 + 0.4 + 0.4)/3: r_b for the points would make it 3.13.
-    "a pair and two points": (written(INSTANCE, POINTS, POINTS), {}, 3.0),
+    "a pair and two points": (TRUE_AND_POINTS, RIDERS, {}, 3.0),
+    # Points have no pair: 0.2 + (0.6 + 0.4 + 0.4)/3 + 1/3 + 1/3 + 1/3.
+    "a pair and two points, matched": (TRUE_AND_POINTS, RIDERS, MATCHED, 0.2 + 1.4 / 3 + 1),
 }
 
 
-MATCHED = {"label_reward": "matched"}
-LEFT, RIGHT = apart(1), apart(2) | {"object class": "dog", "verb class": "walk"}
-HOIS = [HOI(tuple(pair["human"]), tuple(pair["object"]), pair["object class"],
-            tuple(pair["verb class"].split(", "))) for pair in (LEFT, RIGHT)]
-SWAPPED = [LEFT | {"object class": "dog"}, RIGHT | {"object class": "bicycle"}]
-HANDED_ON = [LEFT | {"verb class": "walk"}, RIGHT | {"verb class": "ride, sit on"}]
-BLIND = {  # edits of LEFT and RIGHT -> the total as printed, and with labels on matched pairs
-    "none": ([LEFT, RIGHT], 3.8, 3.8),
-    "object classes swapped": (SWAPPED, 3.8, 2.8),
-    "verbs handed on": (HANDED_ON, 3.8, 2.8),
-    # Matched verbs: (1/2 + 1) / 2.
-    "the first verb only": ([LEFT | {"verb class": "ride"}, RIGHT], 3.8, 3.55),
-    # IoU 1/2 for the human boxes, 1 for the object boxes; the objects alone decide who is who.
-    "human boxes handed on": (
-        [LEFT | {"human": RIGHT["human"]}, RIGHT | {"human": LEFT["human"]}], 3.3, 3.3),
-    "every second one dropped": ([LEFT], 2.0, 2.0),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("instances, printed, matched", BLIND.values(), ids=BLIND.keys())
-def test_what_the_label_reward_as_printed_does_not_see(instances, printed, matched):
-    text = written(*instances)
-    assert earned(text, HOIS)["total"] == pytest.approx(printed)
-    assert earned(text, HOIS, **MATCHED)["total"] == pytest.approx(matched)
-
-
-@pytest.mark.parametrize("text, options, total", THREE.values(), ids=THREE.keys())
-def test_attempts_to_cheat_where_three_of_a_class_are_there(text, options, total):
-    assert earned(text, RIDERS, **options)["total"] == pytest.approx(total)
+@pytest.mark.parametrize("text, hois, options, total", TOTALS.values(), ids=TOTALS)
+def test_total_of_answers(text, hois, options, total):
+    assert earned(text, hois, **options)["total"] == pytest.approx(total)
 
 
 # A reference that shares nothing with the code: cells, fractions, lists, every permutation
@@ -315,57 +280,21 @@ def test_random_answers_against_the_slow_reference(rng):
                 [float(x) for x in [*expected, sum(expected)]], abs=1e-12), (text, hois, rule)
 
 
-def slow_box_rewards(instances, rule):
-    """Eqs. 7 and 8 with every instance against the whole record."""
-    recorded, found = (), []
-    for instance in instances:
-        found.append(rewards.box_reward(instance, recorded, rule))
-        recorded = rewards.recorded_boxes(recorded, instance, found[-1])
-    return found
-
-
-def shifted(rng, box):
-    """The box or one beside it, by up to a third of its sides: about IoU 0.5."""
-    x, y = ((box[k + 2] - box[k]) * rng.choice([0, 0, -1, 1]) * rng.random() / 3 for k in (0, 1))
-    return box[0] + x, box[1] + y, box[2] + x, box[3] + y
-
-
-def far_off(rng):
-    """As far from 0 as a float has no bit left between the sides."""
-    x = 2.0 ** rng.randrange(40, 60) * rng.randint(1, 4)
-    return x, -x, math.nextafter(x, math.inf), math.nextafter(-x, math.inf)
-
-
-@pytest.mark.parametrize("rule", ["printed", "pair"])
-def test_looking_only_at_boxes_nearby_finds_every_duplicate(rule, rng):
-    for _ in range(40):
-        pool = [tuple(random_box(rng, False)) for _ in range(20)] + [far_off(rng), None, None]
-        pool = [tuple(10.0 * side for side in box) if box else None for box in pool]
-        boxes = [(box and shifted(rng, box)) for box in rng.choices(pool, k=2 * rng.randrange(80))]
-        instances = [predicted(*pair) for pair in zip(boxes[::2], boxes[1::2], strict=True)]
-        assert rewards.box_rewards(instances, rule) == slow_box_rewards(instances, rule)
-
-
-def predicted(human, object):
-    return Prediction(human, object, "bicycle", ("ride",), 4, (0, 0))
-
-
-def test_a_megabyte_of_instances_is_scored():
-    """With every pair of 10,000 instances compared this would take many minutes."""
-    instances = [apart(i) for i in range(10_000)]
-    hoi = HOI(tuple(instances[0]["human"]), tuple(instances[0]["object"]), "bicycle", ("ride",))
-    text = written(*instances)
-    assert len(text) > 1_000_000
-    # All unique: 0.2 + 0.6; the first "ride" is found, 1/2 of its verbs.
-    assert earned(text, [hoi]) == pytest.approx(
-        {"format": 0.8, "object": 1e-4, "verb": 0.5e-4, "iou": 1, "total": 1.80015})
+def test_long_answers_are_scored():
+    """10,000 copies, or 1,000 distinct pairs, which are all compared with one another."""
+    hoi = HOI(tuple(apart(0)["human"]), tuple(apart(0)["object"]), "bicycle", ("ride",))
+    # One is unique: 0.2 + 0.6/10,000. The first "ride" is found, 1/2 of its verbs.
+    assert earned(written(*[apart(0)] * 10_000), [hoi]) == pytest.approx(
+        {"format": 0.20006, "object": 1e-4, "verb": 0.5e-4, "iou": 1, "total": 1.20021})
+    assert earned(written(*map(apart, range(1000))), [hoi]) == pytest.approx(
+        {"format": 0.8, "object": 1e-3, "verb": 0.5e-3, "iou": 1, "total": 1.8015})
 
 
 PIECES = ["<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",", ":", '"', "\\",
           '"human": ', '"object": ', '"object class": ', '"verb class": ', '"bicycle"', '"ride"',
-          '"ride, ride, sit on"', "[10, 20, 50, 100]", "[1, 2, 3]", "null", " ", "é", "人",
+          '"ride, ride, sit on"', "[10, 20, 50, 100]", "[1, 2, 3]", "null", " ", "é", "人", "x1",
           "'", "//", "#", "\n", "None", "```json", "NaN", "\x00", "\ud800", "\\ud800", "\u2028",
-          "[" * 2000, '{"a":' * 500, "9" * 5000]
+          "\u200b", "”", "：", "-", "1e999", "\\'", "[" * 2000, '{"a":' * 500, "9" * 5000, TEXT]
 NUMBERS = ["0", "-0.0", "10", "50", "1e308", "-1e308", "1e-320", "NaN", "Infinity", "-Infinity",
            "9" * 400, "-" + "9" * 308, "true", "null", '"10"', "[]"]
 
@@ -393,12 +322,19 @@ def loose_pieces(rng):
     return "<think><answer>" + "".join(rng.choices(PIECES, SHARES, k=rng.randrange(40)))
 
 
-def test_garbage_earns_a_finite_reward_between_0_and_3_8():
+def test_garbage_is_read_and_earns_a_finite_reward_between_0_and_3_8():
     """20,000 texts, the same in every run."""
     rng = random.Random(0)
     for _ in range(20_000):
         text = rng.choice([odd_coordinates, cut_and_doubled, loose_pieces])(rng)
-        parts = earned(text, [RIDER], duplicate_rule=rng.choice(["printed", "pair"]))
+        completion = parse_completion(text)
+        assert completion.has_answer == ("<answer>" in text)
+        for found in completion.instances:
+            assert 0 <= found.span[0] < found.span[1] <= len(text)
+            assert all(map(math.isfinite, (*(found.human or ()), *(found.object or ()))))
+            assert all(verb == verb.strip() != "" for verb in found.verbs)
+        rule = rng.choice(["printed", "pair"])
+        parts = rewards.total_reward(completion, [RIDER], duplicate_rule=rule)
         assert all(math.isfinite(part) and part >= 0 for part in parts.values()), text
         assert parts["format"] <= 0.8 + 1e-9 and parts["total"] <= 3.8 + 1e-9, text
         assert max(parts["object"], parts["verb"], parts["iou"]) <= 1 + 1e-9, text

@@ -12,7 +12,7 @@ import pytest
 import evaluate
 import hoi_r1
 import teacher
-from demo.run import command
+from demo.run import run_command
 from engine.signals import StopSignal
 from tests.runs import SFT_LINE, free_port, metrics, same_weights, weights
 
@@ -176,6 +176,6 @@ except KeyboardInterrupt:
 def test_ctrl_c_in_the_demo_waits_for_its_command(tmp_path, capfd):
     (tmp_path / "torchrun.py").write_text(AS_TORCHRUN)
     with pytest.raises(KeyboardInterrupt):
-        command("{file}", file=tmp_path / "torchrun.py")
+        run_command([str(tmp_path / "torchrun.py")])
     with pytest.raises(ProcessLookupError):
         os.kill(int(capfd.readouterr().out.splitlines()[-1]), 0)

@@ -1,5 +1,6 @@
-"""The toy's files: layout, boxes on the drawn things, halves apart, a model folder that loads."""
+"""The toy's files: layout, boxes on what is drawn, separate halves, a model folder that loads."""
 
+import hashlib
 import json
 import random
 from collections import Counter
@@ -12,11 +13,10 @@ from PIL import Image
 from scipy.io import loadmat, whosmat
 from transformers import AutoImageProcessor, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
-import engine.traces.trace_file
 import hicodet
 from demo import grounding, scenes, toy
 from engine.data import annotations
-from engine.traces.template import template_trace
+from engine.traces.trace_file import read_traces
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
 SKIN = np.array([255, 200, 160])
@@ -35,16 +35,14 @@ def tokenizer(folder):
     return AutoTokenizer.from_pretrained(folder / "model")
 
 
-def in_panel(hoi):
-    """The pair with its boxes counted from the left side of its panel."""
-    left = min(hoi.human[0], hoi.object[0]) // scenes.SIDE * scenes.SIDE
-    boxes = (scenes.moved(box, -left) for box in (hoi.human, hoi.object))
-    return hicodet.HOI(*boxes, hoi.object_class, hoi.verbs)
-
-
-def layouts_of(samples):
-    """All pairs of samples, or of scenes, each as it lies in its panel."""
-    return {in_panel(hoi) for sample in samples for hoi in sample.hois}
+def layouts_of(scenes_or_samples):
+    """All pairs, with x counted from the left side of their panel."""
+    found = set()
+    for hoi in (hoi for scene in scenes_or_samples for hoi in scene.hois):
+        left = min(hoi.human[0], hoi.object[0]) // scenes.SIDE * scenes.SIDE
+        boxes = (scenes.moved(box, -left) for box in (hoi.human, hoi.object))
+        found.add(hicodet.HOI(*boxes, hoi.object_class, hoi.verbs))
+    return found
 
 
 def prompt_ids(tokenizer, image_tokens=32):
@@ -61,95 +59,59 @@ def bounds(mask):
     return xs.min(), ys.min(), xs.max(), ys.max()
 
 
-def field_names(array):
-    """The field names of a struct array and, below them, of the first element's fields."""
-    if array.dtype.names is None or not array.size:
-        return None
-    return {name: field_names(array.ravel()[0][name]) for name in array.dtype.names}
+# drawings and annotations
 
 
-def test_both_halves_load_and_have_their_images(folder):
-    for split, count in (("train", TRAIN), ("test", TEST)):
-        samples = annotations.load_split(folder / "data", split)
-        annotations.require_images(samples)
-        assert len(samples) == count
-        for sample in samples:
-            assert Image.open(sample.path).size == (sample.width, sample.height) == (224, 112)
-
-
-def test_the_held_out_half_is_annotated_as_it_was_drawn(folder):
+def test_held_out_half_is_annotated_completely(folder):
     """Every pair of every scene comes back from the .mat file, its verbs merged (Sec. 4.2)."""
     samples = annotations.load_split(folder / "data", "test")
     drawn = scenes.make_scenes("test", TEST, seed=3)
     for sample, scene in zip(samples, drawn, strict=True):
         assert set(sample.hois) == set(scene.hois) and len(sample.hois) == len(scene.hois)
         assert len(sample.pairs) == sum(len(hoi.verbs) for hoi in scene.hois)
-    assert any(
-        (pair.human, pair.object) not in [(hoi.human, hoi.object) for hoi in sample.hois]
-        for sample in samples for pair in sample.pairs)  # so the merging has something to do
+        assert Image.open(sample.path).size == (sample.width, sample.height) == (224, 112)
+    assert any((pair.human, pair.object) not in [(hoi.human, hoi.object) for hoi in sample.hois]
+               for sample in samples for pair in sample.pairs)  # the merging has something to do
 
 
-def test_pairs_are_of_known_kinds_on_the_grid():
-    kinds = {(kind.object_class, kind.verbs) for kind in scenes.KINDS + scenes.RARE}
-    for scene in scenes.make_scenes("test", 200, seed=0, pairs=3):
-        assert scene.width == 336 and 1 <= len(scene.hois) <= 3
-        for hoi in scene.hois:
-            assert (hoi.object_class, hoi.verbs) in kinds
-            assert all(side % 14 == 0 for side in hoi.human + hoi.object)
-            assert max(hoi.human[2], hoi.object[2]) < 336 > 112 > max(hoi.human[3], hoi.object[3])
-
-
-def test_one_pair_at_most_fills_a_square():
-    for scene in scenes.make_scenes("train", 50, seed=0, pairs=1):
-        assert scene.width == 112 and len(scene.hois) == 1 and not scene.bystanders
-
-
-def test_scenes_have_what_hico_det_has():
-    """Several of one class, a person with two objects, people who do nothing: at their rates."""
-    drawn = scenes.make_scenes("train", 4000, seed=0)
-    two = [scene for scene in drawn if len(scene.hois) == 2]
-    assert len(two) == pytest.approx(3000, abs=110)  # 0.75 of 4,000, four standard deviations
-    shared = [scene for scene in two if scene.hois[0].human == scene.hois[1].human]
-    assert 200 < len(shared) < 300  # a tenth of two, less those that find no room for an object
-    for scene in shared:
-        assert len(scene.people) == 1
-        assert hicodet.iou(scene.hois[0].object, scene.hois[1].object) == 0
-    # half are of the first one's kind; the others may be, too
-    assert sum(a.object_class == b.object_class for a, b in (s.hois for s in two)) > 1400
-    bystanders = sum(len(scene.bystanders) for scene in drawn)
-    assert bystanders == pytest.approx(500, abs=85)  # half of a quarter
-    assert not any(scene.bystanders for scene in two)
-
-
-def test_the_training_half_misses_pairs_but_never_the_first(tmp_path):
-    """Of 150 drawings as many second pairs are there as the rate says; the images are the same."""
+def test_training_half_misses_pairs_at_the_rate_but_never_the_first(tmp_path):
+    """The images do not depend on the rate."""
     drawn = scenes.make_scenes("train", 150, seed=5)
-    second = sum(len(scene.hois) - 1 for scene in drawn)
-    found = {}
-    for left_out in (0.0, 0.55, 1.0):
-        root = tmp_path / str(left_out)
-        toy.write_data(root, 150, 1, seed=5, left_out=left_out)
+    second, found = sum(len(scene.hois) - 1 for scene in drawn), {}
+    for left_out in ("0", "0.55", "1"):
+        root = tmp_path / left_out
+        toy.write_data(root, 150, 1, seed=5, left_out=float(left_out))
         samples = annotations.load_split(root, "train")
         for sample, scene in zip(samples, drawn, strict=True):
             assert scene.hois[0] in sample.hois and set(sample.hois) <= set(scene.hois)
         found[left_out] = sum(len(sample.hois) - 1 for sample in samples)
-    assert found[0.0] == second and found[1.0] == 0
-    assert found[0.55] == pytest.approx(0.45 * second, abs=22)  # four standard deviations
-    names = [f"images/train2015/HICO_train2015_{n:08d}.jpg" for n in (1, 150)]
-    for name in names:
-        assert (tmp_path / "0.0" / name).read_bytes() == (tmp_path / "1.0" / name).read_bytes()
+    assert found["0"] == second and found["1"] == 0
+    assert found["0.55"] == pytest.approx(0.45 * second, abs=22)  # four standard deviations
+    name = "images/train2015/HICO_train2015_00000150.jpg"
+    assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
-def test_complete_is_nothing_left_out(tmp_path):
-    toy.main([str(tmp_path), "--train", "60", "--test", "1", "--pairs", "3", "--complete"])
-    drawn = scenes.make_scenes("train", 60, seed=0, pairs=3)
-    for sample, scene in zip(annotations.load_split(tmp_path / "data", "train"), drawn, strict=True):
-        assert set(sample.hois) == set(scene.hois) and len(sample.hois) == len(scene.hois)
-        assert Image.open(sample.path).size == (sample.width, sample.height) == (336, 112)
+@pytest.mark.parametrize("rate", ["-0.1", "nan"])
+def test_impossible_rate_is_refused(rate, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        toy.main([str(tmp_path / "x"), f"--left-out={rate}"])
+    assert "--left-out" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_pairs_are_of_known_kinds_on_the_grid(pairs):
+    kinds = {(kind.object_class, kind.verbs) for kind in scenes.KINDS + scenes.RARE}
+    for scene in scenes.make_scenes("test", 200, seed=0, pairs=pairs):
+        assert scene.width == 112 * pairs and 1 <= len(scene.hois) <= pairs
+        for hoi in scene.hois:
+            assert (hoi.object_class, hoi.verbs) in kinds
+            assert all(side % 14 == 0 for side in hoi.human + hoi.object)
+            assert max(hoi.human[2], hoi.object[2]) < scene.width
+            assert max(hoi.human[3], hoi.object[3]) < 112
 
 
 def test_boxes_are_where_things_are_drawn(folder):
-    """Fails when boxes are a pixel off, have x and y swapped, or belong to another image."""
+    """Fails if boxes are a pixel off, have x and y swapped, or belong to another image."""
     background = scenes.background(224).astype(int)
     drawn_scenes = scenes.make_scenes("test", TEST, seed=3)
     for sample, scene in zip(annotations.load_split(folder / "data", "test"), drawn_scenes):
@@ -158,7 +120,7 @@ def test_boxes_are_where_things_are_drawn(folder):
         boxes = [box for hoi in sample.hois for box in (hoi.human, hoi.object)]
         both = np.array(boxes + list(scene.bystanders))
         union = (*both[:, :2].min(axis=0), *both[:, 2:].max(axis=0))
-        # JPEG blurs a rim, and its colour may come close to the background's.
+        # JPEG blurs a rim, and its colour may be close to the background's
         assert bounds(drawn) == pytest.approx(union, abs=2)
         skin = drawn & (np.abs(pixels - SKIN).max(axis=2) < 30)
         for left, top, right, bottom in scene.people:
@@ -167,7 +129,7 @@ def test_boxes_are_where_things_are_drawn(folder):
             assert found[:3:2] == pytest.approx((left - near, right - near), abs=2)
 
 
-def test_the_image_says_where_a_box_is_to_the_pixel():
+def test_boxes_are_exact_before_jpeg():
     hoi = hicodet.HOI((14, 21, 42, 63), (42, 35, 84, 63), "bicycle", ("hold",))
     for scene, box in ((scenes.Scene(224, (hoi,), ()), (14, 21, 84, 63)),
                        (scenes.Scene(224, (hoi,), ((126, 14, 154, 70),)), (14, 14, 154, 70))):
@@ -175,51 +137,24 @@ def test_the_image_says_where_a_box_is_to_the_pixel():
         assert bounds((image != scenes.background(224)).any(axis=2)) == box
 
 
-def test_no_test_layout_is_in_train(folder):
-    train, test = (layouts_of(annotations.load_split(folder / "data", s)) for s in ("train", "test"))
+def test_no_test_layout_is_in_the_training_half(folder):
+    halves = (annotations.load_split(folder / "data", split) for split in ("train", "test"))
+    train, test = map(layouts_of, halves)
     assert test and not train & test
     seeds = random.sample(range(10**6), 2)  # and not across seeds either
     assert not (layouts_of(scenes.make_scenes("train", 2000, seeds[0]))
                 & layouts_of(scenes.make_scenes("test", 500, seeds[1], pairs=3)))
 
 
-def test_grounding_names_every_person_and_object_from_left_to_right():
-    """A rider of a bicycle with a ball in hand, one person who does nothing; one person twice."""
-    rider = (112, 14, 140, 70)
-    hois = (hicodet.HOI(rider, (112, 42, 154, 70), "bicycle", ("ride", "sit on")),
-            hicodet.HOI(rider, (140, 14, 168, 42), "sports ball", ("hold",)))
-    text = grounding.grounding_text(scenes.Scene(224, hois, ((0, 28, 28, 70),)))
-    assert text.splitlines()[1] == '\t{"bbox_2d": [0, 28, 28, 70], "label": "person"},'
-    assert [(thing["bbox_2d"], thing["label"]) for thing in json.loads(text)] == [
-        ([0, 28, 28, 70], "person"), ([112, 14, 140, 70], "person"),
-        ([112, 42, 154, 70], "bicycle"), ([140, 14, 168, 42], "sports ball")]
-
-
-def test_grounding_tells_what_annotators_missed(folder):
-    """Of every training image, in the format of traces.jsonl, boxes as the model sees them."""
-    texts = engine.traces.trace_file.read_traces(folder / "grounding.jsonl")
-    drawn = scenes.make_scenes("train", TRAIN, seed=3)
-    samples = annotations.load_split(folder / "data", "train")
-    for sample, scene in zip(samples, drawn, strict=True):
-        assert texts[sample.file_name] == grounding.grounding_text(scene)
-    assert sum(len(scene.hois) for scene in drawn) > sum(len(sample.hois) for sample in samples)
-
-
-def pair_counts(split, count):
-    """How many pairs of each object class and verbs all scenes have, and the first ones alone."""
-    drawn = scenes.make_scenes(split, count, seed=0)
-    kinds = [[(hoi.object_class, hoi.verbs) for hoi in scene.hois] for scene in drawn]
-    return Counter(kind for each in kinds for kind in each), Counter(each[0] for each in kinds)
-
-
-def test_rare_kinds_are_rare_in_train_and_ordinary_in_test():
+def test_rare_kinds_are_rare_in_training_only():
     rare, common = ([(kind.object_class, kind.verbs) for kind in group]
                     for group in (scenes.RARE, scenes.KINDS))
-    train, _ = pair_counts("train", 2000)
+    train, test = (Counter((hoi.object_class, hoi.verbs) for scene in drawn for hoi in scene.hois)
+                   for drawn in (scenes.make_scenes("train", 2000, 0),
+                                 scenes.make_scenes("test", 330, 0)))
     assert [train[kind] for kind in rare] == [8, 8]
     assert min(train[kind] for kind in common) > 200  # (2000 - 16) / 9 kinds = 220 as first ones
-    _, test = pair_counts("test", 330)
-    assert all(30 <= test[kind] <= 31 for kind in common + rare)  # 330 / 11 kinds
+    assert min(test[kind] for kind in rare + common) >= 30  # 330 / 11 kinds as first ones
 
 
 @pytest.mark.parametrize("kind", scenes.KINDS + scenes.RARE)
@@ -230,24 +165,39 @@ def test_kinds_are_hico_pairs_in_hico_order_with_layouts_in_both_halves(kind):
     assert min(halves[True], halves[False]) >= 15
 
 
-def test_an_invisible_interaction_is_no_truth_but_marks_the_known_object(folder):
+def test_drawings_of_a_seed_stay_the_same():
+    """By a hash, as the base model and the study were made with these drawings."""
+    assert scenes.make_scenes("train", 50, 3) != scenes.make_scenes("train", 50, 4)
+    drawn, colours = scenes.make_scenes("train", 20, seed=3, pairs=3), np.random.default_rng(0)
+    pixels = b"".join(scenes.draw_scene(scene, colours).tobytes() for scene in drawn)
+    assert hashlib.sha256(repr(drawn).encode() + pixels).hexdigest()[:16] == "83ac5621dbe9294e"
+
+
+def test_invisible_interaction_is_not_true_but_its_object_is_known(folder):
     bbox = loadmat(folder / "data" / "anno_bbox.mat")["bbox_train"][0]
     hidden = [i for i, image in enumerate(bbox) if any(h["invis"] for h in image["hoi"][0])]
-    assert hidden
     samples = annotations.load_split(folder / "data", "train")
-    for i in hidden:
-        assert "bicycle" in samples[i].known_objects
-        assert all(hicodet.HOI_CLASSES[pair.hoi_id][0] != "repair" for pair in samples[i].pairs)
+    assert hidden and all("bicycle" in samples[i].known_objects for i in hidden)
+    pairs = [pair for i in hidden for pair in samples[i].pairs]
+    assert all(hicodet.HOI_CLASSES[pair.hoi_id][0] != "repair" for pair in pairs)
 
 
-def test_the_files_have_the_fields_of_the_official_ones(folder):
+def field_names(array):
+    """The field names of a struct array and, below them, of the first element's fields."""
+    if array.dtype.names is None or not array.size:
+        return None
+    return {name: field_names(array.ravel()[0][name]) for name in array.dtype.names}
+
+
+def test_files_have_the_fields_of_the_official_ones(folder):
     if not SHARED.is_dir():
         pytest.skip(f"no HICO-DET annotations in {SHARED}")
+    images = {TRAIN, TEST, 600, 9658}  # the sizes that may differ; 600 are the classes, too
     for name in ("anno_bbox.mat", "anno.mat"):
-        ours, theirs = whosmat(folder / "data" / name), whosmat(SHARED / name)
-        images = {TRAIN, TEST, 600, 9658}  # the sizes that may differ; 600 are the classes, too
-        assert {(key, tuple(n for n in shape if n not in images)) for key, shape, _ in ours} == {
-            (key, tuple(n for n in shape if n not in images)) for key, shape, _ in theirs}
+        ours, theirs = ({(key, tuple(n for n in shape if n not in images))
+                         for key, shape, _ in whosmat(root / name)}
+                        for root in (folder / "data", SHARED))
+        assert ours == theirs
     ours, theirs = (loadmat(root / "anno_bbox.mat", variable_names=["bbox_train", "list_action"])
                     for root in (folder / "data", SHARED))
     assert ours["list_action"].shape == theirs["list_action"].shape == (600, 1)
@@ -255,15 +205,37 @@ def test_the_files_have_the_fields_of_the_official_ones(folder):
         assert field_names(ours[key]) == field_names(theirs[key])
 
 
-def test_a_seed_always_writes_the_same(folder, tmp_path):
-    toy.write_data(tmp_path, 1, TEST, seed=3)
-    ours, again = (annotations.load_split(root, "test") for root in (folder / "data", tmp_path))
-    assert [sample.hois for sample in ours] == [sample.hois for sample in again]
-    assert ours[7].path.read_bytes() == again[7].path.read_bytes()
-    assert scenes.make_scenes("train", 50, 3) != scenes.make_scenes("train", 50, 4)
+# what the base model learns
 
 
-def test_the_model_folder_loads_and_reads_an_image(folder, tokenizer):
+def test_grounding_names_every_person_and_object_from_left_to_right():
+    """A rider of a bicycle with a ball in hand, who is listed once, and a bystander."""
+    rider = (112, 14, 140, 70)
+    hois = (hicodet.HOI(rider, (112, 42, 154, 70), "bicycle", ("ride", "sit on")),
+            hicodet.HOI(rider, (140, 14, 168, 42), "sports ball", ("hold",)))
+    text = grounding.grounding_text(scenes.Scene(224, hois, ((0, 28, 28, 70),)))
+    assert text.splitlines()[1] == '\t{"bbox_2d": [0, 28, 28, 70], "label": "person"},'
+    assert [(thing["bbox_2d"], thing["label"]) for thing in json.loads(text)] == [
+        ([0, 28, 28, 70], "person"), ([112, 14, 140, 70], "person"),
+        ([112, 42, 154, 70], "bicycle"), ([140, 14, 168, 42], "sports ball")]
+    assert grounding.pair_lines(hois[::-1]).splitlines() == [
+        "person [112, 14, 140, 70]: ride, sit on bicycle [112, 42, 154, 70]",
+        "person [112, 14, 140, 70]: hold sports ball [140, 14, 168, 42]"]
+
+
+def test_grounding_has_the_pairs_that_annotators_missed(folder):
+    texts = read_traces(folder / "grounding.jsonl")
+    drawn = scenes.make_scenes("train", TRAIN, seed=3)
+    samples = annotations.load_split(folder / "data", "train")
+    for sample, scene in zip(samples, drawn, strict=True):
+        assert texts[sample.file_name] == grounding.grounding_text(scene)
+    assert sum(len(scene.hois) for scene in drawn) > sum(len(sample.hois) for sample in samples)
+
+
+# model and tokenizer
+
+
+def test_model_folder_loads_and_reads_an_image(folder, tokenizer):
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
     processor = AutoImageProcessor.from_pretrained(folder / "model")
     images = processor(images=[Image.new("RGB", (224, 112))], return_tensors="pt")
@@ -287,7 +259,7 @@ def test_special_tokens_are_single_ids_after_all_others(tokenizer):
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text[:18]
 
 
-def test_the_tokenizer_round_trips_any_text(tokenizer):
+def test_tokenizer_round_trips_any_text(tokenizer):
     alphabet = [chr(c) for c in (*range(32, 127), 9, 10, 0xE9, 0x4EBA, 0x1F6B2, 0x661)] + [
         "hold", "holding", "sports ball", ", 14", "105", '"}] </answer>', "no interaction"]
     for _ in range(200):
@@ -295,31 +267,15 @@ def test_the_tokenizer_round_trips_any_text(tokenizer):
         assert tokenizer.decode(tokenizer(text).input_ids) == text, repr(text)
 
 
-def test_prompt_and_completions_are_short(folder, tokenizer):
-    assert len(prompt_ids(tokenizer)) <= 76  # 32 of them image tokens
-    for sample in annotations.load_split(folder / "data", "test"):
-        think = template_trace(sample.hois)
-        text = hicodet.format_completion(sample.hois, think=think)
-        ids = tokenizer(text).input_ids
-        assert tokenizer.decode(ids) == text
-        assert len(ids) <= (28 if len(sample.hois) == 1 else 54)
-        coordinates = [tokenizer.decode([i]).strip(", ") for i in ids]
-        # "1 person" and, for each pair, two boxes
-        assert sum(c.isdigit() for c in coordinates) == 1 + 8 * len(sample.hois)
-    for text in engine.traces.trace_file.read_traces(folder / "grounding.jsonl").values():
-        ids = tokenizer(text).input_ids
-        assert tokenizer.decode(ids) == text and len(ids) <= 38  # four things, 9 tokens each
-
-
-def test_the_chat_template_is_qwens(tokenizer):
+def test_chat_template_is_qwens(tokenizer):
     path = SHARED.parent / "qwen2.5-vl" / "chat_template.json"
     if not path.is_file():
         pytest.skip(f"no {path}")
     template = json.loads(path.read_text())["chat_template"]
     content = [{"type": "image"}, {"type": "text", "text": "one\ntwo"}]
-    for messages in ([{"role": "user", "content": content}],
-                     [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
-                      {"role": "assistant", "content": "a"}]):
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
+             {"role": "assistant", "content": "a"}]
+    for messages in ([{"role": "user", "content": content}], turns):
         for start in (True, False):
             ours, theirs = (tokenizer.apply_chat_template(
                 messages, chat_template=chosen, tokenize=False, add_generation_prompt=start)
@@ -327,7 +283,7 @@ def test_the_chat_template_is_qwens(tokenizer):
             assert ours == theirs
 
 
-def test_tiny_model_has_what_hides_bugs_and_leaves_the_random_state_alone():
+def test_tiny_model_has_grouped_queries_and_windows_and_keeps_the_random_state():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
@@ -338,10 +294,3 @@ def test_tiny_model_has_what_hides_bugs_and_leaves_the_random_state_alone():
     assert vision.window_size < scenes.SIDE and len(vision.fullatt_block_indexes) < vision.depth
     weights = [m.get_input_embeddings().weight for m in (model, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
-
-
-@pytest.mark.parametrize("rate", ["-0.1", "1.1", "nan"])
-def test_a_rate_that_is_none_is_refused(rate, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        toy.main([str(tmp_path / "x"), f"--left-out={rate}"])
-    assert "--left-out" in capsys.readouterr().err and not (tmp_path / "x").exists()

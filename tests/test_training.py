@@ -78,7 +78,8 @@ def test_signal_while_a_checkpoint_is_written_stops_after_it(folder, tmp_path, r
 
     config = config_of("sft", folder, tmp_path, max_steps=3, save_every=2)
     examples = training_examples(config)
-    parts = train.set_up(config, examples, (), ranks, "sft", needs_replica=False)
+    needs = {"replica": False, "reference": False}
+    parts = train.set_up(config, examples, (), ranks, "sft", needs)
     parts = replace(parts, run=Interrupted(parts.run.path, parts.run.lock_file, ranks))
     with pytest.raises(SystemExit) as ended:
         train.train(config, SFT(parts.policy, parts.optimizer, ranks, 9999), parts, ranks)

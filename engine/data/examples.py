@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 import hicodet
 from engine.data.images import read_image, too_long
 from engine.files import read_object
+from engine.model.families import FAMILIES
 from engine.model.model_files import read_from_model, read_model_config
 from engine.model.packing import Prompt
 from engine.options import flag_of
@@ -24,7 +25,8 @@ from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
 PROMPT_FILE = "prompt.json"  # in an exported folder: how its model was asked in training
-BOX_FRAMES = ("model", "original")
+BOX_FRAMES = ("model", "original", "thousand")
+THOUSAND = (1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class PromptOptions:
 
     thinking: bool = True  # False: an ablation of Table 2, as is the next
     task_description: bool = True
-    box_frame: str = "model"  # what boxes in text count pixels of; one of BOX_FRAMES
+    box_frame: str = "model"  # what boxes in text count; one of BOX_FRAMES
+    text_first: bool = False  # the image after the text: another prompt than the authors'
 
     def text(self, thinking: bool) -> str:
         """The text of the user turn (Fig. 4). thinking: whether it asks for reasoning."""
@@ -44,13 +47,13 @@ class PromptOptions:
         return json.dumps(asdict(self), indent=2) + "\n"
 
 
-def prompt_options(model: str, **asked) -> PromptOptions:
-    """How a model is asked: as `asked` says, else as it was trained, else by the defaults.
+def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
+    """How a model is asked: as `asked` says, else as it was trained here, else as its family was.
 
-    asked: fields of PromptOptions, None if not given. Raises InputError if what is asked for
-    contradicts the model's training.
+    adapter: its folder, which then tells how it was trained, or "". asked: fields of PromptOptions,
+    None if not given. Raises InputError if what is asked for contradicts the training.
     """
-    path, trained = Path(model) / PROMPT_FILE, {}
+    path, trained = Path(adapter or model) / PROMPT_FILE, {}
     if path.is_file():
         trained = read_object(path)
         try:
@@ -64,8 +67,9 @@ def prompt_options(model: str, **asked) -> PromptOptions:
         if trained.get(name, value) != value:
             switch = flag_of(name) if value else flag_of(f"no_{name}")
             said = f"{flag_of(name)} {value}" if name == "box_frame" else switch
-            raise InputError(f"{said}: {model} was not trained with it; leave the option out")
-    return PromptOptions(**trained | given)
+            raise InputError(f"{said}: {path.parent} was not trained with it; leave the option out")
+    taught = {"box_frame": FAMILIES[read_model_config(model).model_type].box_frame}
+    return PromptOptions(**taught | trained | given)
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class Example:
     sample: hicodet.Sample
     prompt: Prompt
     model_size: tuple[int, int]  # (width, height) of the image after the processor's resize
-    text_size: tuple[int, int]  # of the image whose pixels the text counts, by --box-frame
-    text_hois: tuple[hicodet.HOI, ...]  # boxes in pixels of that image
+    text_size: tuple[int, int]  # (width, height) in the units of the text, by --box-frame
+    text_hois: tuple[hicodet.HOI, ...]  # boxes in these units
     target_ids: Tensor | None  # (C,) what SFT supervises
 
 
@@ -114,7 +118,9 @@ class Examples(Dataset):
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         text = prompt_text or options.text
         self.questions = {
-            thinking: question(self.tokenizer, text(thinking), self.image_id, model)
+            thinking: question(
+                self.tokenizer, text(thinking), self.image_id, model, options.text_first
+            )
             for thinking in (True, False)
         }
 
@@ -137,8 +143,9 @@ class Examples(Dataset):
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
         original = (sample.width, sample.height)
-        size = model_size if self.options.box_frame == "model" else original
-        hois = tuple(hicodet.in_text_frame(hoi, sample, size) for hoi in sample.hois)
+        sizes = {"model": model_size, "original": original, "thousand": THOUSAND}
+        size = sizes[self.options.box_frame]
+        hois = tuple(hicodet.in_frame(hoi, original, size) for hoi in sample.hois)
         target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
         return Example(sample, prompt, model_size, size, hois, target)
 
@@ -212,16 +219,22 @@ def require_one_model(model: str, config, tokenizer, processor) -> None:
         )
 
 
-def question(tokenizer, text: str, image_id: int, model: str) -> Tensor:
-    """(S',) ids of the user turn, with one image placeholder before its text.
+def question(tokenizer, text: str, image_id: int, model: str, text_first: bool) -> Tensor:
+    """(S',) ids of the user turn, with one image placeholder before its text, or after it.
 
     Raises InputError if the model's chat template makes another number of placeholders.
     """
-    message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+    content = [{"type": "image"}, {"type": "text", "text": text}]
+    message = {"role": "user", "content": content[::-1] if text_first else content}
     template = {"add_generation_prompt": True, "tokenize": False}
     text = read_from_model(
         lambda _: tokenizer.apply_chat_template([message], **template), model, "chat template"
     )
+    if text.rstrip().endswith("<think>"):
+        raise InputError(
+            f"--model {model}: its chat template opens <think> itself, as Thinking weights do; "
+            "take the Instruct weights of this model"
+        )
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
     if (images := int((ids == image_id).sum())) != 1:
         raise InputError(

@@ -46,9 +46,11 @@ def has_flash(x: Tensor) -> bool:
 
 
 class GroupLayout:
-    """Who sees whom in a packed row: lengths of the prompts and of the completions behind each.
+    """Who sees whom in a packed row: lengths of the prompts and of the completions after each.
 
-    sequences: see `_sequences`; as tensors, in which compiled layers find no length that is fixed.
+    prefix: tokens at the start of the row that all prompts begin with (`--text-first`); lengths of
+    prompts are without them. sequences: see `_sequences`; as tensors, in which compiled layers find
+    no length that is fixed.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class GroupLayout:
         prompt_lengths: tuple[int, ...],
         completion_lengths: tuple[tuple[int, ...], ...],
         device: torch.device = torch.device("cpu"),
+        prefix: int = 0,
     ):
         self.prompt_lengths, self.completion_lengths = prompt_lengths, completion_lengths
+        self.prefix = prefix
         self.sequences = self._sequences(device)
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -74,21 +78,26 @@ class GroupLayout:
             causal = {"window_size": (-1, 0), "scale": scaling, **GROUPED}
             return varlen_attn(q, k, v, *ends, **causal).transpose(0, 1)[None]
         sizes = [s + sum(c) for s, c in zip(self.prompt_lengths, self.completion_lengths)]
-        groups = zip(*(x.split(sizes, dim=2) for x in (q, k, v)), strict=True)
-        lengths = zip(self.prompt_lengths, self.completion_lengths)
-        return torch.cat([_attend_group(*g, *n, scaling) for g, n in zip(groups, lengths)], dim=2)
+        rows = (x.split([self.prefix, *sizes], dim=2) for x in (q, k, v))
+        first, *groups = zip(*rows, strict=True)
+        prefix = first if self.prefix else None
+        outputs = [_attend(*prefix, scaling)] if prefix else []
+        for group, *lengths in zip(groups, self.prompt_lengths, self.completion_lengths):
+            outputs.append(_attend_group(*group, *lengths, scaling, prefix))
+        return torch.cat(outputs, dim=2)
 
     def _sequences(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
         """Prompts and completions as sequences of their own, each with the keys that it sees.
 
-        Returns the keys' places in the row, one sequence behind the other; where the queries and
-        the keys of each sequence begin and the last ends (int32); the longest of both.
+        Returns the keys' places in the row, sequence after sequence; where the queries and the keys
+        of each sequence begin and the last ends (int32); the longest of both.
         """
-        keys, queries, start = [], [], 0
+        prefix, start = torch.arange(self.prefix), self.prefix
+        keys, queries = ([prefix], [self.prefix]) if self.prefix else ([], [])
         for prompt, own in zip(self.prompt_lengths, self.completion_lengths):
             if len(own) <= 1:  # an ordinary row
                 prompt, own = prompt + sum(own), ()
-            shared = torch.arange(start, start + prompt)
+            shared = torch.cat([prefix, torch.arange(start, start + prompt)])
             keys.append(shared)
             start += prompt
             for length in own:
@@ -100,31 +109,37 @@ class GroupLayout:
         return to_device(torch.cat(keys), device), *ends, *lengths.amax(1).tolist()
 
 
-def _attend_group(q, k, v, prompt_length, completion_lengths, scaling):
-    """One group, (1, heads, S + C_1 + .. + C_G, D): the prompt causal, completions over both."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Causal attention: the last token sees all keys, each one before it one less."""
+    mask, gqa = causal_lower_right(q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=gqa)
 
-    def attend(q, k, v):
-        # the last token of a sequence sees all keys, each one before it one less
-        mask, gqa = causal_lower_right(q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=gqa)
 
+def _attend_group(q, k, v, prompt_length, completion_lengths, scaling, prefix):
+    """One group, (1, heads, S + C_1 + .. + C_G, D): the prompt causal, completions over both.
+
+    prefix: its queries, keys and values, which come before the prompt's; None without one.
+    """
     lengths = (prompt_length, *completion_lengths)
     if len(lengths) == 2:  # one completion, as in SFT: an ordinary row, 6 % faster whole
         lengths = (sum(lengths),)
     # split, not sliced: backward of each slice would fill a whole row with zeros
     (q, *own_q), (k, *own_k), (v, *own_v) = (x.split(lengths, dim=2) for x in (q, k, v))
-    outputs = [attend(q, k, v)]
+    if prefix:
+        k, v = (torch.cat(pair, dim=2) for pair in zip(prefix[1:], (k, v)))
+    outputs = [_attend(q, k, v, scaling)]
     for q, *own in zip(own_q, own_k, own_v):
-        outputs.append(attend(q, *(torch.cat(pair, dim=2) for pair in zip((k, v), own))))
+        both = (torch.cat(pair, dim=2) for pair in zip((k, v), own))
+        outputs.append(_attend(q, *both, scaling))
     return torch.cat(outputs, dim=2)
 
 
-def _group_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """The library's attention call; `attention_mask` is the layout that the model was given.
+def _group_attention(module, query, key, value, attention_mask, scaling, layout, **kwargs):
+    """The library's attention call. layout: as the model was given it, here or in DecodeStep.
 
     kwargs: the library passes every attention function further names; none concerns this one.
     """
-    return attention_mask.attend(module, query, key, value, scaling).transpose(1, 2), None
+    return layout.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
 def _window_attention(
@@ -182,6 +197,6 @@ def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
 
     pixels: (patches, patch size). On a CPU it takes a ninth of the convolution's time.
     """
-    return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1))
+    return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
 
 

@@ -5,7 +5,6 @@ no place for. Its loading report tells; `require_complete` turns the report into
 """
 
 import hashlib
-import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +19,12 @@ from transformers.utils import (
 )
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from engine.files import read_object
+from engine.model.families import FAMILIES
+from engine.model.quantized import is_packed
 from hicodet import InputError
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LFS_POINTER = b"version https://git-lfs"
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 
@@ -58,9 +61,7 @@ def folder_fault(folder: Path) -> str:
         with open(file, "rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
                 return f"{file.name} is a git-lfs pointer; fetch the file with `git lfs pull`"
-    full = [file for file in weights if file.name != "adapter_model.safetensors"]
-    if (folder / "adapter_config.json").is_file() and not full:
-        return f"a LoRA adapter of {adapter_base(folder)}; merge it into that model"
+    full = [file for file in weights if file.name != ADAPTER_WEIGHTS]
     if not full and [*folder.glob("pytorch_model*.bin")]:
         return "weights in pytorch_model.bin; convert them to safetensors"
     if not (folder / "config.json").is_file():
@@ -70,13 +71,23 @@ def folder_fault(folder: Path) -> str:
     return ""
 
 
-def adapter_base(folder: Path) -> str:
-    """The model that a LoRA adapter belongs to."""
-    try:
-        found = json.loads((folder / "adapter_config.json").read_bytes())
-        return str(found["base_model_name_or_path"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return "an unknown model"
+def model_and_adapter(model: str, adapter: str) -> tuple[str, str]:
+    """The model and the adapter that --model and --adapter name.
+
+    --model may name the folder of a LoRA adapter, which tells the model that it belongs to. Raises
+    InputError if it does not, or if that model is not where it was.
+    """
+    folder = Path(model)
+    full = [file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS]
+    if adapter or full or not (folder / ADAPTER_CONFIG).is_file():
+        return model, adapter
+    base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    if not base or (Path(base).is_absolute() and not Path(base).is_dir()):
+        raise InputError(
+            f"--model {model}: a LoRA adapter of {base or 'an unnamed model'}, which is not there; "
+            f"give that model with --model and the adapter with --adapter {model}"
+        )
+    return base, model
 
 
 def model_warnings(model: str, config) -> list[str]:
@@ -87,7 +98,7 @@ def model_warnings(model: str, config) -> list[str]:
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() and index.is_file():
         lines.append(f"{single.name} is read, and the shards of {index.name} are not")
-    if (folder / "adapter_config.json").is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         lines.append("the LoRA adapter in this folder is not used; the full weights are")
     if config.tie_word_embeddings and heads_differ(weight_files(model)):
         lines.append(
@@ -111,15 +122,18 @@ def heads_differ(files: list[str]) -> bool:
 
 
 def read_model_config(model: str):
-    """The configuration of a Qwen2.5-VL. Raises InputError for another kind of model."""
+    """The configuration of a model. Raises InputError for a kind that is not in FAMILIES."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it warns of token ids, which Examples checks
     try:
         config = read_from_model(AutoConfig.from_pretrained, model, "config.json")
     finally:
         logging.set_verbosity(verbosity)
-    if config.model_type != "qwen2_5_vl":
-        raise InputError(f"--model {model}: a {config.model_type}, not a Qwen2.5-VL")
+    if config.model_type not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise InputError(f"--model {model}: a {config.model_type}; the known kinds are {known}")
+    if is_packed(config) and not FAMILIES[config.model_type].packed:
+        raise InputError(f"--model {model}: no quantised weights of a {config.model_type} are read")
     return config
 
 
@@ -135,17 +149,19 @@ def weight_files(model: str) -> list[str]:
         return get_checkpoint_shard_files(model, index)[0]
 
 
-def weights_fingerprint(model: str) -> str:
+def weights_fingerprint(model: str, adapter: str = "") -> str:
     """A hash of the names and first values of a model's weights; few bytes are read.
 
-    Raises InputError if there are none in safetensors.
+    adapter: the folder of a LoRA adapter on it. Raises InputError if there are no weights.
     """
-    return read_from_model(_hash_first_values, model, "weights in safetensors")
+    files = read_from_model(weight_files, model, "weights in safetensors")
+    files += [str(Path(adapter) / ADAPTER_WEIGHTS)] if adapter else []
+    return read_from_model(lambda _: _hash_first_values(files), model, "weights in safetensors")
 
 
-def _hash_first_values(model: str) -> str:
+def _hash_first_values(files: list[str]) -> str:
     digest = hashlib.sha256()
-    for file in weight_files(model):
+    for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 values = tensors.get_slice(name)[:1].float().flatten()

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from engine.model.lora import trained
 from engine.ranks import Ranks
 from hicodet import InputError
 
@@ -16,7 +17,7 @@ class ClippedAdamW:
 
     def __init__(self, policy, *, beta2: float, weight_decay: float, max_grad_norm: float):
         self.max_grad_norm, self.bad_in_a_row = max_grad_norm, 0
-        self.parameters = list(policy.parameters())
+        self.parameters = trained(policy)
         self.adamw = torch.optim.AdamW(
             self.parameters,
             betas=(0.9, beta2),
@@ -64,21 +65,22 @@ def learning_rate(step: int, steps: int, highest: float, warmup: int, schedule: 
 
 
 def micro_batches(
-    lengths: list[int], weights: list[float], budget: int, ranks: Ranks
+    lengths: list[int], weights: list[float], budget: int, ranks: Ranks, shared: int = 0
 ) -> list[tuple[list[int], list[float]]]:
     """Split items into micro-batches of at most `budget` tokens: indices and weights of each.
 
     The longest come first, so that memory runs out at once if it does. An item over the budget has
     a micro-batch to itself. Every rank gets the same number, an extra one as item 0 with weight 0.
+    shared: tokens that all items begin with, which a micro-batch has once.
     """
     micros: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not micros or lengths[index] > room:
+        if not micros or lengths[index] - shared > room:
             micros.append([])
             room = budget
         micros[-1].append(index)
-        room -= lengths[index]
+        room -= lengths[index] - (shared if len(micros[-1]) > 1 else 0)
     extra = int(max(ranks.numbers(len(micros)))) - len(micros)
     weighted = [(indices, [weights[i] for i in indices]) for indices in micros]
     return weighted + [([0], [0.0])] * extra

@@ -1,10 +1,11 @@
 """The three policies: loading, sharding over the ranks with FSDP2, and pi_old's refresh."""
 
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     MixedPrecisionPolicy,
@@ -12,11 +13,12 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from transformers import Qwen2_5_VLForConditionalGeneration
 from transformers.utils import logging
 
 import engine.model.quantized  # noqa: F401  reads AWQ folders
 from engine.model.attention import use_group_attention
+from engine.model.families import FAMILIES
+from engine.model.lora import Adapter, add_adapters, share, trained
 from engine.model.model_files import (
     read_from_model,
     read_model_config,
@@ -37,19 +39,21 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None):
-    """A Qwen2.5-VL with group attention, in eval mode; from safetensors only.
+    """A model with group attention, in eval mode; from safetensors only.
 
     Raises InputError if weights are missing, or do not fit config.json.
     """
+    config = read_model_config(path)
+    family = FAMILIES[config.model_type]
     options = {"dtype": dtype or compute_dtype(device), "use_safetensors": True}
-    options |= {"config": read_model_config(path), "ignore_mismatched_sizes": True}
+    options |= {"config": config, "ignore_mismatched_sizes": True}
 
     def read(path: str):
         weight_files(path)  # names what is missing; the library points to a page of its hub
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns of what `require_complete` refuses
         try:
-            return Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            return family.model.from_pretrained(
                 path, **options, output_loading_info=True
             )
         finally:
@@ -78,7 +82,7 @@ def compile_layers(model, device: torch.device) -> None:
             layer.compile(fullgraph=True)  # checkpointing forbids a break in what is compiled
 
 
-def sharded_parts(model) -> list:
+def sharded_parts(model, ignored: Collection[nn.Parameter] = ()) -> list:
     """What FSDP gathers by calls of their own: the whole vision tower, and each layer of the text.
 
     A block of the tower alone would wait for the gathering. So would a part of fewer than
@@ -86,21 +90,62 @@ def sharded_parts(model) -> list:
     time so (two processes on a CPU).
     """
     parts = [model.model.visual, *model.model.language_model.layers]
-    return [p for p in parts if sum(x.numel() for x in p.parameters()) >= SMALLEST_PART]
+    sizes = [sum(x.numel() for x in p.parameters() if x not in ignored) for p in parts]
+    return [p for p, size in zip(parts, sizes) if size and size >= SMALLEST_PART]
 
 
-def shard(model, device: torch.device, offload: bool, **options) -> None:
+def shard(
+    model, device: torch.device, offload: bool, ignored: Collection[nn.Parameter] = (), **options
+) -> None:
     """Shard a model over all ranks, part by part. options: of fully_shard.
 
-    offload: parameters and gradients stay in pinned host memory.
+    offload: parameters and gradients stay in pinned host memory. ignored: parameters that each rank
+    keeps whole, on the device already.
     """
     options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
-    for part in [*sharded_parts(model), model]:
-        fully_shard(part, **options)  # moves it to the device, all but offloaded parameters
+    ignored = set(ignored)
+    for part in [*sharded_parts(model, ignored), model]:
+        # moves it to the device, all but offloaded parameters
+        fully_shard(part, ignored_params=ignored, **options)
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
     model.token_logprobs = types.MethodType(token_logprobs, model)
     register_fsdp_forward_method(model, "token_logprobs")
+
+
+def load_policies(
+    path: str,
+    device: torch.device,
+    adapter: Adapter | None,
+    *,
+    replica: bool,
+    reference: bool,
+    seed: int = 0,
+    gradient_checkpointing: bool = True,
+    offload: bool = False,
+) -> tuple:
+    """pi_theta, pi_old and pi_ref, the last two None if they are not asked for.
+
+    adapter: the only part that is trained, from `seed` if it has no weights; None: all weights are.
+    The three then share one base.
+    """
+    memory = {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
+    if adapter is None:
+        policy = load_policy(path, device, **memory)
+        pi_old = load_model(path, device) if replica else None
+        return policy, pi_old, load_reference(path, device, offload=offload) if reference else None
+    base, dtype, pi_old, pi_ref = load_model(path, device), compute_dtype(device), None, None
+    base.requires_grad_(False)
+    if replica:
+        pi_old = add_adapters(share(base), adapter, dtype, seed)
+    if reference:
+        pi_ref = share(base)
+        if adapter.weights:
+            add_adapters(pi_ref, adapter, dtype, seed).requires_grad_(False)
+        compile_layers(pi_ref, device)
+        pi_ref.token_logprobs = types.MethodType(token_logprobs, pi_ref)
+    policy = add_adapters(base, adapter, torch.float32, seed)
+    return shard_policy(policy, device, **memory), pi_old, pi_ref
 
 
 def load_policy(path: str, device: torch.device, **options):
@@ -132,7 +177,8 @@ def shard_policy(
     policy.gathered_once = not gradient_checkpointing and not offload
     # None: after all parts but the root
     reshard = False if policy.gathered_once else None
-    shard(policy, device, offload, mp_policy=precision, reshard_after_forward=reshard)
+    frozen = [p for p in policy.parameters() if not p.requires_grad]  # all but LoRA's adapters
+    shard(policy, device, offload, frozen, mp_policy=precision, reshard_after_forward=reshard)
     return policy.train()
 
 
@@ -162,6 +208,6 @@ def gathered(policy, micro_batches: Iterable) -> Iterator:
 @torch.no_grad()
 def refresh(replica, policy) -> None:
     """Copy pi_theta's weights into pi_old, in place and parameter by parameter."""
-    for copy, parameter in zip(replica.parameters(), policy.parameters(), strict=True):
+    for copy, parameter in zip(trained(replica), trained(policy), strict=True):
         # on the copy's device, so that GPUs gather it, and half the traffic where it is bf16
         copy.copy_(parameter.to(copy.device, copy.dtype).full_tensor())

@@ -5,7 +5,8 @@ module registers its own quantizer in their place: `from_pretrained` then replac
 of the language model's decoder, and nothing else. Head, embedding and vision tower stay plain.
 
 Layout "gemm" with zero points: the weight of input i and output o is (q - zero) * scale, where q is
-one of 0..15 and each group of inputs has a zero and a scale for every output. For inference only.
+one of 0..15 and each group of inputs has a zero and a scale for every output. Such a model is not
+trained itself; LoRA adapters on it are.
 """
 
 import torch
@@ -38,7 +39,7 @@ def unpack(words: Tensor) -> Tensor:
 
 
 class PackedLinear(nn.Module):
-    """A linear layer without gradients; takes the place of a plain one, whose bias it keeps."""
+    """A linear layer whose weight is not trained; takes the place of a plain one and its bias."""
 
     def __init__(self, linear: nn.Linear, group_size: int):
         super().__init__()
@@ -52,16 +53,38 @@ class PackedLinear(nn.Module):
         buffer("qzeros", torch.int32, groups, words)
         buffer("scales", torch.float16, groups, columns)
         self.bias = linear.bias
+        self.in_features, self.out_features = rows, columns
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """(in, out): exact in fp32, then rounded once."""
-        zeros, scales = unpack(self.qzeros)[:, None], self.scales.float()[:, None]
-        words = self.qweight.unflatten(0, (len(zeros), -1))  # (groups, group, out / 8)
-        # no variable for what is unpacked: it would stay in memory while the product is made
-        return ((unpack(words) - zeros) * scales).flatten(0, 1).to(dtype)
+        return unpacked_weight(self.qweight, self.qzeros, self.scales, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight(x.dtype).T, self.bias)
+        if not x.requires_grad:
+            return F.linear(x, self.weight(x.dtype).T, self.bias)
+        product = _PackedProduct.apply(x, self.qweight, self.qzeros, self.scales)
+        return product if self.bias is None else product + self.bias
+
+
+def unpacked_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(in, out): exact in fp32, then rounded once."""
+    zeros, scales = unpack(qzeros)[:, None], scales.float()[:, None]
+    words = qweight.unflatten(0, (len(zeros), -1))  # (groups, group, out / 8)
+    # no variable for what is unpacked: it would stay in memory while the product is made
+    return ((unpack(words) - zeros) * scales).flatten(0, 1).to(dtype)
+
+
+class _PackedProduct(torch.autograd.Function):
+    """x W, whose backward unpacks W again, so that no unpacked weight is kept until then."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *packed: Tensor) -> Tensor:
+        ctx.save_for_backward(*packed)
+        return x @ unpacked_weight(*packed, x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad @ unpacked_weight(*ctx.saved_tensors, grad.dtype).T, None, None, None
 
 
 def pack_layers(model: nn.Module, group_size: int) -> None:

@@ -14,9 +14,10 @@ LEAST_WIDTH = 640  # pixels; on narrower images labels cannot be read
 
 
 def picture(example: Example) -> Image.Image:
-    """The image in the frame of the text, with the boxes that text and rewards speak of."""
-    image = read_image(example.sample).resize(example.text_size, Image.Resampling.BICUBIC)
-    hois, (width, height) = example.text_hois, example.model_size
+    """The image as the model sees it, with the boxes that text and rewards speak of."""
+    image = read_image(example.sample).resize(example.model_size, Image.Resampling.BICUBIC)
+    sizes, (width, height) = (example.text_size, example.model_size), example.model_size
+    hois = [hicodet.in_frame(hoi, *sizes) for hoi in example.text_hois]
     caption = f"{example.sample.file_name}, seen as {width} x {height}"
     wide = max(image.width, LEAST_WIDTH)
     return drawing.draw_pairs(image, hois, range(len(hois)), width=wide, caption=caption)

@@ -12,12 +12,17 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 
 from engine.files import naming
 from hicodet import InputError
 
 CHECKPOINT = re.compile(r"checkpoint-\d{6,}")
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # of LoRA only the adapters
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -35,7 +40,7 @@ def write_checkpoint(path: Path, policy, optimizer) -> None:
 
     Raises OSError on every rank, naming the file, if one of them cannot write.
     """
-    model, moments = get_state_dict(policy, optimizer)
+    model, moments = get_state_dict(policy, optimizer, options=TRAINED)
     writer = dcp.FileSystemWriter(path)
     writer.fs = _NamingFiles()
     try:
@@ -49,7 +54,7 @@ def read_checkpoint(path: Path, policy, optimizer) -> None:
 
     Raises InputError on every rank if it cannot be read, naming it and the one before.
     """
-    model, moments = get_state_dict(policy, optimizer)
+    model, moments = get_state_dict(policy, optimizer, options=TRAINED)
     try:
         dcp.load({"model": model, "optimizer": moments}, checkpoint_id=path)
     except CheckpointException as error:
@@ -60,7 +65,8 @@ def read_checkpoint(path: Path, policy, optimizer) -> None:
         raise InputError(
             f"{path} cannot be read ({said}): remove it to continue from {start}"
         ) from None
-    set_state_dict(policy, optimizer, model_state_dict=model, optim_state_dict=moments)
+    states = {"model_state_dict": model, "optim_state_dict": moments}
+    set_state_dict(policy, optimizer, **states, options=TRAINED)
 
 
 def _cause(error: CheckpointException) -> BaseException:

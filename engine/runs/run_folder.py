@@ -4,7 +4,7 @@ import json
 import math
 import os
 import sys
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -22,6 +22,8 @@ from engine.files import (
     replace_file,
     write_json,
 )
+from engine.model.lora import Adapter, adapter_weights, merged_weights, write_adapter
+from engine.model.quantized import is_packed
 from engine.options import flag_of
 from engine.ranks import Ranks, end_all, on_first, patient_group, require_agreement
 from engine.runs.checkpoints import checkpoints, read_checkpoint, steps_of, write_checkpoint
@@ -29,8 +31,8 @@ from hicodet import InputError
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 # what a run leaves; a folder that has none of it may be used by another run
-RESULTS = ("checkpoint-*", "model*", "part-*.jsonl", "predictions.jsonl", *LOGS)
-FINAL = ("model", "predictions.jsonl")  # a finished run has one of them
+RESULTS = ("checkpoint-*", "model*", "adapter*", "part-*.jsonl", "predictions.jsonl", *LOGS)
+FINAL = ("model", "adapter", "predictions.jsonl")  # a finished run has one of them
 # settings that are no options: hashes of what the options name, and how the run was started
 CONTENTS = {
     **{"examples": "content of --data or --traces", "weights": "content of --model"},
@@ -101,18 +103,29 @@ class RunFolder:
             with naming(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def export(self, policy, name: str, parts: list, notes: dict[str, str]) -> None:
+    def export(
+        self, policy, name: str, parts: list, notes: dict[str, str], adapter: Adapter | None
+    ) -> None:
         """Write a folder for `from_pretrained`, weights in fp32; complete or absent.
 
         parts: tokenizer and image processor. notes: texts of further files. In bf16 most of what a
-        short run at 1e-6 has moved would be rounded away.
+        short run at 1e-6 has moved would be rounded away. adapter: the one that is trained; it gets
+        a folder of its own, and packed weights, which it cannot be merged into, get none.
         """
         state = {}
-        for key, parameter in policy.named_parameters():
-            full = parameter.full_tensor()  # from all ranks, so all of them pass here
+        for key, weight in merged_weights(policy):  # from all ranks, so all of them pass here
             if self.ranks.rank == 0:
-                state[key] = full.detach().cpu()
-        write = partial(self._write_model, policy, state, name, parts, notes)
+                state[key] = weight.cpu()
+        trained = replace(adapter, weights=adapter_weights(policy)) if adapter else None
+
+        def write() -> None:
+            if not is_packed(policy.config):
+                self._write_model(policy, state, name, parts, notes)
+            if trained:
+                with aside(self.path / name.replace("model", "adapter", 1)) as new:
+                    write_adapter(new, trained)
+                    _write_texts(new, notes)
+
         on_first(self.ranks, write, patient_group())  # --timeout is too short for slow disks
 
     def _write_model(self, policy, state: dict, name: str, parts: list, notes: dict) -> None:
@@ -123,8 +136,12 @@ class RunFolder:
                 raise OSError(f"{new}: {error}") from None
             for part in parts:
                 part.save_pretrained(new)
-            for file, text in notes.items():
-                (new / file).write_text(text, encoding="utf-8")
+            _write_texts(new, notes)
+
+
+def _write_texts(folder: Path, texts: dict[str, str]) -> None:
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
 
 
 def _finite_or_none(value):

@@ -3,6 +3,7 @@
 Axes as in engine/model/attention.py.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from engine.model.attention import has_flash
+from engine.model.attention import GroupLayout, has_flash
+from engine.model.families import head_size
 
 KEY_BLOCK = 128  # keys that a GPU reads or skips together
 
@@ -25,7 +27,7 @@ class GroupCache:
 
     def __init__(self, model, slots: int, group_size: int, prompt_room: int, completion_room: int):
         config = model.config.text_config
-        heads, size = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+        heads, size = config.num_key_value_heads, head_size(config)
         options = {"dtype": model.dtype, "device": model.device}
         self.as_blocks = has_flash(torch.empty(0, **options))
         if self.as_blocks:
@@ -63,14 +65,18 @@ def kernel_options(queries: int) -> dict[str, int]:
 class Prefill:
     """Collects the keys and values of a packed row of prompts into slots of a GroupCache."""
 
-    def __init__(self, cache: GroupCache, slots: list[int], lengths: tuple[int, ...]):
-        self.cache, self.slots, self.lengths = cache, slots, lengths
+    def __init__(self, cache: GroupCache, slots: list[int], layout: GroupLayout):
+        self.cache, self.slots = cache, slots
+        self.lengths = (layout.prefix, *layout.prompt_lengths)
 
     def update(self, key, value, layer, kwargs=None):
         """The library's call in each layer; kwargs from transformers 5.24 on, not used."""
         for buffer, new in ((self.cache.prompt_keys, key), (self.cache.prompt_values, value)):
-            for slot, row in zip(self.slots, new[0].split(self.lengths, dim=1)):
-                buffer[layer][slot, :, : row.shape[1]] = row
+            prefix, *rows = new[0].split(self.lengths, dim=1)
+            for slot, row in zip(self.slots, rows):
+                start = prefix.shape[1]
+                buffer[layer][slot, :, :start] = prefix
+                buffer[layer][slot, :, start : start + row.shape[1]] = row
         return key, value
 
 
@@ -191,29 +197,44 @@ class DecodeStep:
         )
 
 
-class _Shared:
+class _Fused:
     """Linear layers that are called one after the other on the same input, as one matmul.
 
-    Fuse layers that share an input: small batches are launch-bound. The layers' parameters become
-    views of the whole, so copying into them updates it; they get no gradient, and the model must
+    Small batches are launch-bound, so fewer and larger products are faster. With LoRA, each layer's
+    y = W x + B (s A x) becomes [W B] [x, s A x]: two matmuls for all layers, and one rounding. In
+    bf16 a product of its own for B would lose most of a small update. The layers' parameters become
+    views of the whole, so copying into them updates it. They get no gradient, and the model must
     not be deepcopied afterwards.
     """
 
-    def __init__(self, *layers: nn.Linear):
-        self.last, sizes = len(layers) - 1, [layer.out_features for layer in layers]
-        for name in ("weight", "bias"):
-            parts = [getattr(layer, name) for layer in layers]
-            whole = None if parts[0] is None else torch.cat(parts).detach()
-            setattr(self, name, whole)
-            for part, view in zip(parts, () if whole is None else whole.split(sizes)):
-                part.data = view
-        self.sizes, self.parts = sizes, None
+    def __init__(self, *layers: nn.Module):
+        self.last, self.sizes = len(layers) - 1, [layer.out_features for layer in layers]
+        self.parts, self.bias, self.low = None, None, None
+        if layers[0].bias is not None:
+            self.bias = torch.cat([layer.bias for layer in layers]).detach()
+            _become_views([layer.bias for layer in layers], self.bias.split(self.sizes))
+        width, adapters = layers[0].in_features, [m for m in layers if "lora_A" in m._modules]
+        ranks = [layer.lora_A.out_features for layer in adapters]
+        weight = layers[0].weight
+        self.weight = weight.new_zeros(sum(self.sizes), width + sum(ranks)).detach()
+        rows = self.weight.split(self.sizes)
+        _become_views([layer.weight for layer in layers], [row[:, :width] for row in rows])
+        if adapters:
+            self.scale = adapters[0].lora_scale
+            self.low = weight.new_zeros(sum(ranks), width).detach()
+            _become_views([m.lora_A.weight for m in adapters], self.low.split(ranks))
+            rows = [rows[number] for number, layer in enumerate(layers) if layer in adapters]
+            columns = [row[:, width:].split(ranks, dim=1)[i] for i, row in enumerate(rows)]
+            _become_views([m.lora_B.weight for m in adapters], columns)
         for number, layer in enumerate(layers):
+            layer._forward_hooks.clear()  # lora.py's
             layer.forward = partial(self.forward, number)
 
     def forward(self, number: int, x: Tensor) -> Tensor:
         """The matmul for all layers at the first call, and then each one's part of it."""
         if number == 0:
+            if self.low is not None:
+                x = torch.cat([x, F.linear(x, self.low) * self.scale], dim=-1)
             self.parts = F.linear(x, self.weight, self.bias).split(self.sizes, dim=-1)
         part = self.parts[number]
         if number == self.last:
@@ -221,9 +242,16 @@ class _Shared:
         return part
 
 
+def _become_views(parameters: list[Tensor], views: Sequence[Tensor]) -> None:
+    """Copy each parameter into its view, and let it be that view."""
+    for parameter, view in zip(parameters, views, strict=True):
+        view.copy_(parameter)
+        parameter.data = view
+
+
 @torch.no_grad()
 def prepare_for_decoding(model: nn.Module) -> None:
-    """Make a model's step on a GPU one of fewer and larger kernels. Done twice, it does nothing.
+    """Fuse projections: fewer kernel launches per step. Idempotent.
 
     The model is for inference from then on, though its parameters may be written to. Layers other
     than nn.Linear, as in a quantised model, are left alone.
@@ -234,15 +262,17 @@ def prepare_for_decoding(model: nn.Module) -> None:
     model.model.language_model.rotary_emb.register_forward_hook(_hold_angles)
     for layer in model.model.language_model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        queries_keys_values = (attention.q_proj, attention.k_proj, attention.v_proj)
-        for layers in (queries_keys_values, (mlp.gate_proj, mlp.up_proj)):
-            if all(type(layer) is nn.Linear for layer in layers):
-                _Shared(*layers)
+        together = [(attention.q_proj, attention.k_proj, attention.v_proj)]
+        together += [(mlp.gate_proj, mlp.up_proj), (attention.o_proj,), (mlp.down_proj,)]
+        for layers in together:
+            plain = all(type(layer) is nn.Linear for layer in layers)
+            if plain and (len(layers) > 1 or "lora_A" in layers[0]._modules):
+                _Fused(*layers)
 
 
 @torch.library.custom_op("hoi_r1::hold", mutates_args=())
 def _hold(x: Tensor) -> Tensor:
-    """A copy that the compiler cannot look into: of what it can, it computes x in every layer."""
+    """Opaque copy; otherwise the compiler recomputes x in every layer."""
     return x.clone()
 
 

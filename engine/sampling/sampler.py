@@ -10,7 +10,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from engine.model.packing import CACHE, Prompt, hidden_states, pack
+from engine.model.families import CACHE
+from engine.model.packing import Prompt, hidden_states, pack
 from engine.sampling.decode_step import (
     DecodeStep,
     GroupCache,
@@ -131,14 +132,16 @@ class Sampler:
         if any(len(group or ()) != needed for group in seeds):
             raise ValueError(f"a prompt's {self.group_size} rows need {needed} seeds")
         batch = pack(self.model, list(prompts), [[]] * len(prompts))
-        lengths = batch.layout.prompt_lengths
+        prefix, own = batch.layout.prefix, batch.layout.prompt_lengths
+        lengths = tuple(prefix + length for length in own)
         if max(lengths) > self.prompt_room:
             said = f"where prompt_room is {self.prompt_room}"
             raise ValueError(f"a prompt of {max(lengths)} tokens, {said}")
-        hidden = hidden_states(self.model, batch, Prefill(self.cache, slots, lengths))
+        hidden = hidden_states(self.model, batch, Prefill(self.cache, slots, batch.layout))
         at = torch.tensor(slots, device=hidden.device)
         self.prompt_lengths[at] = torch.tensor(lengths, device=at.device)
-        last = [positions.max() for positions in batch.position_ids.split(lengths, dim=2)]
+        positions = batch.position_ids[:, :, prefix:].split(own, dim=2)
+        last = [of_one.max() for of_one in positions]
         self.first_positions[at] = torch.stack(last) + 1
         if self.temperature:
             self.uniforms[at] = self.random_numbers(seeds).to(at.device)
@@ -149,7 +152,7 @@ class Sampler:
                 self.written[slot, :, prompt.prompt_ids.to(at.device)] = True
         for slot, number in zip(slots, numbers):
             self.owners[slot] = number
-        ends = torch.tensor(lengths, device=at.device).cumsum(0) - 1
+        ends = prefix + torch.tensor(own, device=at.device).cumsum(0) - 1
         self.draw(at, self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0))
 
     def random_numbers(self, seeds: tuple[list[int], ...]) -> Tensor:
@@ -173,7 +176,7 @@ class Sampler:
         hidden = self.model.model.language_model(
             inputs_embeds=self.model.get_input_embeddings()(last),
             position_ids=positions.expand(3, -1, -1),
-            attention_mask={"full_attention": step},
+            layout=step,
             use_cache=True,
             **{CACHE: step},
         ).last_hidden_state[0]

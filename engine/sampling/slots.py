@@ -2,12 +2,13 @@
 
 import torch
 
+from engine.model.families import head_size
 from engine.ranks import Ranks
 from engine.sampling.decode_step import whole_blocks
 from hicodet import InputError
 
 MOST_SLOTS = 64  # taken if nothing else is asked for, and all of them fit
-FOR_PREFILL = 0.25  # of the free memory; a prefill that needs more takes fewer prompts at a time
+FOR_SLOTS = 0.75  # of the free memory; a prefill that needs more takes fewer prompts at a time
 
 
 def slot_bytes(config, dtype: torch.dtype, group_size: int, prompt_room: int, new: int) -> int:
@@ -15,30 +16,34 @@ def slot_bytes(config, dtype: torch.dtype, group_size: int, prompt_room: int, ne
 
     prompt_room, new: tokens of the longest prompt, and of the longest completion.
     """
-    size = config.hidden_size // config.num_attention_heads
-    token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * dtype.itemsize
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    token = 2 * heads * head_size(config) * dtype.itemsize
     return (whole_blocks(prompt_room) + group_size * whole_blocks(new)) * token
 
 
-def fitting_slots(free: int, slot: int) -> int:
-    """How many slots of this size fit into the free bytes, with room for a prefill."""
-    return int(free * (1 - FOR_PREFILL)) // slot
-
-
 def choose_slots(
-    model, ranks: Ranks, asked: int, images: int, *, group_size: int, prompt_room: int, new: int
+    model,
+    ranks: Ranks,
+    asked: int,
+    images: int,
+    *,
+    group_size: int,
+    prompt_room: int,
+    new: int,
+    share: float = FOR_SLOTS,
 ) -> int:
     """The slots of this rank: as many as fit into the memory that the loaded model leaves free.
 
-    asked: most slots, 0 for MOST_SLOTS. images: of this rank; no more slots are taken. On a CPU
-    memory is not counted. Raises InputError if not one slot fits.
+    asked: most slots, 0 for MOST_SLOTS. images: of this rank; no more slots are taken. share: of
+    the free memory that the slots may take. On a CPU memory is not counted. Raises InputError if
+    not one slot fits.
     """
     wanted = max(min(asked or MOST_SLOTS, images), 1)
     if ranks.device.type == "cpu":
         return wanted
     free = torch.cuda.mem_get_info(ranks.device)[0]
     slot = slot_bytes(model.config.text_config, model.dtype, group_size, prompt_room, new)
-    fitting = fitting_slots(free, slot)
+    fitting = int(free * share) // slot
     figures = f"{free / 1e9:.1f} GB are free, and an image takes {slot / 1e9:.2f} GB"
     if not fitting:
         raise InputError(f"not one image fits at a time: {figures}; take a smaller model")

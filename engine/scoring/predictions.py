@@ -1,4 +1,4 @@
-"""predictions.jsonl: the one module that makes, writes, reads and checks it. FORMAT says what it is.
+"""predictions.jsonl: the one module that makes, writes, reads and checks it; FORMAT describes it.
 
 While `predict` runs, each process keeps its rows in a part file of the run's folder. A row holds a
 line of predictions.jsonl with the index of its image, its rewards and its length.
@@ -13,7 +13,17 @@ import numpy as np
 
 from engine.checks import are_numbers, at, expect, expect_box, expect_class
 from engine.files import json_lines, naming, replace_file
-from hicodet import HOI, HOI_IDS, OBJECTS, VERBS, Completion, InputError, Sample, to_image_frame
+from hicodet import (
+    HOI,
+    HOI_IDS,
+    OBJECTS,
+    VERBS,
+    Completion,
+    InputError,
+    Sample,
+    iou,
+    to_image_frame,
+)
 
 FORMAT = """\
 predictions.jsonl has one line for every image of the split:
@@ -34,8 +44,8 @@ def rank_scores(completion: Completion) -> list[list[float]]:
     A triplet is a verb of an instance with both boxes, if HICO has the object class and the verb,
     together or not. A repeated verb is another triplet. A single triplet gets 1.0.
     Returns a score for each verb of each instance, 0 where it is no triplet. Departures: the
-    authors cut at 100 triplets, which the official evaluation does not; they take the first of a
-    list of object classes, where we read none; and they may count boxes without area.
+    authors cut at 100 triplets, which the official evaluation does not; they take the first of
+    several object classes, where we read none; and they may count boxes without area.
     """
     objects, verbs = set(OBJECTS), set(VERBS)
     counts = [
@@ -54,8 +64,8 @@ def predicted_instances(
 ) -> list[dict]:
     """The "instances" of a line; boxes in pixels of the original image.
 
-    An instance is kept if it has both boxes and a verb that HICO has with its object class. It
-    keeps only such verbs, each once. Sizes are (width, height).
+    An instance is kept if both boxes have an area in the image, and if it has a verb that HICO has
+    with its object class. It keeps only such verbs, each once. Sizes are (width, height).
     scores: for each instance of the completion a number, which all its verbs get, or a number for
     each verb as written, where a repeated verb gets its first. None: 1.0.
     Raises ValueError if the numbers of scores and of instances or verbs differ.
@@ -66,16 +76,16 @@ def predicted_instances(
     for instance, score in zip(completion.instances, scores, strict=True):
         score_of = _first_scores(instance.verbs, score)
         verbs = [verb for verb in score_of if (verb, instance.object_class) in HOI_IDS]
-        if verbs and instance.has_boxes:
-            kept.append(
-                {
-                    "human": list(to_image_frame(instance.human, image_size, text_size)),
-                    "object": list(to_image_frame(instance.object, image_size, text_size)),
-                    "object_class": instance.object_class,
-                    "verbs": verbs,
-                    "scores": [score_of[verb] for verb in verbs],
-                }
-            )
+        if not (verbs and instance.has_boxes):
+            continue
+        boxes = [
+            list(to_image_frame(box, image_size, text_size))
+            for box in (instance.human, instance.object)
+        ]
+        if all(iou(box, box) > 0 for box in boxes):
+            scores_kept = [score_of[verb] for verb in verbs]
+            row = {"human": boxes[0], "object": boxes[1], "object_class": instance.object_class}
+            kept.append(row | {"verbs": verbs, "scores": scores_kept})
     return kept
 
 
@@ -174,7 +184,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def _require_finished(path: Path) -> None:
-    """Raises InputError for a folder, and for the file that an unfinished prediction has not got."""
+    """Raise InputError for a folder, and for the missing file of an unfinished prediction."""
     folder = path if path.is_dir() else path.parent
     whole = folder / "predictions.jsonl" if path.is_dir() else path
     if not whole.exists() and next(folder.glob("part-*.jsonl"), None):

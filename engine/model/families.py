@@ -1,0 +1,36 @@
+"""The model families that group attention fits, and what differs between them."""
+
+from dataclasses import dataclass
+from inspect import signature
+
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLTextModel,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLForConditionalGeneration,
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The models with one model_type."""
+
+    model: type[PreTrainedModel]
+    box_frame: str  # how the family was taught to write boxes
+    packed: bool = False  # whether its AWQ weights can be read
+
+
+FAMILIES = {
+    "qwen2_5_vl": Family(Qwen2_5_VLForConditionalGeneration, "model", packed=True),
+    "qwen2_vl": Family(Qwen2VLForConditionalGeneration, "thousand"),
+    "qwen3_vl": Family(Qwen3VLForConditionalGeneration, "thousand"),
+}
+# transformers 5.24 renames the argument that takes keys and values
+NAMES = signature(Qwen2_5_VLTextModel.forward).parameters
+CACHE = "cache" if "cache" in NAMES else "past_key_values"
+
+
+def head_size(text) -> int:
+    """Numbers in a head of attention. text: config of the language model."""
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

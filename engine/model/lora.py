@@ -1,0 +1,153 @@
+"""Low-rank adapters (LoRA): a few trained numbers next to each frozen linear layer.
+
+A layer that computes W x computes W x + s B A x, with s = alpha / r; A (r, in) and B (out, r) are
+trained, W is not. B starts at 0, so nothing changes at first. The three policies then share one
+base in memory: pi_theta has fp32 adapters, pi_old copies of them in the dtype of computation, and
+pi_ref has none, or the frozen adapter that the run starts from. Files are those of the peft
+library. Not in the paper, which trains all weights.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from engine.model.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from hicodet import InputError
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LAYERS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)"
+PREFIX = "base_model.model."  # of names in peft's files
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What an adapter is made of."""
+
+    rank: int
+    alpha: float
+    base: str  # the model it belongs to
+    weights: dict[str, Tensor] | None = None  # by parameter name; None: at their start
+
+    @property
+    def scale(self) -> float:
+        """What A x is multiplied by."""
+        return self.alpha / self.rank
+
+
+def share(model: nn.Module) -> nn.Module:
+    """Another model with the same parameters and buffers, not copies of them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that are not frozen."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have an adapter, by name."""
+    return {name: m for name, m in model.named_modules() if "lora_A" in m._modules}
+
+
+def add_adapters(model: nn.Module, adapter: Adapter, dtype: torch.dtype, seed: int) -> nn.Module:
+    """Freeze a model and put adapters on its language model's linear layers. Returns the model.
+
+    seed: of the first A, where the adapter has no weights. Raises InputError if weights do not fit.
+    """
+    model.requires_grad_(False)
+    generator, left = torch.Generator().manual_seed(seed), dict(adapter.weights or {})
+    for name, layer in list(model.named_modules()):
+        is_target = name.rpartition(".")[2] in TARGETS and ".language_model.layers." in name
+        named = f"{name}.lora_A.weight" in left
+        if not (is_target if adapter.weights is None else named):
+            continue
+        a, b = first_weights(layer, adapter.rank, generator)
+        if named:
+            a, b = (left.pop(f"{name}.lora_{part}.weight") for part in "AB")
+        if a.shape != (len(a), layer.in_features) or b.shape != (layer.out_features, len(a)):
+            raise InputError(f"the adapter's {name} does not fit the model")
+        for part, value in (("lora_A", a), ("lora_B", b)):
+            linear = nn.Linear(*reversed(value.shape), bias=False, dtype=dtype, device=model.device)
+            linear.weight.data.copy_(value)
+            layer.add_module(part, linear)
+        layer.lora_scale = adapter.scale
+        layer.register_forward_hook(_add_low_rank)
+    if left:
+        raise InputError(f"the adapter's {min(left)} has no place in the model")
+    return model
+
+
+def first_weights(layer: nn.Module, rank: int, generator) -> tuple[Tensor, Tensor]:
+    """A, initialised as peft does, and B = 0."""
+    bound = 1 / math.sqrt(layer.in_features)
+    a = torch.rand(rank, layer.in_features, generator=generator) * 2 * bound - bound
+    return a, torch.zeros(layer.out_features, rank)
+
+
+def _add_low_rank(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    return output + layer.lora_B(layer.lora_A(inputs[0]) * layer.lora_scale)
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """All of a parameter; of a sharded one from all ranks, so all of them must pass here."""
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).detach()
+
+
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name and fp32 value of each parameter, adapters merged. Every rank must pass here."""
+    layers = adapted(model)
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            continue
+        weight, layer = whole(parameter).float(), layers.get(name.removesuffix(".weight"))
+        if layer is not None and name.endswith(".weight"):
+            a, b = (whole(part.weight).float() for part in (layer.lora_A, layer.lora_B))
+            weight = weight + layer.lora_scale * b @ a
+        yield name, weight
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A and B of each adapter by parameter name. Every rank must pass here."""
+    return {n: whole(p).cpu() for n, p in model.named_parameters() if ".lora_" in n}
+
+
+def write_adapter(folder: Path, adapter: Adapter) -> None:
+    """Write an adapter as peft does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": adapter.base,
+        "r": adapter.rank, "lora_alpha": adapter.alpha, "lora_dropout": 0.0, "bias": "none",
+        # a pattern: peft looks for plain names in the vision tower too
+        "target_modules": rf"{LAYERS}\.({'|'.join(TARGETS)})",
+        "inference_mode": True, "fan_in_fan_out": False, "init_lora_weights": True,
+    }  # fmt: skip
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    named = {PREFIX + name: value.contiguous() for name, value in adapter.weights.items()}
+    save_file(named, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """An adapter of ours or of peft. Raises InputError naming what cannot be read."""
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        weights = load_file(folder / ADAPTER_WEIGHTS)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        base = str(config.get("base_model_name_or_path") or "")
+    except Exception as error:  # the library raises kinds of its own for damaged weights
+        raise InputError(f"{folder}: no LoRA adapter that can be read ({error})") from None
+    named = {name.removeprefix(PREFIX): value for name, value in weights.items()}
+    if other := [n for n in named if not n.endswith(("lora_A.weight", "lora_B.weight"))]:
+        raise InputError(f"{folder}: {other[0]} is more than a plain LoRA adapter has")
+    if config.get("use_rslora") or config.get("use_dora"):
+        raise InputError(f"{folder}: rsLoRA and DoRA adapters are not read")
+    return Adapter(rank, alpha, base, named)
