@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     from engine.signals import RESUME, one_line
 
-    resumable = isinstance(config, StageConfig) and not (config.dry_run)
+    resumable = isinstance(config, StageConfig) and not config.dry_run
     resumable = resumable and not getattr(config, "image", ())
     with one_line("", RESUME if resumable else ""):
         try:

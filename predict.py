@@ -26,7 +26,7 @@ import hicodet
 from engine.configs import PredictConfig, StageConfig
 from engine.data.annotations import load_split, require_images
 from engine.data.examples import Example, Examples, PromptOptions, prompt_options
-from engine.data.image_check import read_names
+from engine.data.image_check import excluded_names
 from engine.data.loader import read_ahead
 from engine.files import aside, write_json
 from engine.model.lora import add_adapters, read_adapter
@@ -57,9 +57,11 @@ def predict(config: PredictConfig) -> None:
     """Write predictions.jsonl and summary.json for a split."""
     ranks, config = start_ranks(), with_base(config)
     samples = load_split(config.data, config.split)[: config.limit or None]
-    names = read_names(config.exclude, samples)
+    names = excluded_names(config.exclude, samples)
     samples = [sample for sample in samples if sample.file_name not in names]
     require_images(samples)
+    if config.exclude:
+        ranks.print(f"{len(names)} images are excluded")
     examples = Examples(config.model, samples, asked_options(config))
     if config.dry_run:
         return ranks.print(describe(examples, examples[0], text_reward))
@@ -109,6 +111,8 @@ def predict_photographs(config: PredictConfig) -> None:
         return ranks.print(describe(examples, examples[0]))
     Path(config.out).mkdir(parents=True, exist_ok=True)
     model, indices = load_adapted(config, ranks), list(range(len(samples)))
+    for line in model_warnings(config.model, examples.config):
+        ranks.print(line)
     rows = predict_rows(model, examples, indices, ranks, **row_options(config))
     mine = []
     with closing(rows):

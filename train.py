@@ -18,14 +18,13 @@ import evaluate
 from engine.configs import CHECKPOINTS, OBJECTIVE, REWARDS, GRPOConfig, SFTConfig, TrainConfig
 from engine.data.annotations import load_split, require_images, training_counts
 from engine.data.examples import PROMPT_FILE, Example, Examples, PromptOptions
+from engine.data.image_check import read_names
 from engine.data.loader import batches
 from engine.data.training_images import (
     annotated_samples,
     excluded_fingerprint,
     excluded_images,
     notes_on,
-    traces_of,
-    untraced_line,
 )
 from engine.files import naming, replace_file
 from engine.model.lora import Adapter, read_adapter
@@ -40,6 +39,7 @@ from engine.report.run_view import model_card, update_page, verdicts
 from engine.runs.run_folder import RunFolder, open_run
 from engine.sampling.slots import choose_slots
 from engine.signals import RESUME, StopSignal, exit_code
+from engine.traces.trace_file import traces_of, untraced_line
 from grpo import GRPO
 from hicodet import InputError
 from predict import asked_options, predict_rows, summarise, text_reward, with_base
@@ -146,7 +146,8 @@ def set_up(
     steps = config.max_steps or config.epochs * math.ceil(kept / config.batch_size)
     held_out = held_out_examples(config, examples.options) if config.eval_every else None
     run = open_run(config.out, config, settings_of(config, examples, excluded, stage, steps), ranks)
-    notes = model_warnings(config.model, examples.config) + notes_on(examples.samples, excluded)
+    notes = notes_on(examples.samples, excluded, config.exclude)
+    notes += model_warnings(config.model, examples.config)
     for line in [*notes, *small_change(steps, config.learning_rate)]:
         ranks.print(line)
     if ranks.rank == 0:
@@ -348,8 +349,10 @@ def export(parts: Parts, name: str) -> None:
 
 
 def held_out_examples(config: TrainConfig, options: PromptOptions) -> Examples:
-    """The test images of --eval-every, from the first."""
-    samples = load_split(config.data, "test")[: config.eval_images]
+    """The test images of --eval-every, from the first; --exclude leaves images out here too."""
+    names = read_names(config.exclude)
+    samples = [s for s in load_split(config.data, "test") if s.file_name not in names]
+    samples = samples[: config.eval_images]
     require_images(samples)
     return Examples(config.model, samples, options)
 

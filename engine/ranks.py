@@ -110,16 +110,24 @@ def on_first(ranks: Ranks, act: Callable, group=None):
         except (InputError, OSError) as error:
             refusal = str(error)
     if refusal := ranks.gather([refusal], group)[0]:
-        if ranks.rank:
-            sys.exit(1)  # the first rank says why
-        raise InputError(refusal)
+        end_all(refusal, ranks)
     return result
 
 
-def require_agreement(settings: dict, free: set[str], ranks: Ranks) -> None:
+def end_all(reason: str, ranks: Ranks) -> None:
+    """End all ranks, which all call this. The first one raises InputError with the reason."""
+    if ranks.rank:
+        sys.exit(1)
+    raise InputError(reason)
+
+
+def require_agreement(
+    settings: dict, free: set[str], ranks: Ranks, names: dict[str, str] | None = None
+) -> None:
     """End all ranks, naming the first difference, unless all have the settings of the first.
 
-    settings: options, and hashes of what they name. free: settings that may differ.
+    settings: options, and hashes of what they name. free: settings that may differ. names: how to
+    call settings that are no options.
     """
     host = socket.gethostname()
     first, first_host = ranks.gather([(settings, host)])[0]
@@ -127,12 +135,9 @@ def require_agreement(settings: dict, free: set[str], ranks: Ranks) -> None:
     for name in sorted(first.keys() - free):
         if settings.get(name) != first[name]:
             difference = (
-                f"ranks must agree: {flag_of(name)} {first[name]} on rank 0 ({first_host}), "
-                f"{settings.get(name)} on rank {ranks.rank} ({host})"
+                f"ranks must agree: {(names or {}).get(name) or flag_of(name)} {first[name]} on "
+                f"rank 0 ({first_host}), {settings.get(name)} on rank {ranks.rank} ({host})"
             )
             break
-    found = [text for text in ranks.gather([difference]) if text]
-    if found and ranks.rank:
-        sys.exit(1)  # the first rank says which
-    if found:
-        raise InputError(found[0])
+    if found := [text for text in ranks.gather([difference]) if text]:
+        end_all(found[0], ranks)

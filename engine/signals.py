@@ -9,23 +9,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from hicodet import InputError
-
-if TYPE_CHECKING:
-    from engine.ranks import Ranks
 
 SAME = 1.0  # seconds; a batch system and torchrun send the same signal one after the other
 RESUME = "to continue, add --resume to the same command"
 
 
 class StopSignal:
-    """Whether a signal has asked to stop, inside a `with`."""
+    """Whether a signal has asked to stop, inside a `with`.
+
+    A signal that is ignored stays so: a shell script ignores Ctrl-C for what it starts with `&`.
+    """
 
     def __enter__(self) -> "StopSignal":
-        self.signal, self.since = 0, 0.0
-        self.before = {s: signal.signal(s, self._ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.signal, self.since, self.before = 0, 0.0, {}
+        for number in (signal.SIGTERM, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self._ask)
         return self
 
     def __exit__(self, *error) -> None:
@@ -41,8 +42,8 @@ class StopSignal:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    def on_any(self, ranks: "Ranks") -> int:
-        """The signal that a rank got, on every rank; 0 if none did."""
+    def on_any(self, ranks) -> int:
+        """The signal that a rank got, on every rank; 0 if none did. ranks: engine.ranks.Ranks."""
         return int(max(ranks.numbers(self.signal)))
 
 
@@ -59,11 +60,11 @@ def one_line(name: str = "", go_on: str = "") -> Iterator[None]:
     its traceback. Ranks after the first say which one speaks.
     """
     rank = int(os.environ.get("RANK", 0))
-    start = "\n" if "tqdm" in sys.modules else ""  # a progress bar may be on the line
     try:
         yield
     except (InputError, OSError) as error:
         where = f"rank {rank}: " if rank else ""
+        start = "\n" if "tqdm" in sys.modules else ""  # a progress bar may be on the line
         print(f"{start}{name}{where}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:

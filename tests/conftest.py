@@ -12,6 +12,7 @@ from engine.data import annotations
 os.environ["OMP_NUM_THREADS"] = "1"  # sums in one order, and two ranks fit on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a hub
 
+
 def pytest_configure(config):
     """No GPU for the tests that are not about one: bit for bit is a promise for the CPU."""
     if config.getoption("-m") != "cuda":
@@ -19,14 +20,21 @@ def pytest_configure(config):
 
 
 HICO_DET = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
+PHOTO = Path(__file__).parent / "data" / "coco_000000000785.jpg"
 
 
 @pytest.fixture(scope="session")
 def real_samples():
     """The real test annotations of HICO-DET, 9,658 images."""
     if not (HICO_DET / "anno_bbox.mat").is_file():
-        pytest.skip("the annotations of HICO-DET are not beside the repository")
+        pytest.skip("the annotations of HICO-DET are not next to the repository")
     return annotations.load_split(HICO_DET, "test")
+
+
+@pytest.fixture(scope="session")
+def photo():
+    """A real photograph, 640 x 425."""
+    return PHOTO
 
 
 @pytest.fixture(scope="session")
@@ -64,11 +72,19 @@ def ranks():
     """A process group of this process alone."""
     import torch
 
-    import engine.model.policy
+    from engine.ranks import start_ranks
 
-    ranks = engine.ranks.start_ranks()
-    yield ranks
+    yield start_ranks()
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def any_reward(monkeypatch):
+    """A reward that random text earns too: an untrained model's answers are all worth 0."""
+    import grpo
+    from tests.runs import score_tokens
+
+    monkeypatch.setattr(grpo.GRPO, "score", score_tokens)
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,31 @@
 
 import gc
 import json
-from functools import partial
+import shutil
+import socket
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
-import engine.data.examples
-import engine.model.optimizer
-import engine.model.policy
-import engine.traces.trace_file
+import grpo
 import hicodet
 import hoi_r1
+import predict
 import sft
 from demo import toy
 from engine.data import annotations
+from engine.data.examples import Examples
+from engine.model.optimizer import ClippedAdamW
+from engine.model.policy import load_policy
 from engine.traces.template import template_trace
+from engine.traces.trace_file import read_traces
+
+# a small SFT as a command line; --out and its length are missing
+SFT_LINE = (
+    "hoi_r1.py sft --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl "
+    "--untraced skip --no-task-description --batch-size 4 --learning-rate 1e-3"
+)
 
 
 def write_toy(folder):
@@ -75,15 +85,9 @@ def refusal(config) -> str:
 
 def examples_of(config, samples, thinks=None):
     """The samples as a stage reads them; with traces as SFT does."""
-    return engine.data.examples.Examples(
-        config.model,
-        samples,
-        thinking=config.thinking,
-        thinks=thinks,
-        prompt_text=partial(hicodet.prompt_text, task_description=config.task_description),
-        box_frame=config.box_frame,
-        target_text=None if thinks is None else sft.supervised_text,
-    )
+    target = None if thinks is None else sft.supervised_text
+    options = predict.asked_options(config)
+    return Examples(config.model, samples, options, thinks=thinks, target_text=target)
 
 
 def training_examples(config):
@@ -91,24 +95,57 @@ def training_examples(config):
     samples = [s for s in annotations.load_split(config.data, "train") if s.hois]
     if not hasattr(config, "traces"):
         return examples_of(config, samples)
-    thinks = engine.traces.trace_file.read_traces(config.traces)
+    thinks = read_traces(config.traces)
     return examples_of(config, [s for s in samples if s.file_name in thinks], thinks)
 
 
 def policy_of(config, ranks):
     checkpointing = config.gradient_checkpointing
-    return engine.model.policy.load_policy(
-        config.model, ranks.device, gradient_checkpointing=checkpointing
-    )
+    return load_policy(config.model, ranks.device, gradient_checkpointing=checkpointing)
 
 
 def optimizer_of(policy, config):
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
-    return engine.model.optimizer.ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
+    return ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def score_tokens(stage, example, rollout):
+    """In place of GRPO.score: a reward that random text earns too."""
+    texts = [stage.examples.decode(ids) for ids in rollout.completion_ids]
+    values = [float((ids % 7).float().mean()) for ids in rollout.completion_ids]
+    parts = [{"format": v, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": v} for v in values]
+    return [grpo.Scored(t, hicodet.parse_completion(t), p) for t, p in zip(texts, parts)]
+
+
+def as_killed(out, amid):
+    """Turn a finished run into what kill -9 leaves. amid: what is written, model or a checkpoint."""
+    (out / amid).rename(new := (out / amid).with_suffix(".tmp"))
+    largest = max(new.iterdir(), key=lambda path: path.stat().st_size)
+    half = largest.read_bytes()[:1000]
+    largest.unlink()  # not cut in place: `weights` has it mapped
+    largest.write_bytes(half)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    config = json.loads((out / "config.json").read_text())
+    del config["finished"]
+    (out / "config.json").write_text(json.dumps(config))
+    with open(out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 9, "lo')
 
 
 def weights(out):
     return load_file(Path(out) / "model" / "model.safetensors")
+
+
+def same_weights(one, other):
+    """Whether two sets of weights, or the models in two folders of runs, are equal to the bit."""
+    one, other = (found if isinstance(found, dict) else weights(found) for found in (one, other))
+    return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
 def metrics(out):

@@ -13,6 +13,7 @@ from engine.data import annotations
 from engine.scoring.predictions import read_predictions
 from tests.annotation_files import annotated, own_line, struct, write, write_own
 from tests.pairs import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, make_line
+from tests.programs import end_of
 from tests.test_disk_full import no_file_above
 
 REPO = Path(__file__).resolve().parents[1]
@@ -54,11 +55,7 @@ def command(*arguments):
 
 
 def run_main(*arguments):
-    """The command in this process. Returns its exit status, or its last words."""
-    try:
-        evaluate.main([str(argument) for argument in arguments])
-    except SystemExit as ended:
-        return ended.code
+    return end_of(evaluate.main, *arguments)
 
 
 def test_a_row_of_table_1_and_json(dataset):
@@ -124,6 +121,7 @@ def test_unknown_verbs_are_dropped_on_demand(dataset, capsys):
     lines[1]["instances"] += [lines[1]["instances"][0] | {"object_class": "unicorn"}]
     words = [write_lines(dataset / "q.jsonl", lines), "--data", dataset, "--classes", "present"]
     assert "q.jsonl, line 2: 'object_class' of instances[1]" in run_main(*words)
+    capsys.readouterr()
     assert run_main(*words, "--drop-unknown") is None
     printed = capsys.readouterr()
     assert printed.err == "dropped 2 verbs that HICO does not have with their object\n"

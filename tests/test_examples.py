@@ -1,9 +1,7 @@
-"""hoi_r1.py, samples as the model reads them, what is supervised, and scores of instances."""
+"""Samples as the model reads them, what is supervised, and scores of instances."""
 
-import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,16 +15,14 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-import engine.traces.trace_file
 import hicodet
 import predict
 import sft
-import train
 from engine.data import annotations
-from engine.data.images import read_image
 from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
 from engine.traces.template import template_trace
+from engine.traces.trace_file import read_traces, traces_of, untraced_line
 from tests.runs import config_of, examples_of, refusal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -44,8 +40,6 @@ def real_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("qwen")
     for path in source.iterdir():
         shutil.copy(path, folder)
-    if not hasattr(AutoTokenizer.from_pretrained(folder), "chat_template"):
-        shutil.copy(source / "chat_template.json", folder)
     Qwen2_5_VLConfig(vision_config={"out_hidden_size": 8192}).save_pretrained(folder)
     return folder
 
@@ -114,10 +108,10 @@ def test_eq1_sft_loss():
     assert loss.item() == pytest.approx(4 * math.log(2) / 3)
 
 
-def test_images_without_a_trace(folder, tmp_path):
+def test_images_without_a_trace(folder):
     """Left out, or asked for the answer alone; four of the 24 training images have none."""
     samples = annotations.load_split(folder / "data", "train")
-    thinks = engine.traces.trace_file.read_traces(folder / "traces.jsonl")
+    thinks = read_traces(folder / "traces.jsonl")
     assert len(samples) == 24
     assert sft.traced_samples(samples, thinks, "skip") == samples[:20]
     assert sft.traced_samples(samples, thinks, "answer") == samples
@@ -129,54 +123,27 @@ def test_images_without_a_trace(folder, tmp_path):
     assert "Thinking Process" not in examples.decode(untraced.prompt.prompt_ids)
 
 
-def test_an_image_without_ground_truth_trains_nothing(folder, monkeypatch):
-    bare = replace(annotations.load_split(folder / "data", "train")[0], hois=())
-    monkeypatch.setattr(annotations, "load_split", lambda root, split: [bare])
-    assert "no image" in refusal(config_of("grpo", folder, "x"))
+def test_many_images_without_a_trace_need_a_choice():
+    assert "all 100" in untraced_line(0, 100, None)
+    assert "left out" in untraced_line(5, 100, None)
+    with pytest.raises(hicodet.InputError, match="6 of 100 .* --untraced skip"):
+        untraced_line(6, 100, None)
+    assert "left out" in untraced_line(60, 100, "skip")
+    assert "answer alone" in untraced_line(60, 100, "answer")
 
 
-def test_sft_asks_for_traces(folder):
-    assert "--traces" in refusal(config_of("sft", folder, "x", traces=""))
-    assert "--traces" in refusal(config_of("sft", folder, "x", thinking=False))
-
-
-def test_traces_of_another_data_set_are_refused(folder, tmp_path):
+def test_traces_that_cannot_be_meant_are_refused(folder, tmp_path):
     """--untraced answer would train without a single trace."""
-    traces, data = tmp_path / "traces.jsonl", folder / "data"
-    traces.write_text((folder / "traces.jsonl").read_text().replace("HICO", "OTHER"))
-    said = f"none of its 20 images is in --data {data}; are they of another data set?"
-    config = config_of("sft", folder, tmp_path, traces=str(traces), untraced="answer")
-    assert refusal(config) == f"--traces {traces}: {said}"
-    traces.write_text("")  # no trace at all is no other data set
-    assert train.traces_of(str(traces), str(data), annotations.load_split(data, "train")) == {}
+    for options in ({"traces": ""}, {"traces": "no.jsonl"}, {"thinking": False}):
+        assert "--traces" in refusal(config_of("sft", folder, "x", **options))
+    traces, data = tmp_path / "traces.jsonl", str(folder / "data")
+    for text in ((folder / "traces.jsonl").read_text().replace("HICO", "OTHER"), ""):
+        traces.write_text(text)
+        with pytest.raises(hicodet.InputError, match="none of its .* images is in --data"):
+            traces_of(str(traces), data, annotations.load_split(data, "train"))
 
 
-def test_boxes_of_the_target_are_in_the_frame_that_the_model_sees(folder, tmp_path):
-    """With a processor that doubles the image, every coordinate of the target doubles."""
-    shutil.copytree(folder / "model", tmp_path / "model")
-    path = tmp_path / "model" / "preprocessor_config.json"
-    settings = json.loads(path.read_text()) | {"min_pixels": 448 * 224, "max_pixels": 448 * 224}
-    settings.pop("size", None)
-    path.write_text(json.dumps(settings))
-    sample = annotations.load_split(folder / "data", "train")[0]
-    assert (sample.width, sample.height) == (224, 112)
-    config = config_of("sft", folder, "x", model=str(tmp_path / "model"))
-    examples = examples_of(config, [sample], {sample.file_name: "x"})
-    assert examples[0].model_size == (448, 224)
-    written = hicodet.parse_completion(examples.decode(examples[0].target_ids)).instances
-    for instance, hoi in zip(written, sample.hois, strict=True):
-        assert instance.human == tuple(round(2 * side) for side in hoi.human)
-        assert instance.object == tuple(round(2 * side) for side in hoi.object)
-    # and back: the same text as a prediction has the boxes of the annotation, and a full reward
-    row = predict.prediction(examples, examples[0], examples[0].target_ids, None, "ones")
-    for instance, hoi in zip(row["line"]["instances"], sample.hois, strict=True):
-        assert instance["human"] == pytest.approx(hoi.human, abs=0.5)
-        assert instance["object"] == pytest.approx(hoi.object, abs=0.5)
-        assert (instance["object_class"], tuple(instance["verbs"])) == (hoi.object_class, hoi.verbs)
-    assert row["reward"]["total"] == pytest.approx(3.8, abs=0.02)
-
-
-def test_an_image_that_is_not_square_has_a_scale_for_each_side(folder, tmp_path):
+def test_each_side_of_an_image_has_its_scale(folder, tmp_path):
     """120 x 40 pixels are seen as 112 x 28: x by 14 / 15, y by 7 / 10, and back."""
     path = tmp_path / "wide.png"
     Image.new("RGB", (120, 40)).save(path)
@@ -202,17 +169,7 @@ def test_banned_ids(folder):
     assert not banned[examples.tokenizer("people ride")["input_ids"]].any()
 
 
-def test_unreadable_images_are_named(folder, tmp_path):
-    sample = annotations.load_split(folder / "data", "train")[0]
-    cut = tmp_path / sample.file_name
-    cut.write_bytes(sample.path.read_bytes()[:-200])
-    with pytest.raises(ValueError, match=f"{sample.file_name}: not a readable image"):
-        read_image(replace(sample, path=cut))
-    with pytest.raises(ValueError, match="annotated as 99 x 112"):
-        read_image(replace(sample, width=99))
-
-
-def test_the_longest_prompt_is_known_before_an_image_is_read(folder, tmp_path):
+def test_longest_prompt_is_known_before_an_image_is_read(folder, tmp_path):
     samples = []
     for width, height in ((112, 60), (300, 40), (84, 112)):
         path = tmp_path / f"{width}.png"
@@ -232,31 +189,9 @@ def test_the_longest_prompt_is_known_before_an_image_is_read(folder, tmp_path):
 # Scores and means of predictions
 
 
-def test_instance_scores(folder):
-    """The probability of the tokens that overlap an instance, and of no others."""
-    examples = examples_of(config_of("predict", folder, "x"), [])
-    text = '<think> é </think><answer> [{"human": [1, 2, 3, 4]}, {"human": [5, 6, 7, 8]}] </answer>'
-    ids = examples.tokenizer(text + "<|im_end|>", return_tensors="pt")["input_ids"][0]
-    completion = hicodet.parse_completion(text)
-    logprobs = -torch.rand(len(ids))
-    expected = []
-    for instance in completion.instances:
-        start, stop, place, total = *instance.span, 0, 0.0
-        encoded = text.encode()
-        start, stop = (len(text[:p].encode()) for p in (start, stop))
-        for i, token in enumerate(ids.tolist()[:-1]):
-            size = len(examples.tokenizer.convert_ids_to_tokens(token))
-            if place < stop and place + size > start:
-                total += logprobs[i].item()
-            place += size
-        assert place == len(encoded)
-        expected.append(math.exp(total))
-    found = predict.instance_scores(examples.tokenizer, completion, ids, logprobs)
-    assert found == pytest.approx(expected) and len(found) == 2
-
-
-def test_instance_scores_behind_bytes_that_are_no_text(folder):
-    """Bytes of no valid UTF-8, decoded to one character each or together, shift no instance."""
+def test_instance_scores_after_bytes_that_are_no_text(folder):
+    """The probability of an instance's tokens. Bytes of no valid UTF-8, which are decoded to one
+    character each or together, shift no instance."""
     examples = examples_of(config_of("predict", folder, "x"), [])
     tokenizer, symbol_of = examples.tokenizer, bytes_to_unicode()
     one, two = '{"human": [1, 2, 3, 4]}', '{"human": [5, 6, 7, 8]}'
@@ -276,16 +211,23 @@ def test_instance_scores_behind_bytes_that_are_no_text(folder):
 
 
 def test_summary_of_predictions_by_hand():
-    """Four images, one without ground truth; one completion of the four was cut."""
-    totals = [{"total": 3.0}, {"total": 1.0}, None, {"total": 2.0}]
+    """Four images, one without ground truth. One answer was cut, three hold no instance."""
+    answers = [(3.0, 3, ["x"]), (1.0, 9, []), (None, 4, []), (2.0, 4, [])]
     rows = [
-        {"reward": reward, "length": length, "finished": length < 9}
-        for reward, length in zip(totals, (3, 9, 4, 4))
-    ]
-    assert predict.summarise(rows) == {
+        {"reward": total and {"total": total}, "length": length, "finished": length < 9,
+         "line": {"instances": found}}
+        for total, length, found in answers
+    ]  # fmt: skip
+    summary = predict.summarise(rows)
+    assert summary == {
         "images": 4,
         "reward": {"total": 2.0},
         "completion_length": 5.0,
         "truncated": 0.25,
+        "without_instances": 0.75,
     }
     assert predict.summarise(rows[2:3])["reward"] == {}
+    (said,) = predict.warnings_of(summary)
+    assert said.startswith("warning: most answers hold no interaction that can be read; was the")
+    said = predict.warnings_of(summary | {"truncated": 0.6, "without_instances": 0.5})
+    assert [line[:30] for line in said] == ["warning: most answers were cut"]

@@ -1,5 +1,6 @@
 """What --help prints of every command, and engine/options.py, which makes the pages."""
 
+import importlib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,21 +8,13 @@ from typing import Literal
 
 import pytest
 
-import evaluate
 import hoi_r1
 import teacher
-from demo import base, blind, study, toy
 from engine.options import Config, option, parse_config, required
-from tests import bench
 
-PROGRAMS = {
-    "evaluate.py": (evaluate.main, evaluate.EvaluateConfig),
-    "teacher.py": (teacher.main, teacher.TeacherConfig),
-    "demo.toy": (toy.main, toy.ToyConfig),
-    "demo.base": (base.main, base.BaseConfig),
-    "demo.blind": (blind.main, blind.BlindConfig),
-    "demo.study": (study.main, study.StudyConfig),
-    "tests.bench": (bench.main, bench.BenchConfig),
+PROGRAMS = {  # command: module
+    **{"evaluate.py": "evaluate", "teacher.py": "teacher"},
+    **{name: name for name in ("demo.toy", "demo.base", "demo.blind", "demo.study", "tests.bench")},
 }
 STAGES = [f"hoi_r1.py {stage}" for stage in hoi_r1.STAGES]
 
@@ -33,7 +26,8 @@ def page_of(capsys, monkeypatch):
 
     def show(command):
         program, *stage = command.split()
-        main = hoi_r1.parse_config if program == "hoi_r1.py" else PROGRAMS[program][0]
+        module = PROGRAMS.get(program)
+        main = importlib.import_module(module).main if module else hoi_r1.parse_config
         with pytest.raises(SystemExit) as ended:
             main([*stage, "--help"])
         assert not ended.value.code
@@ -55,52 +49,26 @@ def parsed(words):
     program, *rest = words[1:] if words[0] == "-m" else words
     if program == "hoi_r1.py":
         return hoi_r1.parse_config(rest)
-    return parse_config(PROGRAMS[program][1], "", rest)
+    module = importlib.import_module(PROGRAMS[program])
+    classes = (value for value in vars(module).values() if isinstance(value, type))
+    (found,) = [c for c in classes if issubclass(c, Config) and c.__module__ == module.__name__]
+    return parse_config(found, "", rest)
 
 
 @pytest.mark.parametrize("command", ["hoi_r1.py", *STAGES, *PROGRAMS])
-def test_help_has_an_example_that_can_be_parsed(command, page_of, monkeypatch):
+def test_page_fits_and_its_examples_can_be_parsed(command, page_of, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a bench asks for one
-    examples = examples_in(page_of(command))
+    page = page_of(command)
+    examples = examples_in(page)
     assert any(command in " ".join(words) for words in examples)
     for words in examples:
         assert isinstance(parsed(words), Config)
-
-
-@pytest.mark.parametrize("command", ["hoi_r1.py", *STAGES, *PROGRAMS])
-def test_help_fits_80_columns_and_every_option_has_a_heading(command, page_of):
-    page = page_of(command)
     assert max(map(len, page.splitlines())) <= 80
-    assert not {"options:", "more options:", "positional arguments:"} & set(page.splitlines())
+    assert not {"more options:", "positional arguments:"} & set(page.splitlines())
 
 
-def test_the_first_example_is_the_demo(page_of):
+def test_first_example_is_the_demo(page_of):
     assert examples_in(page_of("hoi_r1.py"))[0] == ["hoi_r1.py", "demo"]
-
-
-@pytest.mark.parametrize("stage, flags", [
-    ("grpo", "--no-resume"), ("grpo", "--no-dry-run"), ("demo", "--no-complete"),
-])  # fmt: skip
-def test_a_plain_switch_has_no_twin(stage, flags, page_of, capsys):
-    needed = "" if stage == "demo" else "--model m --data d --out o"
-    with pytest.raises(SystemExit):
-        hoi_r1.parse_config([stage, *needed.split(), flags])
-    assert flags in capsys.readouterr().err and flags not in page_of(f"hoi_r1.py {stage}")
-
-
-def test_what_is_on_by_default_is_shown_as_it_is_typed(page_of):
-    page = page_of("hoi_r1.py grpo")
-    for name in ("thinking", "task-description", "gradient-checkpointing"):
-        assert f"--no-{name}" in page and f" --{name}" not in page
-    line = ["grpo", "--model", "m", "--data", "d", "--out", "o"]
-    assert hoi_r1.parse_config(line).thinking
-    assert not hoi_r1.parse_config([*line, "--no-thinking"]).thinking
-    assert hoi_r1.parse_config([*line, "--no-thinking", "--thinking"]).thinking
-
-
-def test_predict_does_not_list_a_seed_which_it_takes(page_of):
-    line = ["predict", "--model", "m", "--data", "d", "--out", "o", "--seed", "3"]
-    assert hoi_r1.parse_config(line).seed == 3 and "--seed" not in page_of("hoi_r1.py predict")
 
 
 # ---- engine/options.py, with a config of its own
@@ -110,35 +78,40 @@ def test_predict_does_not_list_a_seed_which_it_takes(page_of):
 class Small(Config):
     """A small config."""
 
+    GROUPS = ("first", "second")
+    FREE = ("second",)
     where: Path = required("a folder", positional=True, metavar="DIR", group="first")
-    names: tuple[int, ...] = required("some numbers", group="more options")
+    names: tuple[int, ...] = required("some numbers", group="later", on_resume="allow")
+    most: float | None = option(None, "a bound that may be absent", least=1, group="later")
+    kind: Literal["a", "b"] = option("a", "one of two", group="second", on_resume="note")
+    quiet: bool = option(False, "say nothing", group="second", per_host=True)
+    colour: bool | None = option(None, "print in colour", group="second")
     rate: float = option(2e-5, "above 5 % of it", least=0, below=1, paper="Sec. 4.2", group="first")
-    most: float | None = option(None, "a bound that may be absent", least=1, group="more options")
-    kind: Literal["a", "b"] = option("a", "one of two", group="second")
-    quiet: bool = option(False, "say nothing", group="second")
-    colour: bool = option(True, "black and white", group="second")
-    hidden: int = option(3, "", group="more options")
 
 
 PAGE = """\
-usage: small DIR --names N [N ...] [options]
+usage: small DIR --names N ... [options]
 
 A page of a paragraph.
 
     small here --names 1
 
+options:
+  -h, --help            show this help message and exit
+
 first:
-  DIR                a folder
-  --rate X           above 5 % of it (default: 2e-5, Sec. 4.2)
+  DIR                   a folder
+  --rate X              above 5 % of it (default: 2e-5, Sec. 4.2)
 
 second:
-  --kind {a,b}       one of two (default: a)
-  --quiet            say nothing
-  --no-colour        black and white
+  --kind {a,b}          one of two (default: a)
+  --quiet               say nothing
+  --colour, --no-colour
+                        print in colour
 
-more options:
-  --names N [N ...]  some numbers
-  --most X           a bound that may be absent
+later:
+  --names N [N ...]     some numbers
+  --most X              a bound that may be absent
 """
 
 
@@ -155,11 +128,19 @@ def test_page_of_a_config(capsys, monkeypatch):
 
 
 def test_values_have_the_types_of_the_fields():
-    config = small("x --names 1 2 --most 4 --quiet --no-colour --hidden 5")
-    assert config == Small(
-        where=Path("x"), names=(1, 2), most=4.0, quiet=True, colour=False, hidden=5
-    )
-    assert small("x --names 1").most is None
+    config = small("x --names 1 2 --most 4 --quiet --no-colour")
+    assert config == Small(where=Path("x"), names=(1, 2), most=4.0, quiet=True, colour=False)
+    config = small("x --names 1")
+    assert config.most is None and config.colour is None and not config.quiet
+    assert small("x --names 1 --colour").colour
+
+
+def test_options_know_their_group_and_what_resume_does():
+    config = small("x --names 1 --rate 0.5")
+    assert config.group("first") == {"where": Path("x"), "rate": 0.5}
+    assert Small.on_resume("refuse") == {"most", "where", "rate"}
+    assert Small.on_resume("allow") == {"names", "quiet", "colour"}
+    assert Small.on_resume("note") == {"kind"} and Small.per_host() == {"quiet"}
 
 
 @pytest.mark.parametrize("flag, said", [
@@ -167,6 +148,7 @@ def test_values_have_the_types_of_the_fields():
     ("--rate nan", "--rate nan: must be at least"), ("--most 0.5", "--most 0.5: must be at least"),
     ("--most inf", "--most inf: must be below inf"), ("--kind c", "--kind: invalid choice"),
     ("--quite", "unrecognized arguments: --quite"), ("--names", "expected at least one argument"),
+    ("--no-quiet", "unrecognized arguments: --no-quiet"),
 ])  # fmt: skip
 def test_values_out_of_bounds_are_refused_with_the_flag(flag, said, capsys):
     with pytest.raises(SystemExit):
@@ -175,6 +157,6 @@ def test_values_out_of_bounds_are_refused_with_the_flag(flag, said, capsys):
     assert error.startswith("usage: small") and said in error
 
 
-def test_a_default_may_lie_on_the_bound():
+def test_default_may_lie_on_the_bound():
     """An amount without a limit is infinite, which lies below no bound."""
     assert teacher.TeacherConfig(data=Path("d"), out=Path("t")).max_cost == float("inf")

@@ -1,7 +1,7 @@
-"""kill -9 at random moments, in saving and in export too, each time resumed at once.
+"""kill -9 at random moments, also while saving and exporting, each time resumed at once.
 
-Twenty kills over the three stages: what each run comes to is, bit for bit, what it comes to
-undisturbed. With the default image workers, which must let go of the killed run's folder.
+After twenty kills over the three stages each result is bit for bit that of an undisturbed run. The
+default image workers must release the killed run's folder.
 """
 
 import multiprocessing
@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 import hoi_r1
+from tests.runs import same_weights
 
-# forked from a process that has all imported and has done nothing: not from this one, whose
-# threads, of tests before, a fork would lack
+# forks of a process that has imported everything and has no threads, which a fork would lack
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["hoi_r1", "predict", "train"])
 FLAGS = {
@@ -33,7 +32,7 @@ KILLS = {
     "grpo": {"starting": 1, "logging": 2, "saving": 2, "exporting": 2},
     "predict": {"starting": 1, "logging": 3, "ending": 1},
 }
-FILES = {  # that are there at a moment
+FILES = {  # which exist at a moment
     "saving": "checkpoint-*.tmp",
     "exporting": "model*.tmp",
     "ending": "summary.json*",  # before predictions.jsonl and report.html
@@ -66,9 +65,9 @@ def logged(out: Path) -> int:
 
 
 def locked(out: Path) -> int:
-    """When a run took the folder, and had removed what a kill left."""
-    lock = out / "run.lock"
-    return lock.stat().st_mtime_ns if lock.exists() and lock.stat().st_size else 0
+    """When a run wrote its settings, after it had removed what a kill left."""
+    config = out / "config.json"
+    return config.stat().st_mtime_ns if config.exists() else 0
 
 
 def kill_at(moment: str, line: list[str], out: Path, rng: random.Random) -> None:
@@ -104,17 +103,9 @@ def test_killed_again_and_again(stage, folder, tmp_path):
         kill_at(moment, line, tmp_path / "killed", rng)
     finish(line)
     assert not list((tmp_path / "killed").glob("*.tmp"))
-    for whole in [*(tmp_path / "whole").glob("model*"), tmp_path / "whole" / "predictions.jsonl"]:
-        if whole.exists():
-            assert_same(whole, tmp_path / "killed" / whole.name)
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
-
-
-def assert_same(whole: Path, killed: Path) -> None:
-    """The same weights, or the same predictions."""
-    if whole.is_file():
-        assert killed.read_text() == whole.read_text()
-        return
-    expected, found = (load_file(path / "model.safetensors") for path in (whole, killed))
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[name], found[name]) for name in expected), whole.name
+    outs = [tmp_path / name for name in ("whole", "killed")]
+    for model in (path.name for path in outs[0].glob("model*")):
+        assert same_weights(*(load_file(out / model / "model.safetensors") for out in outs)), model
+    if stage == "predict":
+        assert len({(out / "predictions.jsonl").read_text() for out in outs}) == 1
+    assert logged(outs[0]) == logged(outs[1])

@@ -1,10 +1,10 @@
 """The first losses of SFT and GRPO are those of losses.json: nothing has changed the steps.
 
-    python -m tests.test_losses     # writes losses.json anew, where a step is meant to be another
+    python -m tests.test_losses     # writes losses.json after a step was changed on purpose
 
-One process of one thread, the tests' tiny model, 24 drawings. Of random weights every answer
-is worth 0, so GRPO is given a reward that random tokens earn too; its KL term weighs 1, as the
-surrogate of a batch's first update is 0.
+One process of one thread, the tests' tiny model, 24 drawings. With random weights every answer is
+worth 0, so GRPO gets a reward that random tokens earn too. Its KL term weighs 1, as the surrogate
+of a batch's first update is 0.
 """
 
 import json
@@ -15,19 +15,11 @@ import pytest
 import torch
 
 import grpo
-from tests.runs import config_of, metrics, run, write_toy
+from tests.runs import config_of, metrics, run, score_tokens, write_toy
 
 FILE = Path(__file__).with_name("losses.json")
 STEPS = 10
 LOGGED = {"sft": ("loss",), "grpo": ("loss", "reward_total")}
-
-
-def score(trainer, example, group):
-    """In place of the rewards: a number between 0 and 6 that the tokens decide."""
-    parts = {"format": 0.0, "object": 0.0, "verb": 0.0, "written": {"instances": 0, "verbs": 0}}
-    values = [float((ids % 7).float().mean()) for ids in group.completion_ids]
-    texts = [trainer.examples.decode(ids) for ids in group.completion_ids]
-    return [{"text": t, **parts, "iou": v, "total": v} for t, v in zip(texts, values)]
 
 
 def first_losses(folder, out):
@@ -42,8 +34,7 @@ def first_losses(folder, out):
     }
 
 
-def test_the_first_losses_are_those_that_were(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo.GRPO, "score", score)
+def test_first_losses_are_unchanged(folder, tmp_path, any_reward):
     found, expected = first_losses(folder, tmp_path), json.loads(FILE.read_text())
     for stage, names in LOGGED.items():
         for name in names:
@@ -53,9 +44,9 @@ def test_the_first_losses_are_those_that_were(folder, tmp_path, monkeypatch):
 
 
 def write_losses():
-    """Write losses.json anew."""
+    """Write losses.json."""
     torch.set_num_threads(1)
-    grpo.GRPO.score = score
+    grpo.GRPO.score = score_tokens
     with tempfile.TemporaryDirectory() as folder:
         write_toy(Path(folder))
         FILE.write_text(json.dumps(first_losses(Path(folder), Path(folder)), indent=1) + "\n")

@@ -3,9 +3,8 @@
 import json
 
 import pytest
-import torch
 
-from tests.runs import config_of, metrics, run, weights
+from tests.runs import config_of, metrics, run, same_weights
 
 SMALL = {
     "sft": {"max_steps": 4, "batch_size": 2},
@@ -34,11 +33,6 @@ def changed(folder, tmp_path):
     return change
 
 
-def same_weights(a, b):
-    a, b = weights(a), weights(b)
-    return all(torch.equal(a[name], b[name]) for name in a)
-
-
 def column(out, name):
     return [row[name] for row in metrics(out)]
 
@@ -55,7 +49,7 @@ def test_options_of_the_step_change_the_weights_from_the_first_loss_on(options, 
 
 
 @pytest.mark.parametrize("stage", SMALL)
-def test_the_seed_orders_the_images(stage, plain, changed):
+def test_seed_orders_the_images(stage, plain, changed):
     what = "loss" if stage == "sft" else "file_name"
     log = "metrics.jsonl" if stage == "sft" else "rollouts.jsonl"
     runs = (changed(stage, seed=7), plain[stage])
@@ -63,25 +57,26 @@ def test_the_seed_orders_the_images(stage, plain, changed):
     assert rows[0] != rows[1]
 
 
-def test_the_batch_size_is_of_images(plain, changed):
+def test_batch_size_counts_images(plain, changed):
     one = column(changed("sft", batch_size=1), "supervised_tokens")
     assert max(one) < min(column(plain["sft"], "supervised_tokens"))
 
 
-# behind two steps of warm-up (1 + cos(pi k / 3)) / 2 of the peak rate, or 1 - k / 3
+# after two steps of warm-up (1 + cos(pi k / 3)) / 2 of the peak rate, or 1 - k / 3
 FALLING = {"sft": [0.75, 0.25], "grpo": [2 / 3, 1 / 3]}
 
 
 @pytest.mark.parametrize("stage", FALLING)
-def test_the_rate_rises_and_falls(stage, changed):
+def test_rate_rises_and_falls(stage, changed):
     out = changed(stage, max_steps=5, warmup_steps=2)
     expected = [1e-3 * part for part in (0.5, 1, 1, *FALLING[stage])]
     assert column(out, "learning_rate") == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("stage", SMALL)
-def test_what_serves_speed_alone_leaves_every_bit(stage, plain, changed):
-    speed = {"workers": 1} | ({"slots": 1} if stage == "grpo" else {})
+def test_options_for_speed_leave_every_bit(stage, plain, changed):
+    speed = {"workers": 1, "gradient_checkpointing": False}
+    speed |= {"slots": 1} if stage == "grpo" else {}
     assert same_weights(changed(stage, **speed), plain[stage])
 
 
@@ -89,22 +84,9 @@ def test_options_of_sampling(changed):
     out = changed("grpo", group_size=3, max_new_tokens=5, temperature=0.01)
     (row,) = metrics(out)
     assert row["completion_length"] <= 5
-    assert row["distinct_completions"] <= 0.5  # all but greedy
+    assert row["distinct_completions"] <= 0.5  # nearly greedy
     (shown,) = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
     assert len(shown["completions"]) == 3
-
-
-@pytest.fixture
-def any_reward(monkeypatch):
-    """A reward that random text earns too: an untrained model's answers are all worth 0."""
-    import grpo
-
-    def total_reward(completion, hois, **options):
-        value = float(next(values))
-        return {"format": value, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": value}
-
-    values = iter(range(1000))
-    monkeypatch.setattr(grpo, "total_reward", total_reward)
 
 
 def test_without_kl_there_is_no_reference(changed, any_reward):
@@ -112,7 +94,7 @@ def test_without_kl_there_is_no_reference(changed, any_reward):
     assert row["kl"] == 0
 
 
-def test_the_kl_weighs_what_it_is_told(changed, any_reward):
+def test_kl_has_its_weight(changed, any_reward):
     """At the second update pi_theta has moved, and the loss is -surrogate + beta KL."""
     (row,) = metrics(changed("grpo", kl_coef=1e6))
     assert row["kl"] > 0 and row["loss"] == pytest.approx(1e6 * row["kl"], rel=1e-2)
@@ -124,12 +106,12 @@ def test_one_update_a_batch_stays_on_policy(changed, any_reward):
 
 
 @pytest.mark.parametrize("eps, clips", [(1e-6, True), (1e6, False)])
-def test_the_clip_range(eps, clips, changed, any_reward):
+def test_clip_range(eps, clips, changed, any_reward):
     (row,) = metrics(changed("grpo", clip_eps=eps, learning_rate=1e-2))
     assert (row["clip_fraction"] > 0) == clips
 
 
-def test_the_ratio_of_outputs_is_another_step(plain, changed, folder, tmp_path, any_reward):
+def test_ratio_of_outputs_is_another_step(changed, folder, tmp_path, any_reward):
     run(config_of("grpo", folder, tmp_path / "token", **SMALL["grpo"]))
     assert not same_weights(changed("grpo", ratio="sequence"), tmp_path / "token")
 
@@ -150,7 +132,7 @@ def test_options_of_predict(folder, tmp_path):
     assert json.loads((tmp_path / "one" / "summary.json").read_text())["completion_length"] <= 3
 
 
-def test_the_ablations_of_table_2_change_the_prompt(folder, tmp_path, capsys):
+def test_ablations_of_table_2_change_the_prompt(folder, tmp_path, capsys):
     switches = {"thinking": False, "task_description": True}
     run(config_of("predict", folder, tmp_path / "x", dry_run=True, **switches))
     prompt = capsys.readouterr().out

@@ -6,8 +6,15 @@ from PIL import Image
 
 import hoi_r1
 from engine.data.images import read_image
-from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths
+from engine.report.pictures import (
+    answer_text,
+    draw_photograph,
+    photographs,
+    picture_paths,
+    show,
+)
 from hicodet import HOI, InputError, Sample, format_completion
+from tests.annotation_files import own_line, write_own
 from tests.run_folders import instance_row
 from tests.runs import refusal, run
 from tests.test_disk_full import no_file_above
@@ -49,6 +56,52 @@ def test_photograph_is_read_and_drawn_upright(sideways):
 def test_data_set_is_read_as_it_is_stored(sideways):
     sample = Sample("phone.jpg", sideways, 200, 100, (), (), frozenset())
     assert read_image(sample).size == (200, 100)
+
+
+# how a camera stores an upright picture, by its note in the EXIF data
+STORED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_270,
+}  # fmt: skip
+
+
+def store(photo, path, orientation, **options):
+    """Write a photograph as a camera stores it; returns the size of what is stored."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    with Image.open(photo) as image:
+        stored = image.transpose(STORED[orientation]) if orientation > 1 else image
+        stored.save(path, quality=95, exif=exif if options.get("noted", True) else b"")
+        return stored.size
+
+
+def test_real_photograph_in_eight_orientations(folder, photo, tmp_path, capsys):
+    """All are read upright and drawn alike, but for what JPEG makes of turned pixels."""
+    paths = [tmp_path / f"{orientation}.jpg" for orientation in range(1, 9)]
+    sizes = [store(photo, path, number) for number, path in enumerate(paths, start=1)]
+    assert sizes == [(640, 425)] * 4 + [(425, 640)] * 4
+    run(config_of(folder, *paths, out=tmp_path / "out"))
+    printed = capsys.readouterr().out
+    assert [f"{path}, 640 x 425" in printed for path in paths] == [True] * 8
+    pictures = [Image.open(tmp_path / "out" / f"{path.stem}_hois.png") for path in paths]
+    first, *others = (np.asarray(picture, float) for picture in pictures)
+    assert max(abs(first - other).mean() for other in others) < 2 < abs(first - first[::-1]).mean()
+
+
+def test_data_set_is_drawn_as_it_is_stored(photo, tmp_path):
+    """Whatever the EXIF data say: boxes are in stored pixels."""
+    (tmp_path / "images").mkdir()
+    lines, pairs = [], [((10, 20, 50, 180), (40, 100, 90, 190), 151)]
+    for number in range(1, 9):
+        for name, noted in ((f"noted{number}.jpg", True), (f"plain{number}.jpg", False)):
+            width, height = store(photo, tmp_path / "images" / name, number, noted=noted)
+            lines.append(own_line(name, "test", pairs) | {"width": width, "height": height})
+    write_own(tmp_path, *lines)
+    list(show(data=str(tmp_path), images=16, out=str(tmp_path / "out")))
+    for number in range(1, 9):
+        one, other = (Image.open(tmp_path / "out" / f"{n}{number}.png") for n in ("noted", "plain"))
+        assert one.size == other.size and one.tobytes() == other.tobytes()
 
 
 def test_answer_is_reasoning_and_a_table(sideways):
@@ -106,10 +159,10 @@ def test_picture_never_takes_the_place_of_a_photograph(tmp_path):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("notes.jpg", "not a readable image"),
+        ("notes.jpg", "cannot be read as an image"),
         ("absent.jpg", "no such file"),
         ("folder", "is a folder; give its files"),
-        ("damaged.jpg", "not a readable image .bad operand"),
+        ("damaged.jpg", "cannot be read as an image .bad operand"),
         ("long.png", "more than 200 times"),
     ],
 )
@@ -137,7 +190,7 @@ def test_what_is_no_photograph_is_one_line(tmp_path, name, words):
         ("--image a.jpg --resume", "--resume: only with --data"),
     ],
 )
-def test_a_data_set_or_photographs(flags, words, capsys):
+def test_data_set_or_photographs(flags, words, capsys):
     with pytest.raises(SystemExit):
         hoi_r1.parse_config(["predict", "--model", "m", "--out", "o", *flags.split()])
     assert words in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The authors' protocol: frames of boxes, folders as the Hub has them, scores, untraced images."""
+"""Frames of boxes, prompt options of a model, folders as the Hub has them, exports."""
 
 import json
 import shutil
@@ -11,9 +11,8 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import hicodet
 import predict
-import train
 from engine.data import annotations
-from engine.data.examples import FRAME_FILE, box_frame_of
+from engine.data.examples import PROMPT_FILE, PromptOptions, prompt_options
 from engine.model.policy import load_model
 from engine.sampling.sampler import Sampler
 from tests.runs import config_of, examples_of, metrics, refusal, run
@@ -53,28 +52,51 @@ def test_text_speaks_the_frame_that_was_asked_for(frame, scale, doubling_model, 
     for found, hoi in zip(row["line"]["instances"], sample.hois, strict=True):
         assert found["human"] == pytest.approx(hoi.human, abs=0.5)
         assert found["object"] == pytest.approx(hoi.object, abs=0.5)
+        assert (found["object_class"], tuple(found["verbs"])) == (hoi.object_class, hoi.verbs)
     assert row["reward"]["iou"] > 0.98
 
 
-def test_a_trained_folder_tells_its_frame(folder, tmp_path):
-    out = tmp_path / "run"
-    run(config_of("sft", folder, out, max_steps=1, box_frame="original"))
-    model = str(out / "model")
-    assert box_frame_of(model, None) == "original"
-    assert json.loads((out / "config.json").read_text())["box_frame"] == "original"
-    run(config_of("predict", folder, tmp_path / "p", model=model, limit=1, max_new_tokens=2))
-    assert json.loads((tmp_path / "p" / "config.json").read_text())["box_frame"] == "original"
-    found = refusal(config_of("predict", folder, tmp_path / "q", model=model, box_frame="model"))
-    assert "--box-frame model" in found and "original" in found
+def test_trained_folder_knows_its_prompt(folder, tmp_path):
+    """Its options are defaults of the next stages, and contradicting flags are refused."""
+    options = {"box_frame": "original", "thinking": False, "traces": "", "max_steps": 1}
+    run(config_of("sft", folder, tmp_path / "run", **options))
+    model = str(tmp_path / "run" / "model")
+    recorded = {"thinking": False, "task_description": False}
+    recorded |= {"box_frame": "original", "text_first": False}
+    assert json.loads((tmp_path / "run" / "model" / "prompt.json").read_text()) == recorded
+    default = {"model": model, "task_description": None, "max_new_tokens": 2}
+    for stage, short in (("predict", {"limit": 1}), ("grpo", {"max_steps": 1})):
+        run(config_of(stage, folder, tmp_path / stage, **default, **short))
+        used = json.loads((tmp_path / stage / "config.json").read_text())
+        assert {name: used[name] for name in recorded} == recorded
+    found = json.loads((tmp_path / "grpo" / "model" / "prompt.json").read_text())
+    assert found == recorded
+    flags = {"--thinking": {"thinking": True}, "--box-frame model": {"box_frame": "model"}}
+    flags["--task-description"] = {"task_description": True}
+    for flag, asked in flags.items():
+        found = refusal(config_of("predict", folder, tmp_path / "q", **default | asked))
+        assert found == f"{flag}: {model} was not trained with it; leave the option out"
 
 
-def test_a_frame_that_cannot_be_read_is_named(tmp_path):
-    assert box_frame_of("some/hub-name", None) == "model"
-    assert box_frame_of(str(tmp_path), "original") == "original"
-    for spoilt in ("{", "[]", "{}"):
-        (tmp_path / FRAME_FILE).write_text(spoilt)
-        with pytest.raises(hicodet.InputError, match=FRAME_FILE):
-            box_frame_of(str(tmp_path), None)
+@pytest.mark.parametrize("text, words", [
+    ("{", "is damaged: no JSON"), ("[]", "is damaged: no JSON object"),
+    ('{"box_frame": 5}', "not the prompt options"), ('{"other": 1}', "not the prompt options"),
+])  # fmt: skip
+def test_prompt_options_that_cannot_be_read_are_named(text, words, folder, tmp_path):
+    (tmp_path / PROMPT_FILE).write_text(text)
+    with pytest.raises(hicodet.InputError, match=f"{tmp_path / PROMPT_FILE}.*{words}"):
+        prompt_options(str(folder / "model"), str(tmp_path))
+
+
+def test_prompt_options_of_other_models(folder, tmp_path):
+    """Those of the paper, or those that are asked for. An adapter has its own."""
+    model = str(folder / "model")
+    assert prompt_options(model, "", thinking=None) == PromptOptions(True, True, "model")
+    asked = {"thinking": False, "box_frame": "original"}
+    assert prompt_options(model, "", **asked) == PromptOptions(False, True, "original")
+    (tmp_path / PROMPT_FILE).write_text(PromptOptions().as_file())
+    with pytest.raises(hicodet.InputError, match=f"^--no-thinking: {tmp_path} was not trained"):
+        prompt_options(model, str(tmp_path), thinking=False)
 
 
 # A folder as the Hub has it
@@ -98,7 +120,7 @@ def hub_folder(folder, tmp_path):
     return path
 
 
-def test_a_hub_folder_is_the_librarys_model(hub_folder, folder):
+def test_hub_folder_is_the_librarys_model(hub_folder, folder):
     mine = load_model(str(hub_folder), torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(hub_folder, dtype=torch.float32)
     assert mine.lm_head.weight.data_ptr() == mine.get_input_embeddings().weight.data_ptr()
@@ -114,7 +136,7 @@ def test_a_hub_folder_is_the_librarys_model(hub_folder, folder):
         torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_command_for_the_released_weights_works_on_a_hub_folder(hub_folder, folder, tmp_path):
+def test_command_for_the_released_weights_works_on_a_hub_folder(hub_folder, folder, tmp_path):
     """README: predict --model ... --box-frame original --max-new-tokens 1024."""
     options = {"box_frame": "original", "max_new_tokens": 24, "limit": 2}
     run(config_of("predict", folder, tmp_path / "test", model=str(hub_folder), **options))
@@ -134,30 +156,7 @@ def test_repetition_penalty_equals_the_librarys(model, reference, prompts, slots
     assert [ids.tolist() for ids in collect(plain, prompts).completion_ids] != found
 
 
-# Scores, traces, models of Fig. 2
-
-
-def test_scores_fall_by_rank_unless_told_otherwise(folder):
-    config = config_of("predict", folder, "x")
-    assert config.scores == "rank"
-    sample = next(s for s in annotations.load_split(folder / "data", "train") if len(s.hois) > 1)
-    examples = examples_of(config_of("sft", folder, "x"), [sample], {sample.file_name: "x"})
-    ids = examples[0].target_ids
-    verbs = sum(len(hoi.verbs) for hoi in sample.hois)
-    row = predict.prediction(examples, examples[0], ids, torch.zeros(len(ids)), "rank")
-    scores = [score for hoi in row["line"]["instances"] for score in hoi["scores"]]
-    assert scores == pytest.approx([1 - 0.5 * i / (verbs - 1) for i in range(verbs)])
-    row = predict.prediction(examples, examples[0], ids, torch.zeros(len(ids)), "ones")
-    assert {s for hoi in row["line"]["instances"] for s in hoi["scores"]} == {1.0}
-
-
-def test_many_images_without_a_trace_stop_a_run_that_did_not_choose():
-    assert "0 of 100" in train.untraced_line(0, 100, None)
-    assert "left out" in train.untraced_line(5, 100, None)
-    with pytest.raises(hicodet.InputError, match="6 of 100 .* --untraced skip"):
-        train.untraced_line(6, 100, None)
-    assert "left out" in train.untraced_line(60, 100, "skip")
-    assert "answer alone" in train.untraced_line(60, 100, "answer")
+# Traces, models of Fig. 2
 
 
 def test_images_without_a_trace_are_listed_in_the_run(folder, tmp_path):
@@ -168,8 +167,7 @@ def test_images_without_a_trace_are_listed_in_the_run(folder, tmp_path):
     assert "4 of 24 annotated images" in refusal(config)
 
 
-def test_models_on_the_way_are_what_a_shorter_run_ends_with(folder, tmp_path):
-    """But for the schedule, which is the same here: a constant rate is not needed for step 2."""
+def test_models_exported_on_the_way(folder, tmp_path):
     run(config_of("sft", folder, tmp_path / "run", max_steps=4, export_every=2, save_every=0))
     names = sorted(path.name for path in (tmp_path / "run").glob("model*"))
     assert names == ["model", "model-000002", "model-000004"]

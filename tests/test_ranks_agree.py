@@ -1,83 +1,105 @@
-"""Two hosts of one run: what must be the same on both is compared before anything is written."""
+"""What must be the same on all ranks is compared before anything is written."""
 
-import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from engine.model.model_files import weights_fingerprint
-from engine.ranks import compare_ranks
+from engine.ranks import Ranks, on_first, require_agreement
+from engine.runs.run_folder import open_run
 from hicodet import InputError
+from tests.runs import config_of, free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+@dataclass(frozen=True)
+class Thread(Ranks):
+    """One of two ranks in threads of this process, which exchange what they gather."""
+
+    barrier: threading.Barrier
+    parts: list
+
+    def gather(self, rows, group=None):
+        self.parts[self.rank] = rows
+        self.barrier.wait()
+        gathered = [row for part in self.parts for row in part]
+        self.barrier.wait()
+        return gathered
 
 
-def two_hosts(folder, out, *second: str) -> tuple[list[int], str]:
-    """Exit codes and stderr of an SFT on two nodes, where the second has these flags besides."""
-    port = free_port()
-    options = f"--model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl"
-    options += f" --out {out} --no-task-description --workers 0 --max-steps 1 --untraced skip"
+def on_both(act) -> list:
+    """What act(ranks) returns on each of two ranks, or the exception that ends it."""
+    shared = torch.device("cpu"), threading.Barrier(2, timeout=30), [None, None]
 
-    def host(number: int) -> subprocess.CompletedProcess:
-        torchrun = f"--nnodes 2 --node_rank {number} --nproc_per_node 1 --master_port {port}"
-        line = ["-m", "torch.distributed.run", *torchrun.split(), "--master_addr", "127.0.0.1"]
-        line += ["hoi_r1.py", "sft", *options.split(), *(second if number else ())]
-        return subprocess.run(
-            [sys.executable, *line], cwd=ROOT, capture_output=True, text=True, timeout=120,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    def one(rank):
+        try:
+            return act(Thread(rank, 2, *shared))
+        except (InputError, SystemExit) as end:
+            return end
 
-    with ThreadPoolExecutor(2) as hosts:
-        done = list(hosts.map(host, (0, 1)))
-    return [one.returncode for one in done], "".join(one.stderr for one in done)
+    with ThreadPoolExecutor(2) as threads:
+        return list(threads.map(one, (0, 1)))
 
 
-def refusal(codes_and_errors: tuple[list[int], str]) -> str:
-    """The one line that two hosts print which do not agree."""
-    codes, errors = codes_and_errors
-    assert codes == [1, 1], errors
-    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
-    return line
+def refusal(ends: list) -> str:
+    """The line of the first rank. The other one ends in silence."""
+    first, second = ends
+    assert type(first) is InputError and type(second) is SystemExit and second.code == 1, ends
+    return str(first)
 
 
-@pytest.mark.slow
-def test_two_hosts_that_agree_train(folder, tmp_path):
-    codes, errors = two_hosts(folder, tmp_path / "run")
-    assert codes == [0, 0], errors
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["weights"] == weights_fingerprint(str(folder / "model"))
-    assert (tmp_path / "run" / "model").is_dir()
+def test_first_difference_is_named():
+    one = {"data": "/a", "seed": 0, "weights": "1"}
+
+    def compared(**changes):
+        both = one, one | changes
+        names = {"weights": "content of --model"}
+        return on_both(lambda r: require_agreement(both[r.rank], {"data"}, r, names))
+
+    assert compared(data="/b") == [None, None]
+    said = refusal(compared(seed=1, weights="2"))
+    assert said.startswith("ranks must agree: --seed 0 on rank 0 (")
+    assert ", 1 on rank 1 (" in said and "weights" not in said
+    assert "content of --model 1 on rank 0 (" in refusal(compared(weights="2"))
 
 
-@pytest.mark.slow
-def test_another_option_ends_both(folder, tmp_path):
-    line = refusal(two_hosts(folder, tmp_path / "run", "--learning-rate", "0.5"))
-    assert "--learning-rate 1e-06 on rank 0" in line and "--learning-rate 0.5 on rank 1" in line
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"]
+def test_fault_of_the_first_rank_ends_all():
+    def act():
+        raise PermissionError(13, "Permission denied", "/out")
+
+    assert refusal(on_both(lambda ranks: on_first(ranks, act))) == (
+        "[Errno 13] Permission denied: '/out'"
+    )
+    assert on_both(lambda ranks: on_first(ranks, lambda: "made")) == ["made", None]
 
 
-@pytest.mark.slow
-def test_another_folder_ends_both(folder, tmp_path):
-    """As where --out is a disk of each host."""
-    line = refusal(two_hosts(folder, tmp_path / "one", "--out", str(tmp_path / "two")))
-    assert f"--out {tmp_path / 'one'} (lock file: " in line
-    assert f"--out {tmp_path / 'two'} (lock file: none)" in line
-    assert not (tmp_path / "two").exists()
+def test_folder_of_each_host_is_refused(folder, tmp_path):
+    """As where --out is on a disk of each host."""
+    config = config_of("sft", folder, tmp_path)
+    settings = {"model": config.model, "stage": "sft"}
+
+    def opened(*outs):
+        return on_both(lambda r: open_run(str(tmp_path / outs[r.rank]), config, settings, r))
+
+    said = refusal(opened("one", "two"))
+    assert said == f"--out {tmp_path / 'one'} must be one folder that all hosts share"
+    assert not (tmp_path / "one" / "config.json").exists() and not (tmp_path / "two").exists()
+    runs = opened("one", "one")
+    runs[0].finish()
+    assert (tmp_path / "one" / "config.json").exists()
 
 
-def test_the_first_values_of_all_weights_count(folder, tmp_path):
+def test_first_values_of_all_weights_count(folder, tmp_path):
     """Here those of one bias."""
     shutil.copytree(folder / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
@@ -85,47 +107,38 @@ def test_the_first_values_of_all_weights_count(folder, tmp_path):
     assert before == weights_fingerprint(str(folder / "model"))
     name = max(name for name in weights if name.endswith("bias"))
     weights[name][0] += 1e-3
+    (tmp_path / "model" / "model.safetensors").unlink()
     save_file(weights, tmp_path / "model" / "model.safetensors", {"format": "pt"})
     assert weights_fingerprint(str(tmp_path / "model")) != before
 
 
-def test_paths_and_workers_may_differ():
-    one = {"lock file": "word", "data": "/a", "workers": 2, "examples": "3 images", "seed": 0}
-    two = one | {"data": "/b", "workers": 0, "host": "b"}
-    compare_ranks([one | {"host": "a"}, two])
-    with pytest.raises(InputError, match=r"--seed 0 on rank 0 \(a\), --seed 1 on rank 1 \(b\)"):
-        compare_ranks([one | {"host": "a"}, two | {"seed": 1}])
-
-
-@pytest.mark.parametrize(
-    "name, flags", [("examples", "--data d --traces t"), ("weights", "--model m")]
-)
-def test_other_contents_are_named_by_their_flags(name, flags):
-    one = {"model": "m", "data": "d", "traces": "t", "examples": "1", "weights": "2", "host": "a"}
-    with pytest.raises(InputError) as refused:
-        compare_ranks([one, one | {name: "other"}])
-    assert f"{flags} ({name}: other) on rank 1 (a)" in str(refused.value)
+def test_options_in_which_hosts_may_differ(folder):
+    """Where files are and how they are read; nothing that changes the result."""
+    for stage in ("sft", "grpo", "predict"):
+        differ = config_of(stage, folder, "x").per_host()
+        traces = {"traces"} if stage == "sft" else set()
+        assert differ == {"model", "adapter", "data", "exclude", "out", "workers"} | traces
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_in_vain_ends_with_the_reason():
-    """The other one has joined and then stands still, as a host does whose link is cut."""
+def test_rank_that_waits_in_vain_ends_with_the_reason():
+    """The other one has joined and then stops, like a host whose link is cut."""
     code = (
         "import sys; from datetime import timedelta; from engine.ranks import start_ranks; "
         "ranks = start_ranks(timedelta(seconds=2)); print('joined', flush=True); "
         "ranks.rank and sys.stdin.read(); ranks.gather([0])"
     )
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    waits, stands = (
+    waits, silent = (
         subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **place, "RANK": rank},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in "01"
     )  # fmt: skip
     try:
-        assert [one.stdout.readline() for one in (waits, stands)] == ["joined\n"] * 2
+        assert [one.stdout.readline() for one in (waits, silent)] == ["joined\n"] * 2
         _, errors = waits.communicate(timeout=60)
         assert waits.returncode == 1 and "Timed out waiting 2000ms" in errors
     finally:
         waits.kill()
-        stands.communicate("")
+        silent.communicate("")

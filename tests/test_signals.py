@@ -1,90 +1,39 @@
-"""A run that is ended from outside: what it leaves, and how it goes on."""
+"""A run that is ended by a signal: what it leaves, and how it continues."""
 
-import fcntl
-import inspect
 import os
-import re
-import shlex
 import signal
 import subprocess
 import sys
 import time
-from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed.launcher.api
 
 import evaluate
 import hoi_r1
 import teacher
 from demo.run import run_command
-from engine.runs.run_folder import Run
-from engine.signals import resume_command
-from tests.runs import config_of, metrics, run, weights
-from tests.test_ranks_agree import free_port
+from engine.signals import StopSignal
+from tests.runs import SFT_LINE, free_port, metrics, same_weights, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A trainer whose images are so large that its workers wait for it to take them.
-READER = """
-import sys
 
-import torch
-
-from engine.model.packing import Prompt
-from engine.data.examples import Example
-from engine.data.loader import read_ahead
-from engine.files import lock
-
-class Examples:
-    def __getitem__(self, index):
-        return Example("x" * 10**6, Prompt(*torch.zeros(3, 1)), (1, 1), (1, 1), (), None)
-
-file = open(sys.argv[1], "w")
-lock(file)
-images = read_ahead(Examples(), list(range(100)), workers=2)
-next(images)
-print("reading", flush=True)
-sys.stdin.read()
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's signal at a parent's end")
-@pytest.mark.slow
-def test_image_workers_end_with_a_killed_trainer(tmp_path):
-    """They hold its lock: left alone they would keep it from the run that goes on."""
-    trainer = subprocess.Popen(
-        [sys.executable, "-c", READER, str(tmp_path / "lock")],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    assert trainer.stdout.readline() == b"reading\n"
-    trainer.kill()
-    trainer.wait()
-    assert becomes_free(tmp_path / "lock")
-
-
-def becomes_free(path: Path, seconds: float = 10.0) -> bool:
-    """Whether a file's lock can be had in this time."""
-    with open(path) as file:
-        for _ in range(int(10 * seconds)):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return True
-            except BlockingIOError:
-                time.sleep(0.1)
-    return False
+@pytest.fixture(autouse=True)
+def heeded():
+    """Python's own handler of Ctrl-C, which a shell script ignores in what it starts with `&`."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def start(folder, out, *flags, **environment) -> subprocess.Popen:
-    """A small SFT that saves at its end alone, with image workers, in a process of its own."""
-    line = f"sft --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl "
-    line += "--untraced skip "
-    line += f"--out {out} --no-task-description --batch-size 4 --learning-rate 1e-3 --epochs 4"
+    """A small SFT without regular checkpoints, with image workers, in a process of its own."""
+    line = f"{SFT_LINE.format(folder=folder)} --out {out} --epochs 4"
     return subprocess.Popen(
-        [sys.executable, "hoi_r1.py", *line.split(), *flags],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, **environment})  # fmt: skip
+        [sys.executable, *line.split(), *flags], cwd=ROOT, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **environment},
+    )  # fmt: skip
 
 
 def wait_for_step(process: subprocess.Popen, out: Path) -> None:
@@ -95,7 +44,7 @@ def wait_for_step(process: subprocess.Popen, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """The weights of the run that nothing ends."""
+    """The weights of the run that is not interrupted."""
     out = tmp_path_factory.mktemp("whole")
     process = start(folder, out)
     assert process.wait() == 0, process.stderr.read()
@@ -104,44 +53,24 @@ def whole(folder, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(number, code, folder, whole, tmp_path):
-    """To the weights of the run that nothing ended."""
+def test_signal_saves_and_says_how_to_continue(number, code, folder, whole, tmp_path):
+    """To the weights of the run that is not interrupted."""
     process = start(folder, tmp_path)
     wait_for_step(process, tmp_path)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=60)
-    assert process.returncode == code, errors
-    assert "Traceback" not in errors
+    assert process.returncode == code and "Traceback" not in errors, errors
     done = len(metrics(tmp_path))
-    said, command = printed.splitlines()[-1].split("; go on with: python ")
-    assert said == f"stopped after step {done}" and done < 20
+    said = f"stopped after step {done}; to continue, add --resume to the same command"
+    assert printed.splitlines()[-1] == said and done < 20
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{done:06d}"]
-    subprocess.run([sys.executable, *shlex.split(command)], cwd=ROOT, check=True)
-    assert all(torch.equal(whole[name], found) for name, found in weights(tmp_path).items())
-
-
-def test_a_signal_while_a_checkpoint_is_written_stops_behind_it(folder, tmp_path, monkeypatch):
-    """A step more would wait for images of workers that have got the signal too."""
-    save = Run.save
-
-    def interrupted(*arguments):
-        os.kill(os.getpid(), signal.SIGTERM)
-        save(*arguments)
-
-    monkeypatch.setattr(Run, "save", interrupted)
-    run(config_of("sft", folder, tmp_path, max_steps=3, save_every=2))  # ends with exit 0
-    assert len(metrics(tmp_path)) == 2 and (tmp_path / "checkpoint-000002").is_dir()
-
-
-def test_torchrun_has_the_variable_of_the_readme():
-    """Which gives its ranks longer than 30 seconds to save after a signal."""
-    name = re.search(r"export (TORCH_ELASTIC_\w+)=", (ROOT / "README.md").read_text()).group(1)
-    assert f'"{name}"' in inspect.getsource(torch.distributed.launcher.api)
+    assert start(folder, tmp_path, "--resume").wait() == 0
+    assert same_weights(whole, tmp_path)
 
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_image_workers_too(folder, tmp_path):
-    """And SIGTERM of a batch system, which kills them: the step is finished without them."""
+    """So does SIGTERM of a batch system, which kills them: the step is finished without them."""
     process = start(folder, tmp_path)
     wait_for_step(process, tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -154,7 +83,7 @@ def test_ctrl_c_in_a_terminal_reaches_the_image_workers_too(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all(folder, tmp_path):
+def test_signal_to_one_rank_stops_all(folder, tmp_path):
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     both = [start(folder, tmp_path, "--workers", "0", RANK=rank, **place) for rank in "01"]
     wait_for_step(both[0], tmp_path)
@@ -165,11 +94,11 @@ def test_a_signal_to_one_rank_stops_all(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_second_signal_ends_at_once():
-    """But not the same one again, which torchrun passes on."""
+def test_second_signal_ends_at_once():
+    """The same one right after it, which torchrun passes on, does not."""
     code = (
-        "import signal, time; from engine.signals import Stop\n"
-        "with Stop() as stop:\n"
+        "import signal, time; from engine.signals import StopSignal\n"
+        "with StopSignal() as stop:\n"
         "    print('ready', flush=True)\n"
         "    while True:\n"
         "        time.sleep(0.01)\n"
@@ -185,10 +114,20 @@ def test_a_second_signal_ends_at_once():
     assert process.wait(timeout=30) == -signal.SIGTERM
 
 
+def test_signal_that_is_ignored_stays_ignored():
+    """As Ctrl-C is after `nohup python ... &` in a script."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopSignal() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
 @pytest.fixture
 def ctrl_c(monkeypatch):
-    """Ctrl-C in the first that a program does. The tests keep their own way to end at one."""
-    before = signal.getsignal(signal.SIGINT)
+    """Ctrl-C as soon as a program starts its work."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -196,24 +135,23 @@ def ctrl_c(monkeypatch):
     monkeypatch.setattr(hoi_r1, "run_stage", interrupted)
     monkeypatch.setattr(evaluate, "load_split", interrupted)
     monkeypatch.setattr(teacher, "run", interrupted)
-    yield
-    signal.signal(signal.SIGINT, before)
+
+
+ADD_RESUME = "interrupted; to continue, add --resume to the same command"
 
 
 @pytest.mark.parametrize("program, line, said", [
-    (hoi_r1, "predict --model m --out o --data d", "interrupted; go on with: python hoi --resume"),
+    (hoi_r1, "predict --model m --out o --data d", ADD_RESUME),
     (hoi_r1, "predict --model m --out o --data d --dry-run", "interrupted"),
     (hoi_r1, "predict --model m --out o --image a.jpg", "interrupted"),
-    (hoi_r1, "sft --model m --out o --data d", "interrupted; go on with: python hoi --resume"),
+    (hoi_r1, "sft --model m --out o --data d", ADD_RESUME),
     (hoi_r1, "demo", "interrupted"),
     (evaluate, "p.jsonl --data d", "evaluate.py: interrupted"),
-    (teacher, "--data d --out t.jsonl", "teacher.py: interrupted; run the same command again to go "
-                                        "on"),
+    (teacher, "--data d --out t.jsonl",
+     "teacher.py: interrupted; run the same command again to go on"),
 ])  # fmt: skip
 def test_ctrl_c_outside_of_the_steps_is_one_line(program, line, said, ctrl_c, monkeypatch, capsys):
-    """And under torchrun that of the first rank."""
-    monkeypatch.setattr(sys, "argv", ["hoi"])
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)  # `python -m pytest` has one
+    """Under torchrun the first rank prints it."""
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(BaseException) as ended:
@@ -222,49 +160,22 @@ def test_ctrl_c_outside_of_the_steps_is_one_line(program, line, said, ctrl_c, mo
         assert capsys.readouterr().err == ("" if rank == "1" else f"\n{said}\n")
 
 
-def test_the_command_that_goes_on_starts_a_module_as_it_was(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/demo/base.py", "a b", "--out", "o"])
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", ModuleSpec("demo.base", None))
-    assert resume_command() == "python -m demo.base 'a b' --out o --resume"
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
-    expected = "torchrun --nproc_per_node 2 -m demo.base 'a b' --out o --resume"
-    assert resume_command() == expected
-    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
-    assert resume_command() == expected.replace("-m demo.base", "/somewhere/demo/base.py")
-
-
-# as torchrun, which ends its rank, of another session, in its own time. As in a terminal: both get
-# Ctrl-C
+# like torchrun, which ends its ranks in its own time; like in a terminal, both receive Ctrl-C
 AS_TORCHRUN = """
-import os, signal, subprocess, time
-rank = subprocess.Popen(["sleep", "60"], start_new_session=True)
-print(rank.pid, flush=True)
+import os, signal, time
+print(os.getpid(), flush=True)
 try:
     os.kill(os.getppid(), signal.SIGINT)
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(60)
 except KeyboardInterrupt:
     time.sleep(0.5)
-    rank.kill()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the rank is looked for in /proc")
-def test_ctrl_c_leaves_no_command_of_the_demo_behind(tmp_path, capfd):
+def test_ctrl_c_in_the_demo_waits_for_its_command(tmp_path, capfd):
     (tmp_path / "torchrun.py").write_text(AS_TORCHRUN)
     with pytest.raises(KeyboardInterrupt):
         run_command([str(tmp_path / "torchrun.py")])
-    assert ends(capfd.readouterr().out.splitlines()[-1])
-
-
-def ends(pid: str, seconds: float = 5.0) -> bool:
-    """Whether a process is gone, or waits for one that asks how it ended, in this time."""
-    for _ in range(int(50 * seconds)):
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.02)
-    return False
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(capfd.readouterr().out.splitlines()[-1]), 0)

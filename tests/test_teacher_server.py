@@ -25,6 +25,7 @@ from engine.data import annotations
 from engine.traces.template import template_trace
 from engine.traces.trace_file import read_traces
 from tests.faulty_server import FAULTS, Server
+from tests.programs import end_of
 from tests.replies import THINK, USAGE, reply
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,10 +52,7 @@ def key(monkeypatch):
 
 
 def run_main(*arguments):
-    """Runs the command in this process; returns its exit status, or its last words."""
-    with pytest.raises(SystemExit) as ended:
-        teacher.main([str(argument) for argument in arguments])
-    return ended.value.code
+    return end_of(teacher.main, *arguments)
 
 
 def call(*arguments):
@@ -244,7 +242,7 @@ def test_cut_image_is_listed_and_the_others_go_on(data, tmp_path, capsys):
     finally:
         cut.write_bytes(whole)
     assert len(lines(out)) == 19
-    assert f"{cut}: not a readable image" in capsys.readouterr().err
+    assert f"{cut}: cannot be read as an image" in capsys.readouterr().err
 
 
 def test_template_backend_writes_every_image_and_resumes(data, tmp_path):

@@ -1,14 +1,14 @@
-"""hoi_r1.py, whole runs on the toy in this process: resume, metrics, switches, refusals."""
+"""hoi_r1.py, whole runs on the toy in this process: resume, logs, steps, what is left."""
 
 import json
-import math
+import os
 import shutil
+import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
@@ -16,192 +16,120 @@ from transformers import (
     Qwen2VLImageProcessorPil,
 )
 
-import engine.data.examples
-import engine.data.loader
-import engine.runs.run_folder
-import grpo
-import predict
-import sft
+import train
 from engine.data import annotations
 from engine.model.attention import GROUP_ATTENTION, WINDOW_ATTENTION
-from engine.model.policy import load_model
 from engine.report import health
+from engine.runs.run_folder import RunFolder
+from sft import SFT
 from tests.runs import (
+    as_killed,
     config_of,
     metrics,
-    policy_of,
     refusal,
     run,
+    same_weights,
     training_examples,
     weights,
 )
 
-
-@pytest.fixture
-def any_reward(monkeypatch):
-    """A reward that random text earns too: an untrained model's answers are all worth 0."""
-
-    def score(trainer, example, group):
-        values = [float((ids % 7).float().mean()) for ids in group.completion_ids]
-        none = {"object": 0.0, "verb": 0.0, "iou": 0.0, "written": {"instances": 2, "verbs": 3}}
-        texts = [trainer.examples.decode(ids) for ids in group.completion_ids]
-        return [{"text": t, "format": v, **none, "total": v} for t, v in zip(texts, values)]
-
-    monkeypatch.setattr(grpo.GRPO, "score", score)
+SMALL = {
+    "sft": {"max_steps": 4, "save_every": 2},
+    "grpo": {"max_steps": 2, "save_every": 1, "updates_per_batch": 2},
+}
 
 
-def assert_resumes_bit_for_bit(stage, method, crash, folder, tmp_path, **options):
-    """A run whose `Run` method crashes, resumed, comes to the weights of one that did not."""
-    run(config_of(stage, folder, tmp_path / "whole", **options))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.runs.run_folder.Run, method, crash)
-        with pytest.raises(KeyboardInterrupt):
-            run(config_of(stage, folder, tmp_path / "cut", **options))
-    run(config_of(stage, folder, tmp_path / "cut", resume=True, **options))
-    first, whole, cut = weights(folder), weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-    assert any(not torch.equal(whole[name], first[name]) for name in whole)
-
-
-def test_sft_resumes_bit_for_bit(folder, tmp_path):
-    """4 steps at once equal 3 steps, a crash after the checkpoint of step 2, and the rest."""
-    log = engine.runs.run_folder.Run.log
-
-    def crash(folder_, name, step, values):
-        log(folder_, name, step, values)
-        if step == 3:
-            with open(folder_.folder / "metrics.jsonl", "a") as file:
-                file.write('{"step": 4, "lo')
-            raise KeyboardInterrupt
-
-    options = {"max_steps": 4, "save_every": 2}
-    assert_resumes_bit_for_bit("sft", "log", crash, folder, tmp_path, **options)
-    assert [row["step"] for row in metrics(tmp_path / "cut")] == [1, 2, 3, 4]
-    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("whole", "cut")]
-    assert losses[0] == losses[1]
-
-
-def test_grpo_resumes_bit_for_bit(folder, tmp_path, any_reward):
-    """With a crash while the second checkpoint is written."""
-    save = engine.runs.run_folder.Run.save
-
-    def crash(folder_, policy, optimizer, done, keep):
-        if done == 2:
-            aside = folder_.folder / "checkpoint-000002.tmp"
-            aside.mkdir()
-            (aside / "half").write_text("a file")
-            raise KeyboardInterrupt
-        save(folder_, policy, optimizer, done, keep)
-
-    options = {"save_every": 1, "updates_per_batch": 2}
-    assert_resumes_bit_for_bit("grpo", "save", crash, folder, tmp_path, **options)
-    rollouts = [(tmp_path / name / "rollouts.jsonl").read_text() for name in ("whole", "cut")]
-    assert rollouts[0] == rollouts[1]
-    rows = [json.loads(line) for line in rollouts[0].splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert all(len(row["completions"]) == 4 for row in rows)
-    assert all(one["total"] > 0 and one["text"] for row in rows for one in row["completions"])
-
-
-def crash_in(into: Path, name: str):
-    """Leave half of a file, as a process does that is killed while writing."""
-    into.mkdir(exist_ok=True)
-    (into / name).write_text("half")
-    raise KeyboardInterrupt
-
-
-TWO_STEPS = {"max_steps": 2, "save_every": 1}
-
-
-@pytest.fixture(scope="module")
-def undisturbed(folder, tmp_path_factory):
-    """The weights of an SFT of two steps."""
-    out = tmp_path_factory.mktemp("whole")
-    run(config_of("sft", folder, out, **TWO_STEPS))
-    return weights(out)
-
-
-def test_a_crash_amid_a_checkpoint_leaves_the_one_before(
-    folder, undisturbed, tmp_path, monkeypatch
-):
-    out, save = tmp_path / "cut", dcp.save
-
-    def save_one(state, checkpoint_id, storage_writer):
-        if list(out.glob("checkpoint-*")):
-            crash_in(Path(checkpoint_id), "__0_0.distcp")
-        save(state, checkpoint_id=checkpoint_id, storage_writer=storage_writer)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(dcp, "save", save_one)
-        run(config_of("sft", folder, out, **TWO_STEPS))
-    assert folders(out) == ["checkpoint-000001"]
-    assert_goes_on_as_if_nothing_had_been(folder, out, undisturbed)
-
-
-def test_a_crash_amid_the_model_leaves_none(folder, undisturbed, tmp_path, monkeypatch):
-    out = tmp_path / "cut"
-
-    def save_pretrained(model, into, **options):
-        crash_in(Path(into), "model.safetensors")
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Qwen2_5_VLForConditionalGeneration, "save_pretrained", save_pretrained)
-        run(config_of("sft", folder, out, **TWO_STEPS))
-    assert folders(out) == ["checkpoint-000001", "checkpoint-000002"]
-    assert_goes_on_as_if_nothing_had_been(folder, out, undisturbed)
-
-
-def folders(out: Path) -> list[str]:
-    """The folders of a run that are whole."""
+def folders(out):
+    """The complete folders of a run."""
     return sorted(p.name for p in out.iterdir() if p.is_dir() and p.suffix != ".tmp")
 
 
-def assert_goes_on_as_if_nothing_had_been(folder, cut: Path, expected: dict):
-    run(config_of("sft", folder, cut, resume=True, **TWO_STEPS))
-    assert not list(cut.glob("*.tmp"))
-    found = weights(cut)
-    assert all(torch.equal(expected[name], found[name]) for name in expected)
+# Stopped runs
 
 
-def test_a_checkpoint_before_the_first_good_step_changes_nothing(folder, tmp_path, monkeypatch):
-    """The library would make AdamW's moments by a step of its own, and that step would count."""
-    sft_loss = sft.sft_loss
-    for save_every in (0, 1):
-        losses = iter([math.nan, 1.0, 1.0])
-        monkeypatch.setattr(sft, "sft_loss", lambda *values: sft_loss(*values) * next(losses))
-        options = {"max_steps": 3, "save_every": save_every}
-        run(config_of("sft", folder, tmp_path / str(save_every), **options))
-        skipped = [row["skipped"] for row in metrics(tmp_path / str(save_every))]
-        assert skipped == [True, False, False]
-    without, saved = weights(tmp_path / "0"), weights(tmp_path / "1")
-    assert all(torch.equal(without[name], saved[name]) for name in without)
+@pytest.mark.parametrize(
+    "stage, amid", [("sft", "checkpoint-000004"), ("sft", "model"), ("grpo", "checkpoint-000002")]
+)
+def test_killed_run_resumes_to_the_same_bits(stage, amid, folder, tmp_path, any_reward):
+    config, names = config_of(stage, folder, tmp_path, **SMALL[stage]), ("loss", "grad_norm")
+    run(config)
+    expected, logged = weights(tmp_path), [[row[n] for n in names] for row in metrics(tmp_path)]
+    rollouts = stage == "grpo" and (tmp_path / "rollouts.jsonl").read_text()
+    as_killed(tmp_path, amid)
+    run(replace(config, resume=True))
+    assert same_weights(expected, tmp_path) and not same_weights(expected, folder)
+    assert [[row[name] for name in names] for row in metrics(tmp_path)] == logged
+    assert not list(tmp_path.glob("*.tmp"))
+    if rollouts:
+        assert (tmp_path / "rollouts.jsonl").read_text() == rollouts
+        rows = [json.loads(line) for line in rollouts.splitlines()]
+        assert [row["step"] for row in rows] == [1, 2]
+        completions = [one for row in rows for one in row["completions"]]
+        assert len(completions) == 8 and all(one["text"] for one in completions)
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_a_step_whose_loss_is_not_finite_is_left_out(
-    stage, folder, tmp_path, monkeypatch, any_reward
-):
-    """Its gradient is finite: NaN is added behind the last operation."""
-    sft_loss, objective = sft.sft_loss, grpo.grpo_objective
+def test_signal_while_a_checkpoint_is_written_stops_after_it(folder, tmp_path, ranks):
+    """One more step would wait for images of workers that have received the signal too."""
 
-    def spoilt(*values, **options):
-        terms = objective(*values, **options)
-        return terms | {"objective": terms["objective"] + math.nan}
+    class Interrupted(RunFolder):
+        def save(self, *arguments):
+            os.kill(os.getpid(), signal.SIGTERM)
+            super().save(*arguments)
 
-    monkeypatch.setattr(sft, "sft_loss", lambda *values: sft_loss(*values) + math.nan)
-    monkeypatch.setattr(grpo, "grpo_objective", spoilt)
-    run(config_of(stage, folder, tmp_path / "run", max_steps=1))
-    (row,) = metrics(tmp_path / "run")
-    assert row["loss"] is None and row["skipped"] and row["grad_norm"] > 0
-    first, last = weights(folder), weights(tmp_path / "run")
-    assert all(torch.equal(first[name], last[name]) for name in first)
+    config = config_of("sft", folder, tmp_path, max_steps=3, save_every=2)
+    examples = training_examples(config)
+    needs = {"replica": False, "reference": False}
+    parts = train.set_up(config, examples, (), ranks, "sft", needs)
+    parts = replace(parts, run=Interrupted(parts.run.path, parts.run.lock_file, ranks))
+    with pytest.raises(SystemExit) as ended:
+        train.train(config, SFT(parts.policy, parts.optimizer, ranks, 9999), parts, ranks)
+    assert ended.value.code == 0 and len(metrics(tmp_path)) == 2
+    assert folders(tmp_path) == ["checkpoint-000002"]
+    assert (tmp_path / "report.html").exists()  # written with each checkpoint
+
+
+def test_cut_prediction_goes_on(folder, tmp_path):
+    """Killed in the third image's line: two images are kept, four are predicted again.
+
+    The part is that of a second rank, whose first had none yet when the crash came.
+    """
+    config = config_of("predict", folder, tmp_path, max_new_tokens=5)
+    run(config)
+    path, part = tmp_path / "predictions.jsonl", tmp_path / "part-0000.jsonl"
+    whole = [json.loads(line)["text"] for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in part.read_text().splitlines()]
+    lines = [json.dumps(row | {"line": row["line"] | {"text": "kept"}}) + "\n" for row in rows]
+    part.with_name("part-0001.jsonl").write_text("".join(lines[:2]) + lines[2][:-9])
+    part.unlink()
+    path.unlink()
+    run(replace(config, resume=True))
+    kept = [row["index"] for row in rows[:2]]
+    expected = ["kept" if index in kept else text for index, text in enumerate(whole)]
+    assert [json.loads(line)["text"] for line in path.read_text().splitlines()] == expected
+
+
+# Steps
+
+
+def test_steps_with_a_loss_that_is_not_finite_change_nothing(folder, tmp_path):
+    """They are null in the log, as JSON has no NaN, and no checkpoint replaces one before."""
+    shutil.copytree(folder / "model", tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.norm.weight"][0] = torch.nan
+    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    out = tmp_path / "run"
+    run(config_of("sft", folder, out, model=str(tmp_path / "model"), max_steps=2, save_every=1))
+    assert [(row["loss"], row["skipped"]) for row in metrics(out)] == [(None, True)] * 2
+    assert "NaN" not in (out / "metrics.jsonl").read_text() and folders(out) == ["model"]
+    found = weights(out)
+    assert all(torch.equal(state[name].nan_to_num(), found[name].nan_to_num()) for name in found)
 
 
 def test_grpo_logs_what_matters(folder, tmp_path, any_reward):
     """And pi_old's log-probs are those of pi_theta, at a temperature that is not 1."""
     evaluation = {"eval_every": 3, "eval_max_new_tokens": 40}
-    run(config_of("grpo", folder, tmp_path / "run", temperature=0.7, **evaluation))
-    rows = metrics(tmp_path / "run")
+    run(config_of("grpo", folder, tmp_path, temperature=0.7, **evaluation))
+    rows = metrics(tmp_path)
     names = {
         *("loss", "learning_rate", "grad_norm", "kl", "clip_fraction", "zero_variance_groups"),
         *("reward_format", "reward_object_std", "reward_verb", "reward_iou", "reward_total"),
@@ -232,75 +160,31 @@ def test_micro_batches_do_not_change_the_step(folder, tmp_path):
     assert one["grad_norm"] == pytest.approx(many["grad_norm"], rel=1e-5)
 
 
-def test_no_thinking_needs_no_trace(folder, tmp_path):
-    run(
-        config_of("sft", folder, tmp_path / "run", thinking=False, traces="", max_steps=1)
-    )
-    assert len(metrics(tmp_path / "run")) == 1
-
-
 def test_epochs_steps_and_checkpoints(folder, tmp_path):
-    """20 images in batches of 8: 3 steps an epoch; the last checkpoint stays, or none is made."""
-    options = {"batch_size": 8, "max_steps": 0, "save_every": 2}
+    """20 images in batches of 8: 3 steps an epoch. The newest checkpoints stay, or none is made."""
+    options = {"batch_size": 8, "max_steps": 0, "save_every": 1, "keep": 3}
     run(config_of("sft", folder, tmp_path / "two", epochs=2, **options))
     assert len(metrics(tmp_path / "two")) == 6
-    assert folders(tmp_path / "two") == ["checkpoint-000004", "checkpoint-000006", "model"]
+    kept = [f"checkpoint-00000{step}" for step in (4, 5, 6)]
+    assert folders(tmp_path / "two") == [*kept, "model"]
     run(config_of("sft", folder, tmp_path / "one", **options | {"save_every": 0}))
-    assert len(metrics(tmp_path / "one")) == 3
-    assert not list((tmp_path / "one").glob("checkpoint-*"))
+    assert len(metrics(tmp_path / "one")) == 3 and folders(tmp_path / "one") == ["model"]
 
 
-def test_what_the_switches_switch(folder, tmp_path, ranks):
-    config = config_of("grpo", folder, "x")
-    examples = training_examples(config)
-    policy = policy_of(config, ranks)
-    assert policy.model.language_model.layers[0].gradient_checkpointing
-    config = replace(config, gradient_checkpointing=False, task_description=True)
-    policy = policy_of(config, ranks)
-    assert not policy.model.language_model.layers[0].gradient_checkpointing
-    long = training_examples(config)[0].prompt.prompt_ids
-    assert "airplane: board, direct" in examples.decode(long)
-    assert "airplane" not in examples.decode(examples[0].prompt.prompt_ids)
+def test_short_training_says_how_little_it_changes():
+    said = ["40 steps at --learning-rate 1e-06 move a weight by at most 4e-05"]
+    assert train.small_change(40, 1e-6) == said
+    assert train.small_change(100, 1e-6) == train.small_change(40, 1e-5) == []
 
 
-def test_limit_and_a_second_prediction(folder, tmp_path):
-    config = config_of("predict", folder, tmp_path / "test", limit=2, max_new_tokens=3)
-    run(config)
-    path = tmp_path / "test" / "predictions.jsonl"
-    assert len(path.read_text().splitlines()) == 2
-    assert "holds a run" in refusal(config)
+# What a run leaves
 
 
-def test_prediction_goes_on_where_it_was_cut(folder, tmp_path, monkeypatch):
-    """Killed in the third image's line: two images are kept, four are predicted anew.
-
-    The part is that of a second rank, whose first had none yet when the crash came.
-    """
-    config = config_of("predict", folder, tmp_path / "test", max_new_tokens=5)
-    run(config)
-    whole = (tmp_path / "test" / "predictions.jsonl").read_text()
-    part = tmp_path / "test" / "part-0000.jsonl"
-    lines = part.read_text().splitlines(keepends=True)
-    part.with_name("part-0001.jsonl").write_text("".join(lines[:2]) + lines[2][:-9])
-    part.unlink()
-    (tmp_path / "test" / "predictions.jsonl").unlink()
-    asked, read = [], engine.data.loader.read_ahead
-
-    def read_ahead(examples, indices, workers):
-        asked.extend(indices)
-        return read(examples, indices, workers)
-
-    monkeypatch.setattr(predict, "read_ahead", read_ahead)
-    run(replace(config, resume=True))
-    assert asked == [2, 3, 4, 5]
-    assert (tmp_path / "test" / "predictions.jsonl").read_text() == whole
-
-
-def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
+def test_result_is_an_ordinary_model_folder(folder, tmp_path):
     """fp32, so that the next stage starts where this one ended."""
-    run(config_of("sft", folder, tmp_path / "run", max_steps=1))
-    assert {tensor.dtype for tensor in weights(tmp_path / "run").values()} == {torch.float32}
-    path = tmp_path / "run" / "model"
+    run(config_of("sft", folder, tmp_path, max_steps=1))
+    assert {tensor.dtype for tensor in weights(tmp_path).values()} == {torch.float32}
+    path = tmp_path / "model"
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path)
     assert model.lm_head.weight.data_ptr() == model.get_input_embeddings().weight.data_ptr()
     assert AutoTokenizer.from_pretrained(path).chat_template
@@ -308,46 +192,11 @@ def test_the_result_is_an_ordinary_model_folder(folder, tmp_path):
     assert (processor.patch_size, processor.size["shortest_edge"]) == (14, 784)
     saved = json.loads((path / "preprocessor_config.json").read_text())
     assert saved["image_processor_type"] == "Qwen2VLImageProcessor"  # the name that servers know
-    assert not list(path.glob("*.bin")) and not (tmp_path / "run" / "model.tmp").exists()
+    assert not list(path.glob("*.bin")) and not (tmp_path / "model.tmp").exists()
     names = {GROUP_ATTENTION, WINDOW_ATTENTION}  # which mean nothing to others
     assert not any(name in (path / "config.json").read_text() for name in names)
-
-
-def test_weights_in_pickles_are_refused(folder, tmp_path):
-    shutil.copytree(folder / "model", tmp_path / "model")
-    state = load_file(tmp_path / "model" / "model.safetensors")
-    (tmp_path / "model" / "model.safetensors").unlink()
-    torch.save(state, tmp_path / "model" / "pytorch_model.bin")
-    with pytest.raises(ValueError, match="safetensors"):
-        load_model(str(tmp_path / "model"), torch.device("cpu"))
-    save_file(state, tmp_path / "model" / "model.safetensors", {"format": "pt"})
-    load_model(str(tmp_path / "model"), torch.device("cpu"))
-
-
-def test_a_folder_is_not_given_to_two_runs(folder, tmp_path):
-    config = config_of("sft", folder, tmp_path / "run", max_steps=1)
-    run(config)
-    refused = {
-        "holds a run": config,
-        "seed = 0, not 5": replace(config, resume=True, seed=5),
-    }
-    for message, other in refused.items():
-        assert message in refusal(other)
-    run(replace(config, resume=True, tokens_per_microbatch=50))
-
-
-@pytest.mark.parametrize("stage, split", [("grpo", "train"), ("sft", "test"), ("predict", "test")])
-def test_missing_images_stop_a_run_before_the_model_is_read(
-    stage, split, folder, tmp_path
-):
-    """Those of the training set, those of its evaluations, those to predict."""
-    shutil.copytree(folder / "data", tmp_path / "data")
-    name = annotations.load_split(folder / "data", split)[3].file_name
-    (tmp_path / "data" / "images" / f"{split}2015" / name).unlink()
-    options = {"eval_every": 1} if split == "test" and stage != "predict" else {}
-    config = config_of(stage, folder, tmp_path / "run", data=str(tmp_path / "data"), **options)
-    assert name in refusal(config)
-    assert not (tmp_path / "run").exists()
+    with Image.open(tmp_path / "first_sample.png") as picture:
+        assert picture.width >= 640
 
 
 def test_dry_run_shows_prompt_and_target_and_writes_nothing(folder, tmp_path, capsys):
@@ -360,3 +209,20 @@ def test_dry_run_shows_prompt_and_target_and_writes_nothing(folder, tmp_path, ca
         else:
             assert '"verb": 1.0, "iou": 1.0, "total": 3.' in shown  # 3.8, or less by Eq. 7
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("stage, split", [("grpo", "train"), ("sft", "test"), ("predict", "test")])
+def test_missing_images_stop_a_run_before_the_model_is_read(stage, split, folder, tmp_path):
+    """Those of the training set, those of its evaluations, those to predict. --exclude helps."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    name = annotations.load_split(folder / "data", split)[3].file_name
+    (tmp_path / "data" / "images" / f"{split}2015" / name).unlink()
+    options = {"eval_every": 1, "eval_max_new_tokens": 2} if stage == "sft" else {}
+    config = config_of(stage, folder, tmp_path / "run", data=str(tmp_path / "data"), **options)
+    said = refusal(config)
+    assert said.startswith("1 images are missing, first ") and f"/{name} (" in said
+    assert "hoi_r1.py check" in said and "--exclude" in said
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "bad.txt").write_text(f"{name}\n")
+    short = {"max_new_tokens": 2} if stage == "predict" else {"max_steps": 1}
+    run(replace(config, exclude=str(tmp_path / "bad.txt"), **short))

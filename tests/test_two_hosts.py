@@ -1,10 +1,7 @@
-"""A run on two hosts, of which one is stopped, killed, or cut off: the same bits in the end.
-
-Two agents of torchrun on this machine stand for the hosts; for the cut link, in two network
-namespaces.
-"""
+"""A run on two hosts, here two agents of torchrun: the same bits in the end, or one line."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,34 +9,29 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
-from tests.runs import metrics, weights
-from tests.test_ranks_agree import free_port
+from tests.runs import SFT_LINE, free_port, metrics, same_weights, weights
 
 ROOT = Path(__file__).resolve().parents[1]
-PAUSE, CUT = 30.0, 5.0  # seconds that a rank stands still, and that a link is cut
-HERE = [[], []]  # what the agents are started by
+PAUSE = 20.0  # seconds that a rank is stopped
 
 pytestmark = pytest.mark.slow
 
 
 class Hosts:
-    """An SFT on two hosts under way."""
+    """An SFT that runs on two hosts. second: flags of the second host alone."""
 
-    def __init__(self, folder, out: Path, *flags: str, inside=HERE, address="127.0.0.1", **names):
-        self.out, port = out, free_port()
-        line = f"hoi_r1.py sft --model {folder}/model --data {folder}/data --out {out} --traces "
-        line += f"{folder}/traces.jsonl --untraced skip --no-task-description --batch-size 4 "
-        line += "--learning-rate 1e-3 --max-steps 12 --save-every 1"
-        place = f"--nnodes 2 --nproc_per_node 1 --master_addr {address} --master_port {port}"
+    def __init__(self, folder, out: Path, *flags: str, second: str = ""):
+        self.out = out
+        place = f"--nnodes 2 --nproc_per_node 1 --master_addr 127.0.0.1 --master_port {free_port()}"
+        line = f"{SFT_LINE.format(folder=folder)} --out {out} --max-steps 12 --save-every 1"
         self.agents = [
             subprocess.Popen(
-                [*before, sys.executable, "-m", "torch.distributed.run", *place.split(),
-                 "--node_rank", str(host), *line.split(), *flags],
+                [sys.executable, "-m", "torch.distributed.run", *place.split(), "--node_rank",
+                 str(host), *line.split(), *flags, *(second.split() if host else ())],
                 cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1", **names})
-            for host, before in enumerate(inside)
+                env={**os.environ, "OMP_NUM_THREADS": "1"})
+            for host in (0, 1)
         ]  # fmt: skip
 
     def wait_for_step(self) -> None:
@@ -58,22 +50,19 @@ class Hosts:
         return [agent.returncode for agent in self.agents], "".join(errors)
 
 
-def assert_ends_well(hosts: Hosts, whole: dict) -> None:
-    codes, errors = hosts.end()
-    assert codes == [0, 0], errors
-    assert all(torch.equal(whole[name], found) for name, found in weights(hosts.out).items())
-
-
-@pytest.fixture(scope="module")
-def whole(folder, tmp_path_factory):
-    """The weights of the run that nothing disturbs."""
-    hosts = Hosts(folder, tmp_path_factory.mktemp("whole"))
+def weights_of(hosts: Hosts) -> dict:
     codes, errors = hosts.end()
     assert codes == [0, 0], errors
     return weights(hosts.out)
 
 
-def test_a_rank_that_stands_still_for_a_while_is_waited_for(folder, whole, tmp_path):
+@pytest.fixture(scope="module")
+def whole(folder, tmp_path_factory):
+    """The weights of an undisturbed run."""
+    return weights_of(Hosts(folder, tmp_path_factory.mktemp("whole")))
+
+
+def test_rank_that_is_stopped_for_a_while_is_waited_for(folder, whole, tmp_path):
     hosts = Hosts(folder, tmp_path)
     hosts.wait_for_step()
     rank = hosts.rank(1)
@@ -81,55 +70,28 @@ def test_a_rank_that_stands_still_for_a_while_is_waited_for(folder, whole, tmp_p
     time.sleep(PAUSE)
     assert len(metrics(tmp_path)) < 12 and hosts.agents[0].poll() is None
     os.kill(rank, signal.SIGCONT)
-    assert_ends_well(hosts, whole)
+    assert same_weights(whole, weights_of(hosts))
 
 
 @pytest.mark.parametrize("host", [0, 1])
-def test_a_killed_rank_ends_both_and_the_run_goes_on(host, folder, whole, tmp_path):
+def test_killed_rank_ends_both_and_the_run_resumes(host, folder, whole, tmp_path):
     hosts = Hosts(folder, tmp_path)
     hosts.wait_for_step()
     os.kill(hosts.rank(host), signal.SIGKILL)
     codes, errors = hosts.end()
     assert all(codes), errors
     assert not (tmp_path / "model").exists()
-    assert_ends_well(Hosts(folder, tmp_path, "--resume"), whole)
+    assert same_weights(whole, weights_of(Hosts(folder, tmp_path, "--resume")))
 
 
-def ip(*arguments: str) -> None:
-    subprocess.run(["ip", *arguments], check=True)
-
-
-@pytest.fixture
-def two_namespaces():
-    """Two hosts joined by a cable: what starts a program there, and what pulls the cable."""
-    if os.geteuid() or subprocess.run(["ip", "netns", "add", "hoi0"]).returncode:
-        pytest.skip("needs root and network namespaces (ip netns)")
-    try:
-        ip("netns", "add", "hoi1")
-        ends = ["cable", "netns", "hoi0", "type", "veth", "peer", "cable", "netns", "hoi1"]
-        ip("link", "add", *ends)
-        for host in "01":
-            ip("-n", f"hoi{host}", "addr", "add", f"10.77.0.{int(host) + 1}/24", "dev", "cable")
-            for device in ("lo", "cable"):
-                ip("-n", f"hoi{host}", "link", "set", device, "up")
-        yield [["ip", "netns", "exec", f"hoi{host}"] for host in "01"]
-    finally:
-        for host in "01":
-            subprocess.run(["ip", "netns", "delete", f"hoi{host}"])
-
-
-@pytest.mark.parametrize("seconds", [CUT, None])
-def test_a_link_that_is_cut(seconds, two_namespaces, folder, whole, tmp_path):
-    """For a while it is waited for; without an end both end by --timeout, and the run goes on."""
-    net = {"inside": two_namespaces, "address": "10.77.0.1", "GLOO_SOCKET_IFNAME": "cable"}
-    hosts = Hosts(folder, tmp_path, "--timeout", "10" if seconds else "0.5", **net)
-    hosts.wait_for_step()
-    ip("-n", "hoi1", "link", "set", "cable", "down")
-    if seconds:
-        time.sleep(seconds)
-        ip("-n", "hoi1", "link", "set", "cable", "up")
-        return assert_ends_well(hosts, whole)
-    codes, errors = hosts.end()
-    assert all(codes) and "Timed out" in errors, errors
-    ip("-n", "hoi1", "link", "set", "cable", "up")
-    assert_ends_well(Hosts(folder, tmp_path, "--resume", **net), whole)
+@pytest.mark.parametrize("second, said", [
+    ("--learning-rate 0.5", "--learning-rate 0.001 on rank 0 .*, 0.5 on rank 1 "),
+    ("--out {out}2", "--out {out} must be one folder that all hosts share"),
+])  # fmt: skip
+def test_hosts_that_disagree_end(second, said, folder, tmp_path):
+    out = tmp_path / "run"
+    codes, errors = Hosts(folder, out, second=second.format(out=out)).end()
+    assert codes == [1, 1], errors
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert re.search(said.format(out=out), line)
+    assert not (out / "config.json").exists()

@@ -8,7 +8,7 @@ import engine.sampling.sampler
 
 
 def text_ids(model, length, generator):
-    """Random ids of ordinary tokens: Qwen's special ones stand at the end of the vocabulary."""
+    """Random ids of ordinary tokens: special ones come last in the vocabulary."""
     special = min(model.config.image_token_id, model.config.vision_start_token_id, 300)
     return torch.randint(special, (length,), generator=generator)
 

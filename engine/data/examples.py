@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import AutoTokenizer, Qwen2VLImageProcessorPil
 
 import hicodet
-from engine.data.images import read_image
+from engine.data.images import read_image, too_long
 from engine.files import read_object
 from engine.model.families import FAMILIES
 from engine.model.model_files import read_from_model, read_model_config
@@ -65,10 +65,9 @@ def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
     given = {name: value for name, value in asked.items() if value is not None}
     for name, value in given.items():
         if trained.get(name, value) != value:
-            said = f"{flag_of(name)} {value}" if name == "box_frame" else flag_of(name)
-            raise InputError(
-                f"{said}: {path.parent} was trained with {name} {trained[name]}; leave it out"
-            )
+            switch = flag_of(name) if value else flag_of(f"no_{name}")
+            said = f"{flag_of(name)} {value}" if name == "box_frame" else switch
+            raise InputError(f"{said}: {path.parent} was not trained with it; leave the option out")
     taught = {"box_frame": FAMILIES[read_model_config(model).model_type].box_frame}
     return PromptOptions(**taught | trained | given)
 
@@ -153,10 +152,7 @@ class Examples(Dataset):
     def prompt(self, sample: hicodet.Sample, thinking: bool) -> Prompt:
         """Image and question, as ids with a placeholder for each image token, and patches."""
         image = read_image(sample, self.upright)
-        try:
-            pixels = self.processor(images=image, return_tensors="pt")
-        except ValueError as error:  # one side is more than 200 times the other
-            raise InputError(f"{sample.path}: {error}") from None
+        pixels = self.processor(images=image, return_tensors="pt")
         grid = pixels["image_grid_thw"]
         ids = self.questions[thinking]
         place = int((ids == self.image_id).nonzero())
@@ -168,7 +164,8 @@ class Examples(Dataset):
         """Tokens of the longest prompt, from the sizes of the images, before any is read."""
         text = max(len(ids) - 1 for ids in self.questions.values())  # less the placeholder
         patches = self.processor.get_number_of_image_patches
-        most = max(patches(height=s.height, width=s.width) for s in self.samples)
+        usable = [s for s in self.samples if not too_long(s.width, s.height)]
+        most = max((patches(height=s.height, width=s.width) for s in usable), default=0)
         return text + most // self.processor.merge_size**2
 
     def token_ids(self, text: str) -> Tensor:

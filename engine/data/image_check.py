@@ -46,14 +46,20 @@ def check(
         )
 
 
-def read_names(path: str, samples: Sequence[Sample]) -> set[str]:
-    """The file names in a file of --exclude, one a line; {} for no file.
+def read_names(path: str) -> set[str]:
+    """The file names in a file of --exclude, one a line; {} for no file."""
+    return set(Path(path).read_text().split("\n")) - {""} if path else set()
 
-    Raises InputError if none of them is an image of the samples.
+
+def excluded_names(path: str, samples: Sequence[Sample]) -> set[str]:
+    """The images among the samples that a file of --exclude lists.
+
+    It may list images of another split too. Raises InputError if no sample is left.
     """
-    names = set(Path(path).read_text().split("\n")) - {""} if path else set()
-    if names and not names & {sample.file_name for sample in samples}:
-        raise InputError(f"--exclude {path}: none of its {len(names)} names is an image of --data")
+    known = {sample.file_name for sample in samples}
+    names = read_names(path) & known
+    if names == known:
+        raise InputError(f"--exclude {path}: no image is left")
     return names
 
 

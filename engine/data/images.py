@@ -13,6 +13,7 @@ UNREADABLE = (
     *(OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, struct.error),
     Image.DecompressionBombError,
 )
+LONGEST = 200  # times the shorter side: what Qwen2.5-VL's processor takes
 
 
 def open_image(path: Path, *, upright: bool = False) -> Image.Image:
@@ -47,13 +48,22 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+def too_long(width: int, height: int) -> bool:
+    """Whether an image of this size is too long and narrow for the model."""
+    return max(width, height) > LONGEST * min(width, height)
+
+
 def read_image(sample: Sample, upright: bool = False) -> Image.Image:
-    """A sample's image. Raises InputError naming the file if it is broken or of another size than
-    annotated."""
+    """A sample's image.
+
+    Raises InputError naming a file that is broken, of another size than annotated, or too long.
+    """
     image = open_image(sample.path, upright=upright)
     if image.size != (sample.width, sample.height):
         raise InputError(
             f"{sample.path} is {image.width} x {image.height}, annotated as {sample.width} x "
             f"{sample.height}: images and annotations belong to different data"
         )
+    if too_long(*image.size):
+        raise InputError(f"{sample.path}: one side is more than {LONGEST} times the other")
     return image

@@ -83,9 +83,12 @@ def read_ahead(
 
 
 def usable(example: Example | InputError) -> Example:
-    """The example. Raises the error that came in its place."""
+    """The example. Raises InputError with the error that came in its place, and the way out."""
     if isinstance(example, InputError):
-        raise example
+        raise InputError(
+            f"{example}; `hoi_r1.py check --out bad.txt` lists all such images, and --resume with "
+            "--exclude bad.txt leaves them out"
+        )
     return example
 
 

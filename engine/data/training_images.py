@@ -1,14 +1,10 @@
-"""Which images a training takes: annotated ones, not excluded, with a trace if SFT needs one."""
+"""Which images a training takes: annotated ones that are not excluded."""
 
 import hashlib
-from pathlib import Path
 
 from engine.data.annotations import load_split, require_images
-from engine.data.image_check import odd_boxes, read_names
-from engine.traces.trace_file import read_traces
+from engine.data.image_check import excluded_names, odd_boxes
 from hicodet import InputError, Sample
-
-MAX_UNTRACED = 0.05  # share of images without a trace that SFT leaves out unasked
 
 
 def annotated_samples(data: str) -> list[Sample]:
@@ -25,12 +21,10 @@ def annotated_samples(data: str) -> list[Sample]:
 def excluded_images(exclude: str, samples: list[Sample]) -> set[int]:
     """The places of the samples that --exclude leaves out.
 
-    Raises InputError if nothing is left, FileNotFoundError if others are not on disk.
+    Raises InputError if no sample is left, FileNotFoundError if others are missing.
     """
-    names = read_names(exclude, samples)
+    names = excluded_names(exclude, samples)
     excluded = {i for i, sample in enumerate(samples) if sample.file_name in names}
-    if len(excluded) == len(samples):
-        raise InputError(f"--exclude {exclude}: no training image is left")
     require_images(sample for i, sample in enumerate(samples) if i not in excluded)
     return excluded
 
@@ -41,35 +35,10 @@ def excluded_fingerprint(excluded: set[int]) -> str:
     return f"{len(excluded)} images, {digest[:16]}" if excluded else "none"
 
 
-def notes_on(samples: list[Sample], excluded: set[int]) -> list[str]:
-    """What the user should know of the images before a training, a line each."""
-    lines = [f"{len(excluded)} of {len(samples)} images are excluded"] if excluded else []
-    return lines + ([odd] if (odd := odd_boxes(samples)) else [])
+def notes_on(samples: list[Sample], excluded: set[int], exclude: str) -> list[str]:
+    """What the user should know of the images before a training, a line each.
 
-
-def traces_of(path: str, data: str, samples: list[Sample]) -> dict[str, str]:
-    """The teacher's traces by file name, from the file of --traces.
-
-    Raises InputError if there is no such file, or if none of its traces is of an image of --data.
+    exclude: the file that named the excluded ones, or "".
     """
-    if not path:
-        raise InputError("--traces: give the file of teacher.py, or --no-thinking")
-    if not Path(path).is_file():
-        raise InputError(f"--traces {path}: no such file; teacher.py writes it")
-    thinks = read_traces(path)
-    if not any(sample.file_name in thinks for sample in samples):
-        raise InputError(f"--traces {path}: none of its {len(thinks)} images is in --data {data}")
-    return thinks
-
-
-def untraced_line(missing: int, total: int, untraced: str | None) -> str:
-    """What SFT says of images without a trace. Raises InputError for many if none chose."""
-    if missing > MAX_UNTRACED * total and untraced is None:
-        raise InputError(
-            f"{missing} of {total} annotated images have no trace: run teacher.py again, or choose "
-            "--untraced skip (leave them out) or --untraced answer (train on their answers alone)"
-        )
-    if not missing:
-        return f"all {total} annotated images have a trace"
-    fate = "trained on their answer alone" if untraced == "answer" else "left out"
-    return f"{missing} of {total} annotated images have no trace: {fate}"
+    lines = [f"{len(excluded)} of {len(samples)} images are excluded"] if exclude else []
+    return lines + ([odd] if (odd := odd_boxes(samples)) else [])

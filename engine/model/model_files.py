@@ -38,7 +38,9 @@ def read_from_model(read: Callable, model: str, what: str):
         raise
     except Exception as error:  # the libraries raise some twenty kinds for broken files
         cause = textwrap.shorten(str(error), 200) or type(error).__name__
-        raise InputError(f"--model {model}: no {what} that can be read ({cause})") from error
+        absent = "" if Path(model).is_dir() else "there is no such folder here, and "
+        said = f"--model {model}: {absent}no {what} that can be read ({cause})"
+        raise InputError(said) from error
 
 
 def require_folder(model: str) -> None:
@@ -55,10 +57,10 @@ def require_folder(model: str) -> None:
 def folder_fault(folder: Path) -> str:
     """Why no model can be loaded from a folder; "" if nothing is known to be wrong."""
     weights = [*folder.glob("*.safetensors")]
-    for file in weights:
+    for file in [*weights, *folder.glob("*.json")]:
         with open(file, "rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
-                return f"{file.name} is a git-lfs pointer; fetch the weights with `git lfs pull`"
+                return f"{file.name} is a git-lfs pointer; fetch the file with `git lfs pull`"
     full = [file for file in weights if file.name != ADAPTER_WEIGHTS]
     if not full and [*folder.glob("pytorch_model*.bin")]:
         return "weights in pytorch_model.bin; convert them to safetensors"
@@ -106,14 +108,17 @@ def model_warnings(model: str, config) -> list[str]:
 
 
 def heads_differ(files: list[str]) -> bool:
-    """Whether a stored lm_head differs from the embedding in its first rows."""
+    """Whether lm_head and the embedding are both stored and differ in their first rows."""
     rows = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 if name.endswith(("lm_head.weight", "embed_tokens.weight")):
                     rows[name.split(".")[-2]] = tensors.get_slice(name)[:64]
-    return "lm_head" in rows and bool((rows["lm_head"] != rows.get("embed_tokens")).any())
+    if len(rows) < 2:
+        return False
+    head, embedding = rows["lm_head"], rows["embed_tokens"]
+    return head.shape != embedding.shape or bool((head != embedding).any())
 
 
 def read_model_config(model: str):
@@ -133,7 +138,10 @@ def read_model_config(model: str):
 
 
 def weight_files(model: str) -> list[str]:
-    """The safetensors files of a folder or of a hub's model."""
+    """The safetensors files of a folder or of a hub's model. Raises InputError without any."""
+    names = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
+    if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in names):
+        raise InputError(f"--model {model}: no {names[0]} and no {names[1]} in this folder")
     try:
         return [cached_file(model, SAFE_WEIGHTS_NAME)]
     except OSError:  # there are several, which an index lists

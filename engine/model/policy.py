@@ -19,7 +19,12 @@ import engine.model.quantized  # noqa: F401  reads AWQ folders
 from engine.model.attention import use_group_attention
 from engine.model.families import FAMILIES
 from engine.model.lora import Adapter, add_adapters, share, trained
-from engine.model.model_files import read_from_model, read_model_config, require_complete
+from engine.model.model_files import (
+    read_from_model,
+    read_model_config,
+    require_complete,
+    weight_files,
+)
 from engine.model.packing import token_logprobs
 
 logging.disable_progress_bar()  # of the library's loading and saving
@@ -44,6 +49,7 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None
     options |= {"config": config, "ignore_mismatched_sizes": True}
 
     def read(path: str):
+        weight_files(path)  # names what is missing; the library points to a page of its hub
         verbosity = logging.get_verbosity()
         logging.set_verbosity_error()  # it warns of what `require_complete` refuses
         try:

@@ -11,14 +11,13 @@ from pathlib import Path
 from PIL import Image
 
 from engine.data.annotations import load_split, require_images
-from engine.data.images import open_image
+from engine.data.images import LONGEST, open_image, too_long
 from engine.files import aside
 from engine.report import drawing
 from engine.scoring.predictions import line_hois, read_lines
 from hicodet import ANSWER_OPEN, HOI, InputError, Sample
 
 DEFAULT_IMAGES = 12
-LONGEST = 200  # times the shorter side: what Qwen2.5-VL's processor takes
 WIDTHS = (640, 1280)  # of a photograph's picture
 COLUMNS = 96  # of text
 UNREAD_LINES = 15  # shown of a text in which no instance can be read
@@ -122,7 +121,7 @@ def photographs(paths: Sequence[str]) -> list[Sample]:
         if not path.exists():
             raise InputError(f"--image {path}: no such file")
         size = open_image(path, upright=True).size
-        if max(size) > LONGEST * min(size):
+        if too_long(*size):
             raise InputError(f"{path}: one side is more than {LONGEST} times the other; crop it")
         samples.append(Sample(path.name, path, *size, (), (), frozenset()))
     return samples

@@ -5,6 +5,7 @@ resume only folders of your own.
 """
 
 import re
+import textwrap
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -59,8 +60,10 @@ def read_checkpoint(path: Path, policy, optimizer) -> None:
     except CheckpointException as error:
         before = [p for p in checkpoints(path.parent) if steps_of(p) < steps_of(path)]
         start = before[-1].name if before else "the first step"
+        cause = _cause(error)
+        said = textwrap.shorten(str(cause), 200) or type(cause).__name__
         raise InputError(
-            f"{path} cannot be read ({_cause(error)}): remove it to continue from {start}"
+            f"{path} cannot be read ({said}): remove it to continue from {start}"
         ) from None
     states = {"model_state_dict": model, "optim_state_dict": moments}
     set_state_dict(policy, optimizer, **states, options=TRAINED)

@@ -25,15 +25,19 @@ from engine.files import (
 from engine.model.lora import Adapter, adapter_weights, merged_weights, write_adapter
 from engine.model.quantized import is_packed
 from engine.options import flag_of
-from engine.ranks import Ranks, on_first, patient_group, require_agreement
+from engine.ranks import Ranks, end_all, on_first, patient_group, require_agreement
 from engine.runs.checkpoints import checkpoints, read_checkpoint, steps_of, write_checkpoint
 from hicodet import InputError
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
 # what a run leaves; a folder that has none of it may be used by another run
 RESULTS = ("checkpoint-*", "model*", "adapter*", "part-*.jsonl", "predictions.jsonl", *LOGS)
+FINAL = ("model", "adapter", "predictions.jsonl")  # a finished run has one of them
 # settings that are no options: hashes of what the options name, and how the run was started
-CONTENTS = {"examples": "--data or --traces", "weights": "--model"}
+CONTENTS = {
+    **{"examples": "content of --data or --traces", "weights": "content of --model"},
+    **{"excluded": "content of --exclude", "steps": "number of steps"},
+}
 KEPT = {"stage", "command", "reward_parts", "steps", "excluded"}
 NOTED = {"steps", "excluded"}  # these may change on --resume, and changes are noted
 
@@ -153,12 +157,12 @@ def open_run(out: str, config, settings: dict, ranks: Ranks) -> RunFolder:
     run that is not to be resumed. Resuming a finished run ends the program.
     """
     folder, found = Path(out), []
-    require_agreement(settings, config.per_host() | {"command"}, ranks)
+    require_agreement(settings, config.per_host() | {"command"}, ranks, CONTENTS)
     on_first(ranks, lambda: found.append(_lock_folder(folder, config.resume)))
-    if not (folder / "run.lock").exists():
-        raise InputError(f"--out {folder} must be one folder that all hosts share")
     lock_file = found[0] if found else None
     try:
+        if not all(ranks.gather([(folder / "run.lock").exists()])):
+            end_all(f"--out {folder} must be one folder that all hosts share", ranks)
         finished = on_first(ranks, lambda: _write_settings(folder, config, settings))
         if any(ranks.gather([finished])):
             ranks.print(f"{folder}: the run is finished, there is nothing to continue")
@@ -200,7 +204,7 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
         require_same_run(stored, mine, config)
         # an older result stays until a longer run replaces it: "finished" went as that began
         done = max(map(steps_of, checkpoints(folder)), default=0)
-        if stored.get("finished"):
+        if stored.get("finished") and any((folder / name).exists() for name in FINAL):
             if stored.get("steps") == mine.get("steps"):
                 return True
             # the last checkpoint may be older than the model

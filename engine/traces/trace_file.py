@@ -8,6 +8,7 @@ from engine.files import json_lines, lock, naming
 from hicodet import InputError, Sample
 
 MAX_COST = 1e6  # USD of a trace
+MAX_UNTRACED = 0.05  # share of images without a trace that SFT leaves out unasked
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
 
 
@@ -41,6 +42,34 @@ def read_traces(path: str | Path) -> dict[str, str]:
     does a last line cut by a kill -9, until teacher.py resumes the file and drops that line.
     """
     return {trace["file_name"]: trace["think"] for trace in read_trace_lines(path)}
+
+
+def traces_of(path: str, data: str, samples: list[Sample]) -> dict[str, str]:
+    """The teacher's traces by file name, from the file of --traces.
+
+    Raises InputError if there is no such file, or if none of its traces is of an image of --data.
+    """
+    if not path:
+        raise InputError("--traces: give the file of teacher.py, or --no-thinking")
+    if not Path(path).is_file():
+        raise InputError(f"--traces {path}: no such file; teacher.py writes it")
+    thinks = read_traces(path)
+    if not any(sample.file_name in thinks for sample in samples):
+        raise InputError(f"--traces {path}: none of its {len(thinks)} images is in --data {data}")
+    return thinks
+
+
+def untraced_line(missing: int, total: int, untraced: str | None) -> str:
+    """What SFT says of images without a trace. Raises InputError for many if none chose."""
+    if missing > MAX_UNTRACED * total and untraced is None:
+        raise InputError(
+            f"{missing} of {total} annotated images have no trace: run teacher.py again, or choose "
+            "--untraced skip (leave them out) or --untraced answer (train on their answers alone)"
+        )
+    if not missing:
+        return f"all {total} annotated images have a trace"
+    fate = "trained on their answer alone" if untraced == "answer" else "left out"
+    return f"{missing} of {total} annotated images have no trace: {fate}"
 
 
 class TraceFile:
