@@ -2,7 +2,6 @@
 
 import gc
 import json
-from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -17,6 +16,7 @@ import sft
 from demo import toy
 from engine.data import annotations
 from engine.traces.template import template_trace
+from predict import asked_options
 
 
 def write_toy(folder):
@@ -75,15 +75,9 @@ def refusal(config) -> str:
 
 def examples_of(config, samples, thinks=None):
     """The samples as a stage reads them; with traces as SFT does."""
-    return engine.data.examples.Examples(
-        config.model,
-        samples,
-        thinking=config.thinking,
-        thinks=thinks,
-        prompt_text=partial(hicodet.prompt_text, task_description=config.task_description),
-        box_frame=config.box_frame,
-        target_text=None if thinks is None else sft.supervised_text,
-    )
+    target = None if thinks is None else sft.supervised_text
+    options = {"thinks": thinks, "target_text": target}
+    return engine.data.examples.Examples(config.model, samples, asked_options(config), **options)
 
 
 def training_examples(config):
