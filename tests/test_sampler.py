@@ -106,7 +106,8 @@ def test_draw_tokens_inverts_the_distribution_function(vocabulary):
     drawn = expected.gather(1, ids[:, None])[:, 0]
     assert (uniforms < at + 1e-6).all() and (uniforms > at - drawn.exp() - 1e-6).all()
     assert not banned[ids].any()
-    torch.testing.assert_close(logprobs.double(), drawn, atol=5e-6, rtol=0)
+    # fp32 has steps of 4e-6 where logits / 0.7 are, at up to 50
+    torch.testing.assert_close(logprobs.double(), drawn, atol=1e-5, rtol=0)
 
 
 def test_a_prompt_arrives_as_soon_as_a_slot_is_free(model, prompts):

@@ -31,8 +31,8 @@ def read_from_model(read: Callable, model: str, what: str):
     require_folder(model)
     try:
         return read(model)
-    except InputError:
-        raise
+    except InputError as error:  # of the layers of quantized.py, which do not know the folder
+        raise InputError(f"--model {model}: {error}") from None
     except Exception as error:  # the libraries raise some twenty kinds for broken files
         cause = textwrap.shorten(str(error), 200) or type(error).__name__
         raise InputError(f"--model {model}: no {what} that can be read ({cause})") from error
