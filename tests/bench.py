@@ -258,8 +258,8 @@ class BenchConfig(Config):
         None, "step only: gradient checkpointing (default: as the size has it)", group=WHAT
     )
     num_stages: int | None = option(
-        None, "stages of decoding's attention kernel (default: as in engine/sampling/decode_step.py)",
-        least=1, group=WHAT,
+        None, "stages of decoding's attention kernel (default: those that training takes)", least=1,
+        group=WHAT,
     )
     repeats: int = option(3, "runs of each, after one that warms up", least=1, group=WHAT)
     baseline: bool = option(True, "measure ours only", group=WHAT)

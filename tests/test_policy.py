@@ -1,4 +1,4 @@
-"""engine/model/policy.py: what pi_theta, pi_old and pi_ref compute and hold, on one rank and two."""
+"""engine/model/policy.py: what pi_theta, pi_old and pi_ref compute and hold, on one rank or two."""
 
 import multiprocessing
 import os
