@@ -1,21 +1,16 @@
-"""What `tests/bench.py` measures that needs no model: mAP, rewards, reading the annotations."""
+"""What `tests/bench.py` measures without a model: mAP and rewards."""
 
 import json
-import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
-from scipy.io import loadmat, savemat
 
 import evaluate
 import hicodet
 import rewards
-from demo import toy
-from demo.scenes import make_scenes
-from engine.data import annotations
+from tests.pairs import reference_ap
 
-IMAGES = {"train": 38118, "test": 9658}
+IMAGES = 9658  # of the test split
 SIZE = 640
 
 
@@ -54,7 +49,7 @@ def bench_evaluate() -> dict:
     """mAP of 65,000 detections in both settings against a loop over detections."""
     rng = np.random.default_rng(0)
     samples, lines = [], []
-    for number in range(IMAGES["test"]):
+    for number in range(IMAGES):
         hois = random_hois(rng, 3)
         pairs = tuple(
             hicodet.Pair(h.human, h.object, hicodet.HOI_CLASSES.index((h.verbs[0], h.object_class)))
@@ -84,8 +79,6 @@ def bench_evaluate() -> dict:
 
 def looped_map(lines: list[dict], samples: list[hicodet.Sample], known_object: bool) -> float:
     """Mean AP over the 600 classes, one detection after the other."""
-    from tests.pairs import reference_ap
-
     detections, truth = ([[] for _ in hicodet.HOI_CLASSES] for _ in range(2))
     place = {pair: number for number, pair in enumerate(hicodet.HOI_CLASSES)}
     for image, (line, sample) in enumerate(zip(lines, samples)):
@@ -101,38 +94,7 @@ def looped_map(lines: list[dict], samples: list[hicodet.Sample], known_object: b
     return float(np.mean([reference_ap(*rows, seen) for rows in zip(detections, truth)]))
 
 
-def write_annotations(root: Path) -> None:
-    """anno_bbox.mat and anno.mat of HICO-DET's size, 100 annotations repeated under new names."""
-    rng = np.random.default_rng(0)
-    hois = [toy.annotate(scene, rng) for scene in make_scenes("train", 100, 0)]
-    size = toy.struct([{"width": np.uint16(SIZE), "height": np.uint16(480), "depth": np.uint8(3)}])
-    variables = {}
-    for split, count in IMAGES.items():
-        rows = [
-            {"filename": f"HICO_{split}2015_{i:08d}.jpg", "size": size, "hoi": hois[i % 100]}
-            for i in range(count)]
-        variables[f"bbox_{split}"] = toy.struct(rows)
-    actions = toy.struct([
-        {"nname": name.replace(" ", "_"), "vname": verb.replace(" ", "_")}
-        for verb, name in hicodet.HOI_CLASSES]).T
-    savemat(root / "anno_bbox.mat", variables | {"list_action": actions}, do_compression=True)
-
-
-def bench_load() -> dict:
-    """load_split of 38,118 images against SciPy's reading of the variables alone."""
-    folder = Path(tempfile.mkdtemp(prefix="hico_det_"))
-    started = time.perf_counter()
-    write_annotations(folder)
-    print(f"  wrote a file of HICO-DET's size in {time.perf_counter() - started:.0f} s")
-
-    def baseline():
-        loadmat(folder / "anno_bbox.mat", variable_names=("bbox_train", "list_action"))
-
-    return {"baseline": baseline, "ours": lambda: annotations.load_split(folder, "train")}
-
-
 BENCHES = {
     "evaluate": (bench_evaluate, "evaluate / a loop over detections"),
     "rewards": (bench_rewards, "parse and reward 64 completions / json.loads of their lists"),
-    "load": (bench_load, "load_split / SciPy reading the file"),
 }

@@ -22,7 +22,7 @@ ORDINARY = 3000  # ids below it are ordinary tokens in every model here
 
 @dataclass(frozen=True)
 class Size:
-    """A model and the shape of the work it is measured on."""
+    """A model and the shape of the work that it is measured on."""
 
     text: dict
     vision: dict
@@ -33,7 +33,7 @@ class Size:
     sampled: int  # tokens a completion in sampling
     trained: int  # tokens a completion in the update
     step: dict  # options of `hoi_r1.py grpo` in a whole step
-    memory: int = 0  # GB of a GPU's memory that may be taken, 0 for all
+    memory: int = 0  # GB of a GPU's memory that may be taken; 0: all
 
     @property
     def prompt_length(self) -> int:
@@ -63,9 +63,9 @@ SIZES = {
 
 
 SIZES["tiny-short"] = replace(SIZES["tiny"], text_tokens=35, grid=(4, 4))  # a prompt of 51
-# a whole step on a GPU of so many GB, with what `python -m tests.bench fits` reckons to fit
+# a whole step on a GPU of this many GB, with options that fit by `python -m tests.bench fits`
 for gigabytes, step in {
-    24: {"kl_coef": 0.0, "offload": True},
+    24: {"offload": True},
     48: {"offload": True},
     80: {"offload": True, "gradient_checkpointing": False, "tokens_per_microbatch": 8192},
     141: {"gradient_checkpointing": False, "tokens_per_microbatch": 8192},
@@ -104,7 +104,7 @@ def library_attention(model) -> None:
 
 
 def question_ids(length: int, vocabulary: int) -> Tensor:
-    """The prompt of Fig. 4 cut or drawn out to `length` ids; random ones without a tokenizer."""
+    """The first `length` ids of the prompt of Fig. 4, repeated; random ones without a tokenizer."""
     if vocabulary < IMAGE_ID or not REAL_TOKENIZER.is_dir():
         return torch.randint(ORDINARY, (length,), generator=torch.Generator().manual_seed(1))
     ids = AutoTokenizer.from_pretrained(REAL_TOKENIZER)(hicodet.prompt_text())["input_ids"]
@@ -112,7 +112,7 @@ def question_ids(length: int, vocabulary: int) -> Tensor:
 
 
 def random_prompts(model, size: Size, count: int) -> list[Prompt]:
-    """Prompts with an image each; the image is what differs."""
+    """Prompts of one text, each with an image of its own."""
     rows, columns = size.grid
     image = torch.full((rows * columns,), model.config.image_token_id)
     start = torch.tensor([model.config.vision_start_token_id])
@@ -188,26 +188,6 @@ def separate_step(policy, replica, reference, prompts: list[Prompt], size: Size)
         use_group_attention(model)
 
 
-def padded_loss(model, prompts: list[Prompt], targets: list[Tensor]) -> Tensor:
-    """The library's own loss of one padded batch, summed over its tokens; prompts of one length."""
-    start = len(prompts[0].prompt_ids)
-    ids = torch.zeros(len(targets), start + max(map(len, targets)), dtype=torch.long)
-    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for row, (prompt, target) in enumerate(zip(prompts, targets)):
-        end = start + len(target)
-        ids[row, :end] = torch.cat([prompt.prompt_ids, target])
-        mask[row, :end] = 1
-        labels[row, start:end] = target
-    inputs = {
-        "input_ids": ids, "attention_mask": mask, "labels": labels,
-        "mm_token_type_ids": (ids == model.config.image_token_id).int(),
-        "pixel_values": torch.cat([prompt.pixel_values for prompt in prompts]),
-        "image_grid_thw": torch.cat([prompt.image_grid_thw for prompt in prompts]),
-    }
-    inputs = {name: value.to(model.device) for name, value in inputs.items()}
-    return model(**inputs, use_cache=False).loss * sum(map(len, targets))
-
-
 # Floors: the least time in which the work can be done, from bytes and operations
 
 
@@ -221,49 +201,40 @@ def peaks(device: torch.device) -> tuple[float, float] | None:
     return next((rates for part, rates in PEAKS.items() if part in name), None)
 
 
-@dataclass(frozen=True)
-class Work:
-    """Operations and bytes of one step of GRPO that shares its prompts."""
+def forward_operations(model, size: Size, completion: int) -> float:
+    """Operations of one forward over all groups, each prompt read once."""
+    head, parts = model.lm_head.weight.numel(), model.model
+    language, vision = (
+        sum(p.numel() for p in part.parameters()) for part in (parts.language_model, parts.visual)
+    )
+    config, own = model.config.text_config, size.group_size * completion
+    seen = size.prompt_length**2 / 2 + own * (size.prompt_length + completion / 2)
+    attention = 4 * seen * config.hidden_size * config.num_hidden_layers
+    patches, tokens = 4 * size.grid[0] * size.grid[1], size.prompt_length + own
+    products = 2 * (tokens * (language - head) + own * head + patches * vision)
+    return size.prompts * (products + attention)
 
-    model: object
-    size: Size
 
-    def parameters(self) -> tuple[int, int, int]:
-        """Of the language model's layers, of the head, of the vision tower."""
-        head = self.model.lm_head.weight.numel()
-        language = sum(p.numel() for p in self.model.model.language_model.parameters())
-        return language - head, head, sum(p.numel() for p in self.model.model.visual.parameters())
+def decode_bytes(model, size: Size) -> float:
+    """Bytes in bf16 that a step of decoding reads, at the mean length."""
+    config = model.config.text_config
+    language = sum(p.numel() for p in model.model.language_model.parameters())  # with the tied head
+    width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
+    cached = size.prompts * (size.prompt_length + size.group_size * size.sampled / 2)
+    return 2 * language + cached * config.num_hidden_layers * 2 * width * 2
 
-    def forward(self, completion: int) -> float:
-        """Operations of one forward over all groups."""
-        layers, head, vision = self.parameters()
-        size, config = self.size, self.model.config.text_config
-        own = size.group_size * completion
-        seen = size.prompt_length**2 / 2 + own * (size.prompt_length + completion / 2)
-        attention = 4 * seen * config.hidden_size * config.num_hidden_layers
-        patches = 4 * size.grid[0] * size.grid[1]
-        tokens = size.prompt_length + own
-        each = 2 * (tokens * layers + own * head + patches * vision) + attention
-        return size.prompts * each
 
-    def decode_bytes(self) -> float:
-        """Bytes read by a step of decoding, at the mean length."""
-        layers, head, _ = self.parameters()
-        config, size = self.model.config.text_config, self.size
-        width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
-        cached = size.prompts * (size.prompt_length + size.group_size * size.sampled / 2)
-        return 2 * (layers + head) + cached * config.num_hidden_layers * 2 * width * 2
+def floors(model, size: Size, rates: tuple[float, float] | None) -> dict[str, float]:
+    """Least seconds of sampling, an update without recomputation, and a step; {} without rates.
 
-    def sampling(self, rates: tuple[float, float]) -> float:
-        """Seconds of sampling."""
-        return self.forward(0) / rates[0] + self.size.sampled * self.decode_bytes() / rates[1]
-
-    def update(self, rates: tuple[float, float]) -> float:
-        """Seconds of forward and backward, nothing computed twice."""
-        return 3 * self.forward(self.size.trained) / rates[0]
-
-    def step(self, rates: tuple[float, float]) -> float:
-        """Seconds of a whole step: sampling, pi_ref, update, AdamW."""
-        reference = self.forward(self.size.trained) / rates[0]
-        adam = 28 * sum(p.numel() for p in self.model.parameters()) / rates[1]
-        return self.sampling(rates) + reference + self.update(rates) + adam
+    rates: of `peaks`.
+    """
+    if rates is None:
+        return {}
+    operations, copied = rates
+    forward = forward_operations(model, size, size.trained) / operations
+    prefill = forward_operations(model, size, 0) / operations
+    sampling = prefill + size.sampled * decode_bytes(model, size) / copied
+    adam = 28 * sum(p.numel() for p in model.parameters()) / copied
+    step = sampling + forward + 3 * forward + adam  # with pi_ref
+    return {"sampling": sampling, "update": 3 * forward, "step": step}

@@ -129,7 +129,8 @@ def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -
         zeros = [torch.zeros(len(own)) for own in ids]
         groups.append(Rollout(ids, zeros, torch.zeros(len(ids), dtype=torch.bool), zeros))
     scored = [trainer.score(*pair) for pair in zip(batch, groups)]
-    advantages = grpo.group_advantages(torch.tensor([[r["total"] for r in g] for g in scored]))
+    totals = [[one.rewards["total"] for one in group] for group in scored]
+    advantages = grpo.group_advantages(torch.tensor(totals))
     sampled = trainer.distribution
     trainer.distribution = {"temperature": 1.0, "banned": None}
     micros = trainer.micro_batches(batch, [1.0] * len(batch), groups, advantages)
@@ -141,8 +142,8 @@ def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -
 def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
     """A step of GRPO by ours against one of TRL's. Raises Unavailable without TRL.
 
-    On a CPU in seconds of each process, as others may share the machine, and with 4 prompts and
-    G = 4: TRL takes minutes for the size's own.
+    On a CPU it counts the CPU seconds of each process, as others may share the machine, and takes
+    4 prompts and G = 4: TRL needs minutes for the size's own.
     """
     if device.type == "cpu":
         size = replace(size, prompts=4, group_size=4)

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import secrets
 from pathlib import Path
 
 import pytest
@@ -89,9 +88,12 @@ def any_reward(monkeypatch):
 
 @pytest.fixture(scope="module")
 def seed():
-    value = secrets.randbits(31)
-    print(f"seed {value}")
-    return value
+    """The same in every run, as tests compare sampled ids.
+
+    A row's logits differ in their last bits with the rows next to it. With random weights that
+    changes a token about once in a thousand runs.
+    """
+    return 20
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
     python -m pytest -m cuda
 """
-# ruff: noqa: F811  (pytest hands fixtures to parameters of their names)
 
 import copy
 
@@ -86,7 +85,7 @@ def test_a_compiled_policy_has_the_gradient_of_the_cpu(
     model, prompts, completions, ranks, checkpointing, smallest_part, monkeypatch
 ):
     """Sharded in parts or whole, both towers and the head compiled; after two rows nothing is
-    compiled anew."""
+    compiled again."""
     monkeypatch.setattr(engine.model.policy, "SMALLEST_PART", smallest_part)
     policy = shard_policy(copy.deepcopy(model), ranks.device, gradient_checkpointing=checkpointing)
     plain, graphs = copy.deepcopy(model), []
@@ -111,6 +110,8 @@ def test_a_second_sampler_of_the_same_shapes_compiles_nothing(model, prompts):
         sample(on_gpu, prompts, seeds=list(range(6)), **options)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[1]
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_an_offloaded_step_is_the_step(stage, folder, tmp_path):
     """The loss to the bit; the gradient is summed in an order that is not fixed."""

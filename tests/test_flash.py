@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.model.attention
-import engine.model.packing
 import engine.sampling.decode_step
-import engine.sampling.sampler
+from engine.model.attention import GroupLayout
+from engine.model.packing import pack, token_logprobs
+from engine.sampling.decode_step import prepare_for_decoding
+from engine.sampling.sampler import Sampler
 from tests.test_blocks import flex_of_a_copy
-from tests.test_grpo import (  # noqa: F401  tests that hold for it as well
+from tests.test_packing import (  # noqa: F401  tests that hold for it as well
     test_gradients_equal_separate_forwards,
     test_token_logprobs_equal_separate_forwards,
 )
@@ -68,13 +71,13 @@ def flash(monkeypatch):
 def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkeypatch, backend):
     """As a GPU runs it: flash attention, shared products, trial steps, no break in the graph."""
     options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
-    plain = collect(engine.sampling.sampler.Sampler(model, **options), prompts, list(range(6)))
+    plain = collect(Sampler(model, **options), prompts, list(range(6)))
 
     monkeypatch.setattr(engine.sampling.decode_step, "flex_attention", flex_of_a_copy)
     replica = copy.deepcopy(model)
-    engine.sampling.decode_step.prepare_for_decoding(replica)
-    engine.sampling.decode_step.prepare_for_decoding(replica)  # a second sampler on the same model
-    sampler = engine.sampling.sampler.Sampler(replica, **options)
+    prepare_for_decoding(replica)
+    prepare_for_decoding(replica)  # a second sampler on the same model
+    sampler = Sampler(replica, **options)
     step = torch.compile(sampler.step, dynamic=False, fullgraph=True, backend=backend)
 
     def with_trial(room):
@@ -96,59 +99,48 @@ def test_a_step_compiles_to_one_graph_that_draws_the_same(model, prompts, monkey
 
 def test_shared_products_follow_the_weights_that_are_copied_in(model, prompts, completions):
     replica, other = copy.deepcopy(model), copy.deepcopy(model)
-    engine.sampling.decode_step.prepare_for_decoding(replica)
+    prepare_for_decoding(replica)
     with torch.no_grad():
         for mine, new in zip(replica.parameters(), other.parameters(), strict=True):
             new.add_(0.1 * torch.randn_like(new))
             mine.copy_(new)
-        packed = engine.model.packing.pack(model, prompts, completions)
-        expected = engine.model.packing.token_logprobs(other, packed)
-        torch.testing.assert_close(engine.model.packing.token_logprobs(replica, packed), expected)
-        assert not torch.allclose(engine.model.packing.token_logprobs(model, packed), expected)
+        packed = pack(model, prompts, completions)
+        expected = token_logprobs(other, packed)
+        torch.testing.assert_close(token_logprobs(replica, packed), expected)
+        assert not torch.allclose(token_logprobs(model, packed), expected)
     assert list(replica.state_dict()) == list(other.state_dict())
 
 
-@pytest.mark.slow
-def test_steps_beyond_the_end_change_nothing(model, prompts, monkeypatch):
-    """A GPU looks once in many steps which rows are done: they go on and must not be written."""
-    options = {"slots": 2, "group_size": 2, "prompt_room": 30, "max_new_tokens": 9, "end_id": 7}
-    banned = torch.arange(model.config.text_config.vocab_size) >= 20
-    sampler = engine.sampling.sampler.Sampler(model, banned=banned, **options)
-    plain = engine.sampling.sampler.Sampler(model, banned=banned, **options)
+class Added(TorchDispatchMode):
+    """Notes the dtypes in which index_add adds up."""
 
-    def decode(compact):
-        for _ in range(engine.sampling.sampler.LOOK_EVERY):
-            sampler.step(sampler.max_new_tokens)
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
 
-    monkeypatch.setattr(sampler, "decode", decode)
-    for first in range(0, 60, 6):
-        seeds = list(range(first, first + 6))
-        found, expected = (collect(s, prompts, seeds) for s in (sampler, plain))
-        for mine, other in zip(found.completion_ids, expected.completion_ids, strict=True):
-            assert mine.tolist() == other.tolist()
-        for mine, other in zip(found.logprobs, expected.logprobs, strict=True):
-            torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
-        assert torch.equal(found.finished, expected.finished)
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "index_add" in str(function):
+            self.dtypes.add(arguments[0].dtype)
+        return function(*arguments, **options or {})
+
+
+def test_gradients_of_shared_keys_add_up_in_fp32():
+    """With G = 40 a prompt's keys are in 41 sequences. A GPU's index_add rounds at each sum."""
+    layout = GroupLayout((7,), ((3,) * 40,))
+    q, gradient = (torch.randn(1, 4, 127, 16).bfloat16() for _ in range(2))
+    k, v = (torch.randn(1, 2, 127, 16).bfloat16().requires_grad_() for _ in range(2))
+    with Added() as added:
+        layout.attend(None, q, k, v, 0.25).backward(gradient)
+    assert added.dtypes == {torch.float32}
 
 
 def test_quantised_layers_are_left_alone(model, prompts):
-    class Quantised(torch.nn.Module):
-        """Has no `weight`."""
-
-        def __init__(self, layer):
-            super().__init__()
-            self.layer = layer
-
-        def forward(self, x):
-            return self.layer(x)
-
+    """Layers without `weight`, here each in a module of its own."""
     replica = copy.deepcopy(model)
     for layer in replica.model.language_model.layers:
         for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name)))
-    engine.sampling.decode_step.prepare_for_decoding(replica)
+            setattr(layer.self_attn, name, torch.nn.Sequential(getattr(layer.self_attn, name)))
+    prepare_for_decoding(replica)
     options = {"group_size": 1, "max_new_tokens": 5, "end_id": -1, "temperature": 0}
-    mine, other = (sample(m, prompts, **options) for m in (replica, model))
-    assert [ids.tolist() for ids in mine.completion_ids] == [
-        ids.tolist() for ids in other.completion_ids
-    ]
+    mine, other = (sample(m, prompts, **options).completion_ids for m in (replica, model))
+    assert [ids.tolist() for ids in mine] == [ids.tolist() for ids in other]

@@ -1,33 +1,20 @@
-"""A batch of GRPO against plain forwards; prediction, and evaluation in training."""
+"""A batch of GRPO: sampling, rewards, and the step against Eqs. 2-5 over plain forwards."""
 
-import json
-import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-import evaluate
 import grpo
 import hicodet
-import predict
-import train
-from engine.data import annotations
-from engine.model.packing import token_logprobs
 from engine.model.policy import load_model, load_reference
 from engine.sampling.sampler import Rollout
 from sft import supervised_text
-from tests.runs import (
-    config_of,
-    examples_of,
-    metrics,
-    optimizer_of,
-    policy_of,
-    run,
-    training_examples,
-)
-from tests.tiny import plain_logprobs
+from tests.runs import config_of, optimizer_of, policy_of, training_examples
+from tests.tiny import plain_logprobs, sample
+
+ADVANTAGES = torch.tensor([[1.0, -1.0], [0.5, -2.0], [-0.7, 0.7]])
 
 
 @pytest.fixture
@@ -81,83 +68,88 @@ def library_copy(model, folder):
     return plain
 
 
+def move(model):
+    """Add noise to all weights."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.to_local().add_(0.01 * torch.randn(parameter.shape))
+
+
+class RandomStep:
+    """In place of an optimizer: moves the weights once, and keeps the last loss and gradient."""
+
+    def __init__(self, policy):
+        self.policy, self.moved = policy, False
+
+    def step(self, lr: float, loss: float) -> float:
+        parameters = list(self.policy.parameters())
+        self.loss, self.gradients = loss, [p.grad.full_tensor().clone() for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        if not self.moved:
+            move(self.policy)
+        self.moved = True
+        return 0.0
+
+
 def test_the_step_has_the_gradient_of_the_equations(folder, make_trainer):
     """Eqs. 2-4 written out over separate forwards; images of weight 0 and 1, unequal lengths.
 
-    pi_theta, pi_old and pi_ref all differ, so that ratio, clip and KL all matter.
+    It is the third step on the batch, and the first moves the weights. So pi_theta, pi_old and
+    pi_ref differ, and ratio, clip and KL matter.
     """
-    trainer, batch = make_trainer(
-        objective={"kl_coef": 0.3, "clip_eps": 0.1}, temperature=0.8, updates_per_batch=2
-    )
-    distribution = trainer.distribution
-    with torch.no_grad():
-        for parameter in trainer.reference.parameters():
-            parameter.add_(0.01 * torch.randn_like(parameter))
-    plain = library_copy(trainer.replica, folder)
-    reference = library_copy(trainer.reference, folder)
-    weights, advantages = [1.0, 0.0, 1.0], torch.tensor([[1.0, -1.0], [0.5, -2.0], [-0.7, 0.7]])
-    groups = random_groups((3, 9), (4, 4), (12, 5))
-    (micro,) = trainer.micro_batches(batch, weights, groups, advantages)
-    noise = 0.3 * torch.randn(micro.packed.completion_mask.shape).clamp(-2, 2)
-    with torch.no_grad():
-        old = token_logprobs(trainer.replica, micro.packed, **distribution) + noise
-    order = [i for i in (2, 0, 1)]  # the longest group comes first in the row
-    gradients = []
-    trainer.optimizer.step = lambda lr, loss: gradients.extend(
-        p.grad.full_tensor().clone() for p in trainer.policy.parameters()
-    )
-    _, logged = trainer.optimizer_step([micro], [old], num_outputs=4.0, lr=1.0)
+    objective = {"kl_coef": 0.3, "clip_eps": 0.1}
+    trainer, batch = make_trainer(objective=objective, temperature=0.8, updates_per_batch=3)
+    banned = trainer.distribution["banned"]
+    move(trainer.reference)
+    weights, groups = [1.0, 0.0, 1.0], random_groups((3, 9), (4, 4), (12, 5))
+    trainer.optimizer = optimizer = RandomStep(trainer.policy)
+    (micro,) = trainer.micro_batches(batch, weights, groups, ADVANTAGES)
+    trainer.optimize([micro], num_outputs=4.0, lr=1.0)
 
-    objective = 0.0
-    for place, image in enumerate(order):
-        for g, ids in enumerate(groups[image].completion_ids):
-            arguments = (batch[image].prompt, ids, 0.8, distribution["banned"])
-            new, ref = plain_logprobs(plain, *arguments), plain_logprobs(reference, *arguments)
-            a, ratio = advantages[image, g], (new - old[2 * place + g, : len(ids)]).exp()
+    plain, old, reference = (
+        library_copy(model, folder)
+        for model in (trainer.policy, trainer.replica, trainer.reference)
+    )
+    expected, ratios = 0.0, []
+    for weight, example, group, advantages in zip(weights, batch, groups, ADVANTAGES):
+        for ids, a in zip(group.completion_ids, advantages):
+            arguments = (example.prompt, ids, 0.8, banned)
+            new = plain_logprobs(plain, *arguments)
+            with torch.no_grad():
+                before, ref = (plain_logprobs(model, *arguments) for model in (old, reference))
+            ratio = (new - before).exp()
+            ratios.append(ratio.detach())
             surrogate = torch.minimum(ratio * a, ratio.clamp(0.9, 1.1) * a)
-            kl = (ref.detach() - new).exp() - (ref.detach() - new) - 1
-            objective = objective + weights[image] * (surrogate - 0.3 * kl).mean() / 4
-    (-objective).backward()
-    assert logged["loss"] == pytest.approx(-objective.item(), rel=1e-4, abs=1e-6)
-    for mine, parameter in zip(gradients, plain.parameters(), strict=True):
+            kl = (ref - new).exp() - (ref - new) - 1
+            expected = expected - weight * (surrogate - 0.3 * kl).mean() / 4
+    assert 0.2 < ((torch.cat(ratios) - 1).abs() > 0.1).float().mean() < 0.98
+    expected.backward()
+    assert optimizer.loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
+    for mine, parameter in zip(optimizer.gradients, plain.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad, atol=2e-5, rtol=1e-4)
 
 
 def test_micro_batches_of_one_group_have_the_gradient_of_one_row(make_trainer):
-    advantages = torch.tensor([[1.0, -1.0], [0.5, -2.0], [-0.7, 0.7]])
     groups, found = random_groups((3, 9), (4, 4), (12, 5)), []
     for budget in (1, 10_000):
         trainer, batch = make_trainer(tokens_per_microbatch=budget)
-        micros = trainer.micro_batches(batch, [1.0, 0.0, 1.0], groups, advantages)
+        micros = trainer.micro_batches(batch, [1.0, 0.0, 1.0], groups, ADVANTAGES)
         assert len(micros) == (3 if budget == 1 else 1)
         found.append(trainer.optimize(micros, num_outputs=4.0, lr=1e-3))
     for name in ("loss", "grad_norm", "kl", "logprob_gap"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4, abs=1e-6), name
 
 
-def test_several_updates_keep_the_first_policy_as_pi_old(make_trainer):
-    """With pi_old taken anew at each update every ratio would be 1 and nothing clipped."""
-    trainer, batch = make_trainer(updates_per_batch=3, objective={"clip_eps": 0.01})
-    advantages = torch.tensor([[1.0, -1.0]] * 3)
-    micros = trainer.micro_batches(batch, [1.0] * 3, random_groups(*[(5, 5)] * 3), advantages)
-    logged = trainer.optimize(micros, num_outputs=6.0, lr=1e-2)
-    assert logged["clip_fraction"] > 0.05
-    steps = {int(state["step"]) for state in trainer.optimizer.adamw.state.values()}
-    assert steps == {3}
-
-
-def test_advantages_and_rewards_belong_to_their_completions(make_trainer, monkeypatch):
-    """From sampling to the micro-batches, each group in one of its own."""
+def test_advantages_belong_to_their_completions(make_trainer, monkeypatch):
+    """From sampling to the micro-batches, each group in one of its own; rewards are lengths."""
     trainer, batch = make_trainer(tokens_per_microbatch=1)
     monkeypatch.setattr(trainer, "sample", lambda *_: random_groups((2, 3), (9, 4), (5, 6)))
-    parts = ("format", "object", "verb", "iou", "total")
+    parts, given = ("format", "object", "verb", "iou", "total"), {}
 
-    def score(example, group):
-        written = {"written": {"instances": 1, "verbs": 1}}
-        return [dict.fromkeys(parts, float(len(i))) | written for i in group.completion_ids]
-
-    monkeypatch.setattr(trainer, "score", score)
-    given = {}
+    def score(example, rollout):
+        rewards = [dict.fromkeys(parts, float(len(ids))) for ids in rollout.completion_ids]
+        return [grpo.Scored("", hicodet.parse_completion(""), reward) for reward in rewards]
 
     def optimize(micros, num_outputs, lr):
         for micro in micros:
@@ -165,12 +157,15 @@ def test_advantages_and_rewards_belong_to_their_completions(make_trainer, monkey
             given.update(zip(lengths, micro.advantages.tolist()))
         return {}
 
+    monkeypatch.setattr(trainer, "score", score)
     monkeypatch.setattr(trainer, "optimize", optimize)
-    trainer.update(0, batch, [1.0] * 3, 1e-3)
+    _, shown = trainer.update(0, batch, [1.0] * 3, 1e-3)
     # a group of rewards r and s: -+ |r - s| / 2 over (|r - s| / sqrt 2 + 1e-4)
     low, high = (side * 0.5 / (0.5**0.5 + 1e-4) for side in (-1, 1))
     wide = 2.5 / (12.5**0.5 + 1e-4)
     assert given == pytest.approx({2: low, 3: high, 5: low, 6: high, 9: wide, 4: -wide})
+    assert shown["file_name"] == batch[0].sample.file_name
+    assert [one["advantage"] for one in shown["completions"]] == pytest.approx([low, high])
 
 
 def answers_as_rollout(trainer, *answers):
@@ -184,11 +179,10 @@ def test_completions_are_scored_in_the_frame_of_the_text(make_trainer):
     trainer, batch = make_trainer()
     right, other = batch[0].text_hois, batch[1].text_hois
     assert right != other
-    scored = trainer.score(batch[0], answers_as_rollout(trainer, right, other))
-    assert scored[0]["total"] == pytest.approx(3.8) and scored[1]["total"] < 3.8
-    assert scored[0]["text"].startswith("<think> a person </think>")
-    verbs = sum(len(hoi.verbs) for hoi in other)
-    assert scored[1]["written"] == {"instances": len(other), "verbs": verbs}
+    first, second = trainer.score(batch[0], answers_as_rollout(trainer, right, other))
+    assert first.rewards["total"] == pytest.approx(3.8) and second.rewards["total"] < 3.8
+    assert first.text.startswith("<think> a person </think>")
+    assert len(second.completion.instances) == len(other)
 
 
 def test_rewards_of_table_3_and_the_duplicate_rule_reach_the_score(make_trainer):
@@ -198,98 +192,24 @@ def test_rewards_of_table_3_and_the_duplicate_rule_reach_the_score(make_trainer)
         replace(hoi, object=(90.0, 90.0, 99.0, 99.0)),
         hicodet.HOI(hoi.human, (0.0, 0.0, 9.0, 9.0), "bicycle", ("hold",)),
     )
-    (reward,) = trainer.score(batch[0], answers_as_rollout(trainer, two))
-    assert reward["object"] == reward["verb"] == 0.0
+    (scored,) = trainer.score(batch[0], answers_as_rollout(trainer, two))
+    assert scored.rewards["object"] == scored.rewards["verb"] == 0.0
     # as printed, the second would be a duplicate; one true pair, two written
-    assert reward["format"] == pytest.approx(0.8)
+    assert scored.rewards["format"] == pytest.approx(0.8)
 
 
-def test_what_is_banned_is_banned_in_sampling_and_in_the_log_probs(make_trainer, monkeypatch):
+def test_completions_come_from_pi_old_by_their_seeds(make_trainer):
+    """And training gives each token the log-prob that the sampler gave it."""
     trainer, batch = make_trainer(temperature=0.7, seed=5)
-    sampler, calls = trainer.sampler, []
-    image_id, end_id = trainer.examples.image_id, trainer.examples.end_id
-    assert sampler.banned[image_id] and not sampler.banned[end_id]
-    assert sampler.banned is trainer.distribution["banned"]
-    assert sampler.temperature == trainer.distribution["temperature"] == 0.7
-    assert sampler.model is trainer.replica
-    monkeypatch.setattr(sampler, "collect", lambda prompts, seeds: calls.append((prompts, seeds)))
-    trainer.sample(3, batch)
-    seeds = [grpo.sample_seeds(5, 3, place, 2) for place in (0, 1, 2)]
-    assert calls == [([example.prompt for example in batch], seeds)]
-
-
-@pytest.mark.parametrize("scores", ["ones", "likelihood"])
-def test_predictions_of_a_model_that_is_right(folder, ranks, monkeypatch, scores):
-    """predict_rows on completions that are the ground truth, each token with log-prob -0.01."""
-    config = config_of("predict", folder, "x", scores=scores, slots=1)
-    samples = annotations.load_split(folder / "data", "test")
-    examples = examples_of(config, samples)
-    texts = [supervised_text(examples[i].text_hois, "x") for i in range(len(samples))]
-    answers = [examples.token_ids(text) for text in texts]
-    calls = []
-
-    class Sampler:
-        def __init__(self, model, **options):
-            calls.append(options)
-
-        def run(self, prompts):
-            """All prompts under way at a time, the last one done first."""
-            for number in reversed(range(len(list(prompts)))):
-                ids = answers[number]
-                logprobs = [torch.full((len(ids),), -0.01)]
-                yield number, Rollout([ids], logprobs, torch.ones(1), logprobs)
-
-    monkeypatch.setattr(predict, "Sampler", Sampler)
-    model = load_model(config.model, ranks.device)
-    indices = list(range(len(samples)))
-    rows = list(predict.predict_rows(
-        model, examples, indices, ranks, max_new_tokens=9, slots=1, scores=scores
-    ))
-    assert [row["index"] for row in rows] == indices[::-1]
-    rows.reverse()
-    assert all(call["banned"][examples.image_id] and call["temperature"] == 0 for call in calls)
-    for row, sample_ in zip(rows, samples, strict=True):
-        assert row["line"]["file_name"] == sample_.file_name
-        # Eq. 7 as printed punishes a person's second object: 0.6 of two instances' mean
-        shared = len({hoi.human for hoi in sample_.hois}) < len(sample_.hois)
-        assert row["finished"]
-        assert row["reward"]["total"] == pytest.approx(3.5 if shared else 3.8)
-        for instance, hoi in zip(row["line"]["instances"], sample_.hois, strict=True):
-            assert instance["human"] == pytest.approx(hoi.human, abs=0.5)
-            if scores == "ones":
-                assert instance["scores"] == [1.0] * len(hoi.verbs)
-            else:  # some 15 of the answer's tokens
-                assert math.exp(-0.01 * row["length"]) < instance["scores"][0] < 0.95
-
-
-def test_evaluation_in_training_is_of_the_present_weights(folder, tmp_path, monkeypatch):
-    """What --eval-every logs after the last step is what predict says of the exported model.
-
-    One image is learned by heart and is the first of the held-out ones, of which two are taken.
-    """
-    samples, asked = annotations.load_split(folder / "data", "train")[:4], []
-    held_out, predict_rows = {"train": samples[:1], "test": samples}, predict.predict_rows
-    monkeypatch.setattr(annotations, "load_split", lambda root, split: held_out[split])
-
-    def noted(model, examples, indices, *arguments, **options):
-        asked.append([examples.decode(examples[i].prompt.prompt_ids) for i in indices])
-        return predict_rows(model, examples, indices, *arguments, **options)
-
-    for module in (predict, train):
-        monkeypatch.setattr(module, "predict_rows", noted)
-    options = {"thinking": False, "traces": "", "batch_size": 1, "learning_rate": 1e-2}
-    options |= {"max_steps": 25, "eval_every": 25, "eval_images": 2, "eval_max_new_tokens": 30}
-    run(config_of("sft", folder, tmp_path / "run", **options))
-    model, options = str(tmp_path / "run" / "model"), {"thinking": False, "max_new_tokens": 30}
-    run(config_of("predict", folder, tmp_path / "test", model=model, limit=2, **options))
-    assert asked[0] == asked[1] and len(asked[0]) == 2  # images and prompts
-    lines = (tmp_path / "test" / "predictions.jsonl").read_text().splitlines()
-    counts = annotations.training_counts(folder / "data")
-    rows = [json.loads(line) for line in lines]
-    expected = evaluate.evaluate(rows, samples[:2], counts, classes="present")
-    logged = metrics(tmp_path / "run")[-1]
-    summary = json.loads((tmp_path / "test" / "summary.json").read_text())
-    assert logged["eval_map"] == pytest.approx(100 * expected["default"]["full"])
-    assert logged["eval_map"] > 10 and logged["eval_reward"] > 1
-    assert logged["eval_reward"] == pytest.approx(summary["reward"]["total"])
-    assert logged["eval_length"] == pytest.approx(summary["completion_length"])
+    seeds = sum((grpo.sample_seeds(5, 3, place, 2) for place in (0, 1, 2)), [])
+    expected = sample(
+        trainer.replica, [example.prompt for example in batch], seeds=seeds, group_size=2,
+        max_new_tokens=12, end_id=trainer.examples.end_id, **trainer.distribution,
+    )  # fmt: skip
+    found = [ids for group in trainer.sample(3, batch) for ids in group.completion_ids]
+    assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected.completion_ids]
+    banned = trainer.distribution["banned"]
+    assert banned[trainer.examples.image_id] and not banned[trainer.examples.end_id]
+    assert not banned[torch.cat(found)].any()
+    logged, _ = trainer.update(3, batch, [1.0] * 3, 1e-3)
+    assert logged["logprob_gap"] < 1e-4

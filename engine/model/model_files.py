@@ -34,8 +34,8 @@ def read_from_model(read: Callable, model: str, what: str):
     require_folder(model)
     try:
         return read(model)
-    except InputError:
-        raise
+    except InputError as error:  # of the layers of quantized.py, which do not know the folder
+        raise InputError(f"--model {model}: {error}") from None
     except Exception as error:  # the libraries raise some twenty kinds for broken files
         cause = textwrap.shorten(str(error), 200) or type(error).__name__
         absent = "" if Path(model).is_dir() else "there is no such folder here, and "
