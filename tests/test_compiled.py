@@ -56,15 +56,15 @@ def graphs(monkeypatch):
 
 def test_the_head_is_one_graph_for_all_chunks(model, graphs, monkeypatch):
     """Completions in one chunk, and in several under checkpointing; and equal gradients."""
-    plain = engine.attention._chunk_logprobs
+    plain = engine.attention.chunk_logprobs(0.7, compiled=False)
     fused = torch.compile(plain, dynamic=True, backend=graphs)
     vocabulary, width = model.lm_head.weight.shape
     banned = torch.arange(vocabulary) % 5 == 1
     monkeypatch.setattr(engine.attention, "HEAD_CHUNK", 12)
     for count in (11, 7, 40, 12):  # 40 are chunks of 12, 12, 12 and 4
         ids, values, found = torch.arange(count) * 5, torch.randn(count, width), []
-        for chunk_logprobs in (fused, plain):
-            monkeypatch.setattr(engine.attention, "_chunk_logprobs", chunk_logprobs)
+        for of_chunk in (fused, plain):
+            monkeypatch.setattr(engine.attention, "chunk_logprobs", lambda *how, **_: of_chunk)
             hidden, weight = values.clone().requires_grad_(), model.lm_head.weight
             logprobs = engine.attention.head_logprobs(model.lm_head, hidden, ids, 0.7, banned)
             gradients = torch.autograd.grad(logprobs.square().sum(), (hidden, weight))
