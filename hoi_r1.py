@@ -19,7 +19,8 @@
 
 Plain `python` runs one process. Three policies: pi_theta in fp32, sharded over the ranks by FSDP2
 and computing in bf16 on a GPU; pi_old, a replica on every rank in the dtype of computation, which
-samples and is refreshed after each batch; pi_ref, frozen, only where --kl-coef is above 0.
+samples and is refreshed after each batch; pi_ref, frozen and sharded like pi_theta, only where
+--kl-coef is above 0.
 
 Data order and sampling seeds are pure functions of (seed, step, place in the batch), and losses are
 divided by counts over all ranks and micro-batches: world size and `--resume` do not change the run.
@@ -85,7 +86,7 @@ class TrainConfig(RunConfig):
     tokens_per_microbatch: int = option(16384, "of a forward pass; fewer need less memory", least=1)
     gradient_checkpointing: bool = option(True, "faster, but takes far more memory")
     offload: bool = option(
-        False, "keep pi_theta, its gradient and AdamW's state in the host's memory; slower"
+        False, "keep pi_theta, its gradient, AdamW's state and pi_ref in the host's memory; slower"
     )
     save_every: int = option(100, "steps between checkpoints; 0: only the final model", least=0)
     keep: int = option(2, "newest checkpoints that stay", least=1)

@@ -119,12 +119,13 @@ def step_bytes(
     backward_ends = vision_kept + 8 * (count.root + count.vision)
     prefill = min(slots, PREFILL_PROMPTS) * PROMPT * activation_bytes(text, torch.bfloat16)
     states = 0 if options.offload else 16 * count.total // gpus
+    reference = 0 if options.offload or not options.kl_coef else BF16 * count.total // gpus
     gathered = 0 if checkpointing or options.offload else BF16 * count.total
     return {
         "weights, gradient, AdamW": states,
         "gathered parameters": gathered,
         "pi_old": BF16 * count.total,
-        "pi_ref": BF16 * count.total if options.kl_coef else 0,
+        "pi_ref": reference,
         "keys and values": slots * (PROMPT + GROUP * NEW) * cache_bytes(text, torch.bfloat16),
         "a micro-batch": max(backward_begins, backward_ends, prefill),
     }

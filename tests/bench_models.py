@@ -64,7 +64,7 @@ SIZES = {
 SIZES["tiny-short"] = replace(SIZES["tiny"], text_tokens=35, grid=(4, 4))  # a prompt of 51
 # a whole step on a GPU of so many GB, with what `python -m tests.bench fits` reckons to fit
 for gigabytes, step in {
-    24: {"kl_coef": 0.0, "offload": True},
+    24: {"offload": True},
     48: {"offload": True},
     80: {"offload": True, "gradient_checkpointing": False, "tokens_per_microbatch": 8192},
     141: {"gradient_checkpointing": False, "tokens_per_microbatch": 8192},

@@ -67,7 +67,7 @@ def test_a_step_by_hand():
         "weights, gradient, AdamW": 8 * COUNT.total,  # 16 bytes each, on two GPUs
         "gathered parameters": 0,
         "pi_old": 2 * COUNT.total,
-        "pi_ref": 2 * COUNT.total,
+        "pi_ref": COUNT.total,  # in bf16, on two GPUs
         "keys and values": 8 * 6595 * 36_864,
         "a micro-batch": 3 * 2116 * (32 * 2560 + 55_520) + 8 * (COUNT.root + COUNT.vision),
     }
