@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.attention
 import engine.decode
@@ -128,6 +129,38 @@ def test_steps_beyond_the_end_change_nothing(model, prompts, monkeypatch):
         for mine, other in zip(found.logprobs, expected.logprobs, strict=True):
             torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
         assert torch.equal(found.finished, expected.finished)
+
+
+class Added(TorchDispatchMode):
+    """Notes the dtypes in which index_add adds up."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if "index_add" in str(function):
+            self.dtypes.add(arguments[0].dtype)
+        return function(*arguments, **options or {})
+
+
+def test_gradients_of_shared_keys_add_up_in_fp32():
+    """With G = 40 a prompt's keys are in 41 sequences. A GPU's index_add rounds at each sum."""
+    layout = engine.attention.GroupLayout((7,), ((3,) * 40,))
+    q, gradient = (torch.randn(1, 4, 127, 16).bfloat16() for _ in range(2))
+    k, v = (torch.randn(1, 2, 127, 16).bfloat16().requires_grad_() for _ in range(2))
+    keys = layout.sequences[0]
+    with Added() as added:
+        layout.attend(None, q, k, v, 0.25).backward(gradient)
+    assert added.dtypes == {torch.float32}
+    parts = torch.randn(len(keys), 2, 16).bfloat16()  # of one size, as those of a prompt's keys
+    exact, by_one = torch.zeros(127, 2, 16, dtype=torch.float64), torch.zeros(127, 2, 16).bfloat16()
+    for key, part in zip(keys, parts):
+        exact[key] += part
+        by_one[key] += part
+    in_fp32 = torch.zeros(127, 2, 16).index_add(0, keys, parts.float()).bfloat16()
+    off, coarse = (float((x - exact)[:7].norm() / exact[:7].norm()) for x in (in_fp32, by_one))
+    assert off < 2**-8 and coarse > 2 * off
 
 
 def test_quantised_layers_are_left_alone(model, prompts):

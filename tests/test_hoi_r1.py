@@ -1,22 +1,27 @@
 """hoi_r1.py, the parts of a training: flags, policies, batches, rates, optimizer steps."""
 
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import engine.policy
 import grpo
 import hoi_r1
-from engine.attention import pack, token_logprobs
+from demo.toy import tiny_model
+from engine.attention import pack, token_logprobs, use_group_attention
 from engine.examples import batch_order
 from engine.policy import accumulate
 from hicodet import InputError
 from tests.runs import config_of, optimizer_of, policy_of, training_examples
+from tests.test_killed import SERVER
+from tests.test_ranks_agree import free_port
+from tests.tiny import make_prompt, text_ids
 
 
 def test_flags_are_checked_before_anything_is_read(capsys):
@@ -125,6 +130,46 @@ def test_offloaded_parameters_take_the_same_step(folder, ranks, monkeypatch):
     assert told[:4] == [engine.policy.OffloadPolicy] * 4 and told[4:] == [offload] * 4
     for mine, other in zip(*(policy.parameters() for policy in policies), strict=True):
         assert torch.equal(mine.full_tensor(), other.full_tensor())
+
+
+def reference_on_a_rank(rank: int, port: int, results) -> None:
+    """Put into results: has a sharded pi_ref the log-probs of a whole one, and what share of it?"""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    ranks, engine.policy.SMALLEST_PART = engine.policy.start_ranks(), 0
+    whole, sharded = (use_group_attention(tiny_model(3)) for _ in range(2))
+    engine.policy.shard_reference(sharded, ranks.device)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [make_prompt(whole, *size, generator) for size in ((2, 3, 3, 5), (4, 2, 1, 9))]
+    completions = [[text_ids(whole, n, generator) for n in group] for group in ((4, 7, 1), (5,))]
+    batch = pack(whole, prompts, completions)
+    with torch.no_grad():
+        for _ in range(2):  # what was gathered is freed after each
+            equal = torch.equal(sharded.token_logprobs(batch), token_logprobs(whole, batch))
+    mine = [p.to_local() if isinstance(p, DTensor) else p for p in sharded.parameters()]
+    share = sum(p.nbytes for p in mine) / sum(p.nbytes for p in whole.parameters())
+    results.put((equal, share))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_hold_half_of_pi_ref_each():
+    """Its log-probs are those of the whole one, to the bit."""
+    results, port = SERVER.SimpleQueue(), free_port()
+    ranks = [
+        SERVER.Process(target=reference_on_a_rank, args=(rank, port, results)) for rank in (0, 1)
+    ]
+    for rank in ranks:
+        rank.start()
+    try:
+        for rank in ranks:
+            rank.join(100)
+            assert rank.exitcode == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+    for _ in ranks:
+        equal, share = results.get()
+        assert equal and share == pytest.approx(0.5, abs=0.01)
 
 
 def test_batch_order_is_pure_and_takes_each_sample_once_an_epoch():

@@ -107,21 +107,25 @@ def test_other_contents_are_named_by_their_flags(name, flags):
     assert f"{flags} ({name}: other) on rank 1 (a)" in str(refused.value)
 
 
-@pytest.mark.slow
-def test_a_rank_that_waits_in_vain_ends_with_the_reason():
-    """The other one has joined and then stands still, as a host does whose link is cut."""
-    code = (
-        "import sys; from datetime import timedelta; from engine.policy import start_ranks; "
-        "ranks = start_ranks(timedelta(seconds=2)); print('joined', flush=True); "
-        "ranks.rank and sys.stdin.read(); ranks.gather([0])"
-    )
+def two_ranks(code: str) -> tuple[subprocess.Popen, subprocess.Popen]:
+    """Two processes of a run, each with this code; they read a pipe, and write to one."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    waits, stands = (
+    return tuple(
         subprocess.Popen(
             [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **place, "RANK": rank},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for rank in "01"
     )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_in_vain_ends_with_the_reason():
+    """The other one has joined and then stands still, as a host does whose link is cut."""
+    waits, stands = two_ranks(
+        "import sys; from datetime import timedelta; from engine.policy import start_ranks; "
+        "ranks = start_ranks(timedelta(seconds=2)); print('joined', flush=True); "
+        "ranks.rank and sys.stdin.read(); ranks.gather([0])"
+    )
     try:
         assert [one.stdout.readline() for one in (waits, stands)] == ["joined\n"] * 2
         _, errors = waits.communicate(timeout=60)
@@ -129,3 +133,18 @@ def test_a_rank_that_waits_in_vain_ends_with_the_reason():
     finally:
         waits.kill()
         stands.communicate("")
+
+
+@pytest.mark.slow
+def test_the_model_may_take_longer_to_write_than_ranks_wait(tmp_path):
+    """--timeout is of ranks that are gone: here 2 seconds, and the first one writes for 4."""
+    ranks = two_ranks(
+        "import time; from datetime import timedelta; from pathlib import Path; "
+        "from torch import nn; from engine.policy import start_ranks; from engine.run import Run; "
+        "ranks = start_ranks(timedelta(seconds=2)); "
+        "Run._write_model = lambda *what: time.sleep(4); "
+        f"Run(Path({str(tmp_path)!r}), None, ranks).export(nn.Module(), 'model', [], {{}})"
+    )
+    for one in ranks:
+        _, errors = one.communicate(timeout=60)
+        assert one.returncode == 0, errors
