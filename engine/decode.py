@@ -14,6 +14,7 @@ from engine.attention import has_flash
 
 DRAW_BLOCK = 512  # tokens of the vocabulary that are looked through at a time
 KEY_BLOCK = 128  # keys that a GPU reads or skips together
+STAGES = 2  # of the decoding kernel's pipeline; 3 have not been measured
 
 
 class GroupCache:
@@ -58,7 +59,7 @@ def kernel_options(queries: int) -> dict[str, int]:
     32 queries, 38,158 at 72. These do not spill from sm_80 to sm_90, and need at most 98,304 bytes
     of shared memory.
     """
-    return {"num_warps": 4 if queries <= 64 else 8, "num_stages": 2}
+    return {"num_warps": 4 if queries <= 64 else 8, "num_stages": STAGES}
 
 
 class Prefill:

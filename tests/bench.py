@@ -21,6 +21,7 @@ from typing import Literal
 
 import torch
 
+import engine.decode
 import grpo
 import hicodet
 import hoi_r1
@@ -243,7 +244,8 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
         gradient_checkpointing=config.gradient_checkpointing, offload=config.offload)
     replica, reference = random_model(size, device, compute_dtype(device)), None
     if config.kl_coef:
-        reference = shard_reference(random_model(size, device, compute_dtype(device)), device)
+        reference = shard_reference(
+            random_model(size, device, compute_dtype(device)), device, offload=config.offload)
     optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
     same = ("group_size", "max_new_tokens", "temperature", "seed", "updates_per_batch",
             "tokens_per_microbatch")
@@ -283,7 +285,7 @@ def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
     """
     model = random_model(size, device, compute_dtype(device))
     large = device.type == "cuda"
-    mean, longest, count, slots = (243, 2048, 512, 128) if large else (24, 204, 32, 8)
+    mean, longest, count, slots = (243, 2048, 256, 64) if large else (24, 204, 32, 8)
     compared = slots if large else count  # images that the baseline gets
     vocabulary = model.config.text_config.vocab_size
     allowed = torch.arange(1, mean + 1)  # without 0, which pads what generate() returns
@@ -340,7 +342,10 @@ GUARDED = {"cuda": ("sampler", "update", "vision", "sft"), "cpu": ("evaluate", "
 class BenchConfig(Config):
     """Options of the command."""
 
-    GROUPS = {"what to measure": "what model_size peer repeats baseline json write"}
+    GROUPS = {
+        "what to measure": "what model_size peer checkpointing num_stages repeats baseline json "
+        "write"
+    }
     what: Literal[*MODEL_BENCHES, *bench_cpu.BENCHES, "fits", "guard"] = required(
         f"{', '.join([*MODEL_BENCHES, *bench_cpu.BENCHES])}, fits or guard",
         positional=True, metavar="WHAT",
@@ -350,6 +355,12 @@ class BenchConfig(Config):
     baseline: bool = option(True, "ours only")
     json: Path | None = option(None, "file for the figures", metavar="FILE")
     peer: Literal["trl"] | None = option(None, "of step: another program as the baseline")
+    checkpointing: Literal["on", "off"] | None = option(
+        None, "of step: gradient checkpointing (default: as the size has it)"
+    )
+    num_stages: int | None = option(
+        None, "of decoding's attention kernel (default: as in engine/decode.py)", least=1
+    )
     write: bool = option(False, "of guard: write tests/BENCH.json instead of comparing with it")
 
     def __post_init__(self):
@@ -358,6 +369,16 @@ class BenchConfig(Config):
             raise ValueError("--model-size 3b needs a GPU, and torch finds none here")
         if self.peer and self.what != "step":
             raise ValueError(f"--peer {self.peer}: only of step")
+        if self.checkpointing and self.what != "step":
+            raise ValueError(f"--checkpointing {self.checkpointing}: only of step")
+
+    def size(self) -> Size:
+        """The size, with the step's options as they were asked for."""
+        size = SIZES[self.model_size]
+        if self.checkpointing is None:
+            return size
+        step = size.step | {"gradient_checkpointing": self.checkpointing == "on"}
+        return replace(size, step=step)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -367,6 +388,7 @@ def main(argv: list[str] | None = None) -> None:
     if memory := SIZES[config.model_size].memory:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory * 1e9 / total))
+    engine.decode.STAGES = config.num_stages or engine.decode.STAGES
     if config.what == "fits":
         return bench_fits()
     if config.what == "guard":
@@ -378,7 +400,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.what in bench_cpu.BENCHES:
             found = bench_without_model(config.what, runs)
         else:
-            found = bench[config.what](SIZES[config.model_size], device, runs)
+            found = bench[config.what](config.size(), device, runs)
     except Unavailable as error:
         return print(f"skipped: TRL cannot be installed here ({error})")
     print(report(found))

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import engine.decode
 from tests import bench, bench_cpu
 from tests.bench_models import SIZES, Work, random_model
 
@@ -47,6 +48,17 @@ def test_figures_are_written(tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["update", "--model-size", "3b"])
     assert "needs a GPU" in capsys.readouterr().err
+
+
+def test_what_a_bench_varies(monkeypatch):
+    """Gradient checkpointing of a step, and the stages of decoding's kernel."""
+    step = bench.BenchConfig(what="step", checkpointing="off").size().step
+    assert step == {"gradient_checkpointing": False}
+    with pytest.raises(ValueError, match="only of step"):
+        bench.BenchConfig(what="update", checkpointing="on")
+    monkeypatch.setattr(engine.decode, "STAGES", engine.decode.STAGES)  # put back afterwards
+    bench.main(["rewards", "--repeats", "1", "--no-baseline", "--num-stages", "3"])
+    assert engine.decode.kernel_options(8)["num_stages"] == 3
 
 
 def test_annotations_and_detections_of_the_benches(tmp_path, monkeypatch):
