@@ -12,7 +12,7 @@ Of several greedy or several sampling steps all kernels of the first are compile
 that of flex attention. `interpret` runs that kernel on the CPU and prints the largest difference
 from `DecodeStep._attend_whole`.
 
-Fake are:
+What is fake:
 - `torch.cuda`. It has one device, with the properties of an H200, an A100 or an RTX 4090 (`GPUS`).
 - CUDA in C++ (`FAKE_CUDA`). It is there, its device guard does nothing, and it has one stream.
 - Triton's driver. It names the GPU's architecture, and loads no kernel.
@@ -20,10 +20,10 @@ Fake are:
 - What would run kernels during compilation: Inductor does not fold constants or pad products, and
   its patterns, as those of attention, are traced on the CPU.
 
-Real are Dynamo, AOTAutograd, Inductor's lowering, fusion and code, Triton's compiler, and ptxas.
+What is real: Dynamo, AOTAutograd, Inductor's lowering, fusion and code, Triton's compiler, ptxas.
 
-This does not show speed, the candidate that autotuning takes, what libraries do (products, flash
-attention), or CUDA graphs. It shows right numbers for flex attention alone, in fp32.
+What it does not show: speed, the candidate that autotuning takes, what libraries compute (products,
+flash attention), CUDA graphs. It shows that numbers are right for flex attention alone, in fp32.
 
 It patches torch for its whole process, so it is a program and no library. It needs g++ and pip,
 which installs Triton into a folder of its own.
@@ -50,7 +50,7 @@ from typing import Literal
 from unittest.mock import patch
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "gpu_emulation"  # git ignores runs/
-TRITON = "3.7.1"  # torch 2.13 with CUDA asks for it
+TORCH, TRITON = "2.13", "3.7.1"  # with CUDA this torch asks for this Triton
 LIBRARY = FOLDER / f"fake_cuda-{version('torch')}.so"
 FAKE_CUDA = """
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -81,6 +81,8 @@ class Unavailable(Exception):
 
 def prepare() -> None:
     """Put Triton and the fake CUDA into FOLDER, if they are not there. Raises Unavailable."""
+    if not version("torch").startswith(f"{TORCH}."):
+        raise Unavailable(f"it is written for torch {TORCH}, and here is {version('torch')}")
     if not shutil.which("g++"):
         raise Unavailable("there is no g++ here")
     if not (FOLDER / "triton" / f"triton-{TRITON}.dist-info").exists():
@@ -238,7 +240,7 @@ class Stop(BaseException):
 
 @contextmanager
 def kept_code() -> Iterator[list[str]]:
-    """Fake tensors, and a list of the modules Inductor writes. A call of one ends the block."""
+    """Fake tensors, and a list of the modules Inductor writes. The first that would run ends it."""
     modules = []
 
     def call(arguments):

@@ -34,6 +34,7 @@ def emulate(*words: str) -> list[dict]:
     command = [sys.executable, "-m", "tests.gpu_emulation", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    print(done.stdout)  # pytest shows it when the test fails
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
