@@ -129,9 +129,18 @@ def test_gradients_of_shared_keys_add_up_in_fp32():
     layout = GroupLayout((7,), ((3,) * 40,))
     q, gradient = (torch.randn(1, 4, 127, 16).bfloat16() for _ in range(2))
     k, v = (torch.randn(1, 2, 127, 16).bfloat16().requires_grad_() for _ in range(2))
+    keys = layout.sequences[0]
     with Added() as added:
         layout.attend(None, q, k, v, 0.25).backward(gradient)
     assert added.dtypes == {torch.float32}
+    parts = torch.randn(len(keys), 2, 16).bfloat16()  # of one size, as those of a prompt's keys
+    exact, by_one = torch.zeros(127, 2, 16, dtype=torch.float64), torch.zeros(127, 2, 16).bfloat16()
+    for key, part in zip(keys, parts):
+        exact[key] += part
+        by_one[key] += part
+    in_fp32 = torch.zeros(127, 2, 16).index_add(0, keys, parts.float()).bfloat16()
+    off, coarse = (float((x - exact)[:7].norm() / exact[:7].norm()) for x in (in_fp32, by_one))
+    assert off < 2**-8 and coarse > 2 * off
 
 
 def test_quantised_layers_are_left_alone(model, prompts):
