@@ -16,7 +16,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from engine.model.packing import HEAD_CHUNK
 from engine.model.quantized import pack_layers
 from engine.sampling.sampler import PREFILL_PROMPTS
-from engine.sampling.slots import MOST_SLOTS, fitting_slots, slot_bytes
+from engine.sampling.slots import FOR_SLOTS, MOST_SLOTS, slot_bytes
 from tests.bench_models import SIZES, model_config
 
 GIGABYTES = (24, 48, 80, 141)
@@ -188,7 +188,7 @@ def prediction(name: str) -> tuple[int, int]:
 def prediction_row(name: str) -> str:
     """Weights, a slot, and how many slots a prediction takes on each GPU."""
     weights, slot = prediction(name)
-    fitting = (fitting_slots(max(gb * 10**9 - weights, 0), slot) for gb in GIGABYTES)
+    fitting = (int(max(gb * 10**9 - weights, 0) * FOR_SLOTS) // slot for gb in GIGABYTES)
     slots = ", ".join(f"{min(n, MOST_SLOTS)} on {gb} GB" for n, gb in zip(fitting, GIGABYTES))
     return f"{name}: weights {weights / 1e9:.1f} GB, a slot {slot / 1e9:.2f} GB; slots: {slots}"
 

@@ -33,7 +33,7 @@ def compiled_head(monkeypatch):
     backend = aot_autograd(fw_compiler=note)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     monkeypatch.setattr(
-        engine.model.attention, "chunk_logprobs", lambda t, compiled: chunk_logprobs(t, compiled=True)
+        engine.model.packing, "chunk_logprobs", lambda t, compiled: chunk_logprobs(t, compiled=True)
     )
     chunk_logprobs.cache_clear()
     torch._dynamo.reset()

@@ -8,7 +8,7 @@ from transformers import Qwen2_5_VLConfig
 
 from demo.toy import tiny_model
 from engine.ranks import Ranks
-from engine.sampling.slots import choose_slots, fitting_slots, slot_bytes
+from engine.sampling.slots import choose_slots, slot_bytes
 from hicodet import InputError
 from tests.tiny import sample
 
@@ -26,11 +26,6 @@ def test_bytes_of_a_slot(width, layers, heads, a_token):
     config = Qwen2_5_VLConfig(text_config=text | {"num_key_value_heads": 8}).text_config
     assert slot_bytes(config, torch.bfloat16, 1, 2500, 2048) == (20 + 16) * 128 * a_token
     assert slot_bytes(config, torch.bfloat16, 4, 2500, 2048) == (20 + 4 * 16) * 128 * a_token
-
-
-def test_a_quarter_of_the_memory_is_left_for_a_prefill():
-    assert fitting_slots(free=40, slot=3) == 10  # of 30
-    assert fitting_slots(free=40, slot=31) == 0
 
 
 @pytest.fixture
