@@ -127,8 +127,13 @@ def predict_photographs(config: PredictConfig) -> None:
 
 
 def with_base(config: StageConfig) -> StageConfig:
-    """The config with an adapter's base as the model, if --model names the adapter alone."""
+    """The config with an adapter's base as the model, if --model names the adapter alone.
+
+    Raises InputError if the adapter cannot be read.
+    """
     model, adapter = model_and_adapter(config.model, config.adapter)
+    if adapter:
+        read_adapter(adapter)
     return dataclasses.replace(config, model=model, adapter=adapter)
 
 

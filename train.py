@@ -5,17 +5,27 @@
 
 import dataclasses
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 from tqdm import tqdm
 
 import evaluate
-from engine.configs import CHECKPOINTS, OBJECTIVE, REWARDS, GRPOConfig, SFTConfig, TrainConfig
+from engine.configs import (
+    CHECKPOINTS,
+    FULL_RATE,
+    OBJECTIVE,
+    REWARDS,
+    GRPOConfig,
+    SFTConfig,
+    TrainConfig,
+)
 from engine.data.annotations import load_split, require_images, training_counts
 from engine.data.examples import PROMPT_FILE, Example, Examples, PromptOptions
 from engine.data.image_check import read_names
@@ -53,7 +63,8 @@ FEW_STEPS, PAPER_RATE = 100, 1e-6  # a training below both changes little
 
 def sft(config: SFTConfig) -> None:
     """Thinking distillation and answer supervision (Sec. 3.2)."""
-    ranks, config = start_ranks(timedelta(minutes=config.timeout)), with_base(config)
+    ranks = start_ranks(timedelta(minutes=config.timeout))
+    config = with_rate(with_base(config))
     options = asked_options(config)
     samples, thinks, untraced = annotated_samples(config.data), {}, []
     if options.thinking:
@@ -78,7 +89,8 @@ def sft(config: SFTConfig) -> None:
 
 def grpo(config: GRPOConfig) -> None:
     """Reinforcement learning with the HOI rewards (Sec. 3.3)."""
-    ranks, config = start_ranks(timedelta(minutes=config.timeout)), with_base(config)
+    ranks = start_ranks(timedelta(minutes=config.timeout))
+    config = with_rate(with_base(config))
     samples, rewards = annotated_samples(config.data), config.group(REWARDS)
     examples = Examples(config.model, samples, asked_options(config))
     excluded = excluded_images(config.exclude, samples)
@@ -105,6 +117,14 @@ def grpo(config: GRPOConfig) -> None:
         rewards=rewards,
     )
     train(config, stage, parts, ranks)
+
+
+def with_rate(config: TrainConfig) -> TrainConfig:
+    """The config with a learning rate: the given one, or the default of what is trained."""
+    if config.learning_rate is not None:
+        return config
+    rate = config.LORA_RATE if config.lora_rank or config.adapter else FULL_RATE
+    return dataclasses.replace(config, learning_rate=rate)
 
 
 def first_example(examples: Examples, excluded: Collection[int]) -> Example:
@@ -142,6 +162,7 @@ def set_up(
     needs: whether there is a "replica", pi_old, and a "reference", pi_ref.
     """
     require_trainable(config, examples, ranks)
+    adapter = adapter_of(config)
     kept = len(examples) - len(excluded)
     steps = config.max_steps or config.epochs * math.ceil(kept / config.batch_size)
     held_out = held_out_examples(config, examples.options) if config.eval_every else None
@@ -155,7 +176,6 @@ def set_up(
         with naming(path):
             picture(first_example(examples, excluded)).save(path)
     memory = {name: getattr(config, name) for name in ("gradient_checkpointing", "offload", "seed")}
-    adapter = adapter_of(config)
     policies = load_policies(config.model, ranks.device, adapter, **needs, **memory)
     policy, replica, reference = policies
     optimizer = ClippedAdamW(
@@ -178,14 +198,21 @@ def set_up(
 
 
 def adapter_of(config: TrainConfig) -> Adapter | None:
-    """The LoRA adapter that is trained; None: all weights are."""
+    """The LoRA adapter that is trained; None: all weights are.
+
+    Raises InputError if the options contradict the adapter that they continue.
+    """
+    base = os.path.realpath(config.model) if Path(config.model).is_dir() else config.model
     if config.adapter:
         found = read_adapter(config.adapter)
         if config.lora_rank not in (0, found.rank):
             raise InputError(f"--lora-rank {config.lora_rank}: the adapter has rank {found.rank}")
-        return dataclasses.replace(found, base=config.model)
+        if config.lora_alpha not in (None, found.alpha):
+            asked = f"--lora-alpha {config.lora_alpha:g}"
+            raise InputError(f"{asked}: the adapter has alpha {found.alpha:g}")
+        return dataclasses.replace(found, base=base)
     alpha = config.lora_alpha or 2 * config.lora_rank
-    return Adapter(config.lora_rank, alpha, config.model) if config.lora_rank else None
+    return Adapter(config.lora_rank, alpha, base) if config.lora_rank else None
 
 
 def sampling_slots(config: GRPOConfig, parts: Parts, ranks: Ranks) -> int:
@@ -304,7 +331,7 @@ def fit(
     log.close()
     export(parts, "model")
     log.update_page()
-    ranks.print(f"report: {run.path / 'report.html'}\nmodel: {run.path / 'model'}")
+    ranks.print(f"report: {run.path / 'report.html'}\nmodel: {run.exported()}")
     if ranks.rank == 0:
         print(verdicts(run.path), flush=True)
     run.finish()

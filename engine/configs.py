@@ -147,9 +147,6 @@ class TrainConfig(StageConfig):
         super().__post_init__()
         if self.lora_alpha and not self.lora_rank:
             raise ValueError("--lora-alpha: only with --lora-rank")
-        if self.learning_rate is None:
-            rate = self.LORA_RATE if self.lora_rank or self.adapter else FULL_RATE
-            object.__setattr__(self, "learning_rate", rate)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,66 @@
 """The slow and obvious way: prompts of random tokens, plain forwards, the library's decoding."""
 
+import json
+
 import torch
+from transformers import AutoConfig
 
 import engine.model.attention
 import engine.model.packing
 import engine.sampling.sampler
+from demo import toy
+from engine.model.families import FAMILIES
+
+VISION = {"depth": 4, "num_heads": 2, "initializer_range": 0.08}
+FAMILY_SIZES = {  # by model type: fields of the language model and of the vision tower
+    "qwen2_vl": (
+        {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
+        {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14},
+    ),
+    "qwen3_vl": (  # heads wider than their share, DeepStack, learned positions, a patch of 16
+        {"head_dim": 32, "rope_parameters": {
+            "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+        {"hidden_size": 32, "intermediate_size": 48, "patch_size": 16, "out_hidden_size": 64,
+         "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]},
+    ),
+}  # fmt: skip
+
+
+def family_config(family):
+    """The configuration of a tiny model of a family, with the toy's token ids."""
+    known = toy.model_config(toy.toy_tokenizer(), toy.TINY_SIZES)
+    if family == "qwen2_5_vl":
+        return known
+    names = {*toy.TINY_SIZES["text"], "vocab_size", "max_position_embeddings", "initializer_range"}
+    names |= {"bos_token_id", "eos_token_id", "pad_token_id"}
+    text = {name: getattr(known.text_config, name) for name in names} | {"num_hidden_layers": 4}
+    more, vision = FAMILY_SIZES[family]
+    rope = {"rope_type": "default", **more["rope_parameters"]}
+    ids = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    return AutoConfig.for_model(
+        family, text_config=text | more | {"rope_parameters": rope}, vision_config=VISION | vision,
+        tie_word_embeddings=True, **{name: getattr(known, name) for name in ids},
+    )  # fmt: skip
+
+
+def family_model(family, seed):
+    """A tiny random model of a family; none of its biases is 0, none of its norms 1."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = FAMILIES[family].model(family_config(family)).eval()
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.1 * torch.randn(parameter.shape))
+    return model
+
+
+def write_family(folder, family):
+    """A folder with a tiny model of a family, the toy's tokenizer and an image processor."""
+    model = family_model(family, seed=0)
+    model.save_pretrained(folder)
+    toy.toy_tokenizer().save_pretrained(folder)
+    processor = toy.IMAGE_PROCESSOR | {"patch_size": model.config.vision_config.patch_size}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
 
 
 def text_ids(model, length, generator):
@@ -19,7 +75,8 @@ def make_prompt(model, rows, columns, before, after, generator):
     ids = torch.cat(
         [text_ids(model, before, generator), image, text_ids(model, after, generator)]
     )
-    pixels = torch.randn(rows * columns * 4, 3 * 2 * 14 * 14, generator=generator)
+    side = model.config.vision_config.patch_size
+    pixels = torch.randn(rows * columns * 4, 3 * 2 * side * side, generator=generator)
     return engine.model.packing.Prompt(ids, pixels, torch.tensor([[1, rows * 2, columns * 2]]))
 
 

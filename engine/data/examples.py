@@ -50,11 +50,12 @@ class PromptOptions:
 def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
     """How a model is asked: as `asked` says, else as it was trained here, else as its family was.
 
-    adapter: its folder, which then tells how it was trained, or "". asked: fields of PromptOptions,
-    None if not given. Raises InputError if what is asked for contradicts the training.
+    adapter: its folder, or "". It tells how it was trained; one of peft does not, and then the
+    model's folder does. asked: fields of PromptOptions, None if not given. Raises InputError if
+    what is asked for contradicts the training.
     """
-    path, trained = Path(adapter or model) / PROMPT_FILE, {}
-    if path.is_file():
+    trained, files = {}, [Path(folder) / PROMPT_FILE for folder in (adapter, model) if folder]
+    if path := next(filter(Path.is_file, files), None):
         trained = read_object(path)
         try:
             known = PromptOptions(**trained).box_frame in BOX_FRAMES

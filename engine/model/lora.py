@@ -24,6 +24,7 @@ from hicodet import InputError
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LAYERS = r"model\.language_model\.layers\.\d+\.(self_attn|mlp)"
+MORE_THAN_LORA = ("use_rslora", "use_dora", "alpha_pattern")  # each changes what is computed
 PREFIX = "base_model.model."  # of names in peft's files
 
 
@@ -68,13 +69,13 @@ def add_adapters(model: nn.Module, adapter: Adapter, dtype: torch.dtype, seed: i
     for name, layer in list(model.named_modules()):
         is_target = name.rpartition(".")[2] in TARGETS and ".language_model.layers." in name
         named = f"{name}.lora_A.weight" in left
-        if not (is_target if adapter.weights is None else named):
+        if not is_target or (adapter.weights and not named):
             continue
         a, b = first_weights(layer, adapter.rank, generator)
         if named:
             a, b = (left.pop(f"{name}.lora_{part}.weight") for part in "AB")
         if a.shape != (len(a), layer.in_features) or b.shape != (layer.out_features, len(a)):
-            raise InputError(f"the adapter's {name} does not fit the model")
+            raise InputError(f"--adapter: {name} does not fit that layer of the model")
         for part, value in (("lora_A", a), ("lora_B", b)):
             linear = nn.Linear(*reversed(value.shape), bias=False, dtype=dtype, device=model.device)
             linear.weight.data.copy_(value)
@@ -82,7 +83,10 @@ def add_adapters(model: nn.Module, adapter: Adapter, dtype: torch.dtype, seed: i
         layer.lora_scale = adapter.scale
         layer.register_forward_hook(_add_low_rank)
     if left:
-        raise InputError(f"the adapter's {min(left)} has no place in the model")
+        raise InputError(
+            f"--adapter: {min(left)} is of no layer that may have one; these are the linear layers "
+            "of the language model"
+        )
     return model
 
 
@@ -145,9 +149,12 @@ def read_adapter(folder: str | Path) -> Adapter:
         base = str(config.get("base_model_name_or_path") or "")
     except Exception as error:  # the library raises kinds of its own for damaged weights
         raise InputError(f"{folder}: no LoRA adapter that can be read ({error})") from None
+    if more := [key for key in MORE_THAN_LORA if config.get(key)]:
+        raise InputError(f"{folder}: only plain LoRA adapters are read, and this one has {more[0]}")
     named = {name.removeprefix(PREFIX): value for name, value in weights.items()}
-    if other := [n for n in named if not n.endswith(("lora_A.weight", "lora_B.weight"))]:
-        raise InputError(f"{folder}: {other[0]} is more than a plain LoRA adapter has")
-    if config.get("use_rslora") or config.get("use_dora"):
-        raise InputError(f"{folder}: rsLoRA and DoRA adapters are not read")
+    for name, value in named.items():
+        if not name.endswith(("lora_A.weight", "lora_B.weight")):
+            raise InputError(f"{folder}: {name} is more than a plain LoRA adapter has")
+        if (has := value.shape[-1 if "lora_B" in name else 0]) != rank:
+            raise InputError(f"{folder}: {name} has rank {has}, and {ADAPTER_CONFIG} says {rank}")
     return Adapter(rank, alpha, base, named)

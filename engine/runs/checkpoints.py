@@ -35,16 +35,24 @@ def steps_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
+def _states(policy, optimizer) -> dict[str, dict]:
+    """What a checkpoint holds: each trained parameter once, and the optimizer's state."""
+    model, moments = get_state_dict(policy, optimizer, options=TRAINED)
+    # of a tied head the state has the second name too, even if it is frozen
+    named = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    return {"model": {name: model[name] for name in named}, "optimizer": moments}
+
+
 def write_checkpoint(path: Path, policy, optimizer) -> None:
     """Write a checkpoint to a new folder; every rank writes files of its own.
 
     Raises OSError on every rank, naming the file, if one of them cannot write.
     """
-    model, moments = get_state_dict(policy, optimizer, options=TRAINED)
+    states = _states(policy, optimizer)
     writer = dcp.FileSystemWriter(path)
     writer.fs = _NamingFiles()
     try:
-        dcp.save({"model": model, "optimizer": moments}, checkpoint_id=path, storage_writer=writer)
+        dcp.save(states, checkpoint_id=path, storage_writer=writer)
     except CheckpointException as error:
         raise _cause(error) from None
 
@@ -54,9 +62,9 @@ def read_checkpoint(path: Path, policy, optimizer) -> None:
 
     Raises InputError on every rank if it cannot be read, naming it and the one before.
     """
-    model, moments = get_state_dict(policy, optimizer, options=TRAINED)
+    states = _states(policy, optimizer)
     try:
-        dcp.load({"model": model, "optimizer": moments}, checkpoint_id=path)
+        dcp.load(states, checkpoint_id=path)
     except CheckpointException as error:
         before = [p for p in checkpoints(path.parent) if steps_of(p) < steps_of(path)]
         start = before[-1].name if before else "the first step"
@@ -65,8 +73,8 @@ def read_checkpoint(path: Path, policy, optimizer) -> None:
         raise InputError(
             f"{path} cannot be read ({said}): remove it to continue from {start}"
         ) from None
-    states = {"model_state_dict": model, "optim_state_dict": moments}
-    set_state_dict(policy, optimizer, **states, options=TRAINED)
+    named = {"model_state_dict": states["model"], "optim_state_dict": states["optimizer"]}
+    set_state_dict(policy, optimizer, **named, options=TRAINED)
 
 
 def _cause(error: CheckpointException) -> BaseException:

@@ -128,6 +128,11 @@ class RunFolder:
 
         on_first(self.ranks, write, patient_group())  # --timeout is too short for slow disks
 
+    def exported(self) -> Path:
+        """The folder of the final model; of an adapter that cannot be merged, its folder."""
+        model = self.path / "model"
+        return model if model.is_dir() else self.path / "adapter"
+
     def _write_model(self, policy, state: dict, name: str, parts: list, notes: dict) -> None:
         with aside(self.path / name) as new:
             try:
