@@ -19,14 +19,18 @@ def write_lines(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_image(path, size=(140, 112)):
+def write_image(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.linear_gradient("L").resize(size).convert("RGB").save(path)
+    Image.linear_gradient("L").resize((140, 112)).convert("RGB").save(path)
 
 
 def write_config(folder, **config):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_config(folder, **changes):
+    write_config(folder, **json.loads((folder / "config.json").read_text()) | changes)
 
 
 def write_training(root, *, steps=20, parts=PARTS, model="Qwen/Qwen2.5-VL-3B-Instruct"):
@@ -54,14 +58,11 @@ def write_sft(root, *, steps=50, **config):
 def metrics_row(step, parts=PARTS):
     row = {"step": step, "loss": 1 / step, "grad_norm": 1.0, "kl": 0.01 * step, "entropy": 0.5}
     row |= {"logprob_gap": 1e-3, "clip_fraction": 0.0, "truncated": 0.0, "skipped": False}
-    row |= {"completion_length": 90.0, "zero_variance_groups": 0.25}
     for part in ("total", *parts):
         row |= {f"reward_{part}": 0.5 + 0.01 * step, f"reward_{part}_std": 0.1}
     row |= {f"advantage_{part}": i / 10 for i, part in enumerate(parts)}
-    row |= {"instances": 1.2, "instances_true": 2.3}
-    row |= {"verbs_per_instance": 1.1, "verbs_per_instance_true": 1.5}
-    row |= {"seconds": 9.0, "share_waiting": 0.05, "learning_rate": 1e-6}
-    return row | ({"eval_map": float(step), "eval_reward": 1.0} if step % 5 == 0 else {})
+    row |= {"instances": 1.2, "instances_true": 2.3, "learning_rate": 1e-6}
+    return row | {"seconds": 9.0, "share_waiting": 0.05}
 
 
 def instance_row(hoi):
@@ -79,14 +80,15 @@ def group_row(step, *totals, parts=PARTS):
     return {"step": step, "file_name": "a.jpg", "completions": completions}
 
 
-def write_prediction(root, rewards=(3.0, 1.0, 2.0), *, model="grpo/model", data=None, names=()):
+def write_prediction(root, rewards=(3.0, 1.0, 2.0), *, data=None, names=()):
     """A prediction of one image per reward, and its mAP, in root/test.
 
     data, names: images that are there already; without them they are written.
     """
     folder, names = root / "test", names or [f"{i}.jpg" for i in range(len(rewards))]
-    options = {"model": str(root / model), "data": str(data or root / "data"), "split": "test"}
-    write_config(folder, stage="predict", command=["hoi_r1.py", "predict"], **options)
+    options = {"model": str(root / "grpo/model"), "data": str(data or root / "data")}
+    options |= {"split": "test", "scores": "rank", "command": ["hoi_r1.py", "predict"]}
+    write_config(folder, stage="predict", **options)
     summary = {"images": len(rewards), "truncated": 0.5, "reward": {"total": 2.0}}
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = []
@@ -107,5 +109,5 @@ def result(**changes):
     ap = [i / 1000 for i in range(len(HOI_CLASSES))]
     means = {"full": 0.1234, "rare": None, "non_rare": 0.2, "ap": ap}
     pairs = [7] * 599 + [0]
-    values = {"default": means, "known_object": means, "max_recall": [0.5] * 599 + [None]}
+    values = {"default": means, "known_object": means}
     return values | {"true_pairs": pairs, "classes": "present", "num_images": 3} | changes

@@ -1,5 +1,8 @@
 """Pictures of ground truth and prediction side by side."""
 
+from dataclasses import replace
+
+import numpy as np
 from PIL import Image
 
 from engine.report import drawing
@@ -19,9 +22,6 @@ def test_match_takes_the_free_pair_that_is_overlapped_most():
     assert drawing.match_pairs([RIDE, HOLD], [moved(HOLD, 3), RIDE, RIDE]) == [1, 0, None]
     assert drawing.match_pairs([RIDE], [moved(RIDE, 4)]) == [None]
     assert drawing.match_pairs([moved(RIDE, 3), RIDE], [RIDE]) == [1]
-
-
-def test_match_wants_the_same_object_class():
     other = HOI(RIDE.human, RIDE.object, "motorcycle", ("ride",))
     assert drawing.match_pairs([RIDE], [other]) == [None]
 
@@ -32,21 +32,28 @@ def test_missed_pairs_counts_verbs():
     assert drawing.missed_pairs([RIDE, HOLD], [RIDE, HOLD]) == 0
 
 
-def test_labels_go_to_the_nearest_places_until_there_is_no_room():
-    taken = []
-    while (place := drawing.free_place((40, 40), (30, 12), taken, (100, 100))) is not None:
-        box = (place[0], place[1], place[0] + 30, place[1] + 12)
-        for other in taken:
-            assert box[2] < other[0] or other[2] < box[0] or box[3] < other[1] or other[3] < box[1]
-        taken.append(box)
-    assert len(taken) == 10 and taken[0] == (40, 40, 70, 52)
-    assert drawing.free_place((0, 0), (120, 10), [], (100, 100)) is None  # wider than the picture
+def rows_of_colour(picture, tone):
+    """The rows of a picture in which at least 20 pixels have a colour of COLOURS."""
+    colour = tuple(bytes.fromhex(tone[1:]))
+    pixels = (np.asarray(picture) == colour).all(axis=2).sum(axis=1)
+    return set(np.flatnonzero(pixels > 20).tolist())
 
 
-def test_label_without_room_is_written_below():
-    long = HOI(RIDE.human, RIDE.object, "bicycle", tuple(f"verb {i}" for i in range(40)))
-    picture = drawing.draw_pairs(Image.new("RGB", (100, 50)), [long], [0], width=200)
-    assert picture.width == 200 and picture.height > 100
+def test_labels_of_one_place_do_not_cover_each_other():
+    pair = HOI((0, 0, 4, 4), (99, 99, 103, 103), "dog", ("pet",))
+    drawn = drawing.draw_pairs(Image.new("RGB", (200, 200)), [pair] * 3, range(3), width=200)
+    rows = [rows_of_colour(drawn, tone) for tone in drawing.COLOURS[:3]]
+    assert all(len(row) > 20 for row in rows)
+    assert not (rows[0] & rows[1] or rows[1] & rows[2] or rows[0] & rows[2])
+
+
+def test_labels_without_room_are_written_below():
+    long = replace(RIDE, verbs=tuple(f"verb {i}" for i in range(40)))  # wider than the picture
+    image = Image.new("RGB", (100, 50))
+    assert drawing.draw_pairs(image, [long], [0], width=200).height > 100
+    many = drawing.draw_pairs(image, [RIDE] * 100, range(100), width=200)
+    once = drawing.draw_pairs(image, [RIDE] * 90, range(90), width=200)
+    assert many.size == once.size > (200, 100)  # equal lines are one
 
 
 def test_caption_is_written_below():
@@ -82,14 +89,11 @@ def test_matched_pairs_share_a_colour_and_others_are_grey():
     )
     assert {first, second} <= colours[0] and grey not in colours[0]
     assert {second, grey} <= colours[1] and first not in colours[1]
+    named, missed = (drawing.compare(image, [RIDE], found)[0] for found in ([RIDE], []))
+    assert named.tobytes() != missed.tobytes()  # its label says so
 
 
 def test_picture_keeps_its_arguments_and_survives_inverted_boxes():
     image, wrong = Image.new("RGB", (100, 50)), HOI((30, 30, 5, 5), (9, 9, 9, 9), "dog", ())
     drawing.draw_pairs(image, [wrong], [None])
     assert image.getcolors() == [(5000, (0, 0, 0))]
-
-
-def test_side_by_side_is_as_wide_as_all_with_gaps():
-    pictures = [Image.new("RGB", size) for size in ((30, 10), (20, 40))]
-    assert drawing.side_by_side(pictures, gap=5).size == (55, 40)

@@ -2,15 +2,13 @@
 
 A predicted pair has the colour of the true pair that it finds; missed true pairs say so, and
 predictions that find nothing are grey. A line runs from the person, where it has a dot, to the
-object. Labels never cover each other: one without room goes below the picture.
+object. Labels do not cover each other: one without room is a line below the picture.
 Boxes are xyxy in pixels of the original image.
 """
 
 import textwrap
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from hicodet import HOI, Box, iou, to_model_frame
@@ -18,7 +16,6 @@ from hicodet import HOI, Box, iou, to_model_frame
 COLOURS = ("#0072b2", "#d1495b", "#00875f", "#8e44ad", "#b35900", "#00829b", "#5f6b00", "#a13d7d")
 UNMATCHED = "#5c6066"
 MATCH_IOU = 0.5  # Sec. 4.1
-GRID = 4  # pixels between the places that are tried for a label
 
 
 def match_pairs(truth: Sequence[HOI], predicted: Sequence[HOI]) -> list[int | None]:
@@ -84,7 +81,7 @@ def draw_pairs(
     noted = zip(hois, notes or [""] * len(hois), strict=True)
     texts = [f"{', '.join(hoi.verbs)} {hoi.object_class}{note}" for hoi, note in noted]
     # labels last, so that no line crosses one; several pairs may share the larger box
-    smaller = (min(boxes, key=_area) for boxes in pairs)
+    smaller = (min(boxes, key=lambda b: (b[2] - b[0]) * (b[3] - b[1])) for boxes in pairs)
     left_out = _draw_labels(draw, size, font, zip(texts, smaller, tones))
     return _with_lines_below(picture, [caption] * bool(caption) + left_out, font)
 
@@ -105,10 +102,6 @@ def _corners(box: Box) -> Box:
     return min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])
 
 
-def _area(box: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
-
-
 def _draw_pair(draw: ImageDraw.ImageDraw, human: Box, obj: Box, tone: str, *, thick: int) -> None:
     """Both boxes and the line between their centres, with a white edge that shows on any image."""
     ends = [((x1 + x2) / 2, (y1 + y2) / 2) for x1, y1, x2, y2 in (human, obj)]
@@ -120,52 +113,39 @@ def _draw_pair(draw: ImageDraw.ImageDraw, human: Box, obj: Box, tone: str, *, th
         draw.circle(ends[0], 2 * thick + extra, fill=colour)
 
 
-def _draw_labels(draw: ImageDraw.ImageDraw, size: tuple[int, int], font, labels) -> list[str]:
-    """Write each (text, box, colour) as near below its box as there is room.
+def _draw_labels(
+    draw: ImageDraw.ImageDraw, size: tuple[int, int], font, labels: Iterable[tuple[str, Box, str]]
+) -> list[str]:
+    """Write each (text, box, colour) at the free height nearest to the lower side of its box.
 
-    Returns the texts without room.
+    size: of the picture. Returns the texts without room.
     """
     taken: list[Box] = []
     left_out, height = [], round(font.size * 1.45)
     for text, box, tone in labels:
         width = font.getlength(text) + font.size * 0.8
-        wanted = ((box[0] + box[2] - width) / 2, box[3] + 2)
-        place = free_place(wanted, (width, height), taken, size)
+        x = min(max((box[0] + box[2] - width) / 2, 0), max(size[0] - width, 0))
+        heights = sorted(range(0, size[1] - height, 4), key=lambda y: abs(y - box[3] - 2))
+        places = ((x, y, x + width, y + height) for y in heights if width <= size[0])
+        place = next((p for p in places if not any(_overlap(p, other) for other in taken)), None)
         if place is None:
             left_out.append(text)
             continue
-        x, y = place
-        taken.append((x, y, x + width, y + height))
-        draw.rounded_rectangle(taken[-1], radius=height // 5, fill=tone)
-        draw.text((x + width / 2, y + height / 2), text, fill="white", font=font, anchor="mm")
+        taken.append(place)
+        draw.rounded_rectangle(place, radius=height // 5, fill=tone)
+        middle = x + width / 2, place[1] + height / 2
+        draw.text(middle, text, fill="white", font=font, anchor="mm")
     return left_out
 
 
-def free_place(
-    wanted: tuple[float, float], label: tuple[float, float], taken: Sequence[Box], size
-) -> tuple[int, int] | None:
-    """The left upper corner nearest to the wanted one where a label covers no other one.
-
-    label, size: (width, height) of the label and the picture. None if there is no such place.
-    """
-    x, y = np.meshgrid(
-        np.arange(0, size[0] - label[0], GRID), np.arange(0, size[1] - label[1], GRID)
-    )
-    distance = np.abs(x - wanted[0]) + np.abs(y - wanted[1])
-    for x1, y1, x2, y2 in taken:
-        apart = (x + label[0] < x1) | (x > x2) | (y + label[1] < y1) | (y > y2)
-        distance = np.where(apart, distance, np.inf)
-    if not np.isfinite(distance).any():
-        return None
-    best = distance.argmin()
-    return int(x.flat[best]), int(y.flat[best])
+def _overlap(a: Box, b: Box) -> bool:
+    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
 
 
-def _with_lines_below(picture: Image.Image, labels: Sequence[str], font) -> Image.Image:
-    """The picture with lines below it; equal lines are one line and a count."""
-    lines = [f"{text}, {n} times" if n > 1 else text for text, n in Counter(labels).items()]
+def _with_lines_below(picture: Image.Image, lines: Iterable[str], font) -> Image.Image:
+    """The picture with lines below it, each once."""
     columns = max(1, int(picture.width / font.getlength("n")) - 2)
-    rows = [row for line in lines for row in textwrap.wrap(line, columns)]
+    rows = [row for line in dict.fromkeys(lines) for row in textwrap.wrap(line, columns)]
     step = round(font.size * 1.4)
     sheet = Image.new("RGB", (picture.width, picture.height + step * len(rows)), "white")
     sheet.paste(picture)

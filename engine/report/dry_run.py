@@ -26,25 +26,25 @@ def picture(example: Example) -> Image.Image:
 def describe(
     examples: Examples, example: Example, reward: Callable[[str, tuple], dict] | None = None
 ) -> str:
-    """What --dry-run prints: the prompt, its answer, token counts, and what is supervised.
+    """What --dry-run prints: the prompt, its token counts, and what is supervised or rewarded.
 
     reward(text, hois): of a completion; None if there is no ground truth.
     """
-    tokenizer, ids = examples.tokenizer, example.prompt.prompt_ids
-    images = int((ids == examples.image_id).sum())
-    pad, (width, height) = tokenizer.decode([examples.image_id]), example.model_size
+    decode, ids, sample = examples.tokenizer.decode, example.prompt.prompt_ids, example.sample
+    images, pad = int((ids == examples.image_id).sum()), decode([examples.image_id])
+    width, height = example.model_size
     lines = [
-        f"--- {example.sample.path}, {example.sample.width} x {example.sample.height} pixels, "
+        f"--- {sample.path}, {sample.width} x {sample.height} pixels, "
         f"seen by the model as {width} x {height}",
         f"--- prompt: {len(ids)} tokens, {images} of them image",
-        tokenizer.decode(ids).replace(pad * images, f"{pad} x {images}"),
+        decode(ids).replace(pad * images, f"{pad} x {images}"),
     ]
     if example.target_ids is not None:
-        tokens = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
-        lines += [f"--- supervised: these {len(tokens)} tokens, and none of the prompt"]
-        lines += [" | ".join(tokens)]
+        tokens = [decode([i]) for i in example.target_ids.tolist()]
+        lines.append(f"--- supervised: these {len(tokens)} tokens, and none of the prompt")
+        lines.append(" | ".join(tokens))
     elif reward:
         answer = hicodet.format_completion(example.text_hois, "...")
         lines += ["--- a perfect completion and its reward", answer]
-        lines += [json.dumps(reward(answer, example.text_hois))]
+        lines.append(json.dumps(reward(answer, example.text_hois)))
     return "\n".join(lines)

@@ -1,8 +1,4 @@
-"""Is a run healthy? Verdicts from the rows of metrics.jsonl, for the terminal and the page.
-
-Each verdict is one line: what was found, the limit, and advice where the limit is passed. A field
-that was not logged has no verdict, so SFT has fewer than GRPO.
-"""
+"""Is a run healthy? Verdicts from the rows of metrics.jsonl, for the terminal and the page."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,80 +8,103 @@ from statistics import fmean, variance
 from engine.report.records import RunRecord
 
 RECENT = 10  # steps
-ENTROPY_RANGE = (1 / 3, 2.0)  # share of the first steps' entropy
-ENDED = 0.1  # share of the largest learning rate: below it a schedule is near its end
+FEWEST = 20  # steps of a run that can be judged
+
+
+def recent_mean(values: Sequence[float]) -> float:
+    """The mean of the last steps."""
+    return fmean(values[-RECENT:])
+
+
+def rise(values: Sequence[float]) -> float:
+    """The mean of the last steps minus that of the first, in standard errors of the difference."""
+    first, last = values[:RECENT], values[-RECENT:]
+    error = math.sqrt((variance(first) + variance(last)) / RECENT)
+    return (fmean(last) - fmean(first)) / max(error, 1e-9)
+
+
+def share_of_first(values: Sequence[float]) -> float:
+    """The mean of the last steps divided by that of the first."""
+    return recent_mean(values) / max(fmean(values[:RECENT]), 1e-9)
 
 
 @dataclass(frozen=True)
 class Check:
-    """A limit of a sound run: the mean (or `of`) of a field's last `window` values."""
+    """The limits of a field in a sound run."""
 
     field: str
     name: str
-    figure: str  # format of the value
-    limit: float  # the largest good value
-    advice: str  # what to do beyond the limit
-    of: Callable[[Sequence[float]], float] = fmean
-    window: int = RECENT  # steps; 0: all
+    figure: str  # format of what `of` makes of all values
+    high: float
+    advice: str  # beyond the limits
+    low: float = -math.inf
+    of: Callable[[Sequence[float]], float] = recent_mean
 
 
 CHECKS = (
+    Check("reward_total", "Reward", "{:+.1f} standard errors above the first steps", math.inf,
+          "It is flat, as is normal near the largest reward and at a learning rate near 0. "
+          "Otherwise raise --learning-rate, or look in rollouts.jsonl for a part that is never "
+          "earned.", low=1, of=rise),
+    Check("entropy", "Entropy", "{:.0%} of the first steps' entropy", 2,
+          "Below, the policy collapses: raise --temperature or --kl-coef. Above, it falls apart: "
+          "lower --learning-rate.", low=0.33, of=share_of_first),
     Check("zero_variance_groups", "Groups without variance", "{:.1%} of groups have equal rewards",
           0.5, "Equal rewards teach nothing: raise --temperature or --group-size."),
     Check("truncated", "Truncated", "{:.1%} of completions reach the length limit", 0.05,
           "Raise --max-new-tokens, or see whether completions repeat themselves."),
-    Check("logprob_gap", "Log-prob gap", "at most {:.2g} nats between sampler and trainer", 0.1,
-          "Sampler and trainer disagree on a token: check the dtype first, then look for a bug.",
-          of=max),
+    Check("logprob_gap", "Log-prob gap", "{:.2g} nats between sampler and trainer", 0.1,
+          "They disagree on a token: check the dtype first, then look for a bug."),
     Check("kl", "KL", "{:.3g} nats per token from the policy that RL started from", 0.5,
           "The policy runs away: lower --learning-rate or raise --kl-coef."),
     Check("share_waiting", "Waiting", "{:.1%} of a step is spent waiting for images", 0.2,
           "Raise --workers, or put the images on a faster disk."),
-    Check("skipped", "Skipped steps", "{:.0f} skipped: loss or gradient was not finite", 0,
-          "Lower --learning-rate; ten such steps in a row stop the run.", of=sum, window=0),
+    Check("skipped", "Skipped steps", "{:.1%}, as loss or gradient was not finite", 0,
+          "Lower --learning-rate; ten such steps in a row stop the run."),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One line about a run."""
+    """What a check found."""
 
     name: str
-    status: str  # "good", "look" (beyond the limit) or "early" (too few steps)
-    figure: str  # what was found
-    limit: str
+    status: str  # "good", "look" (beyond the limits) or "early" (too few steps)
+    text: str
     advice: str = ""
 
     def __str__(self) -> str:
-        line = f"{self.status:5s}  {self.name}: {self.figure} ({self.limit})"
-        return f"{line}. {self.advice}" if self.advice else line
+        return f"{self.status:5s}  {self.name}: {self.text}. {self.advice}".rstrip()
 
 
 def judge(run: RunRecord) -> list[Verdict]:
-    """The verdicts on a training, or on a prediction as a whole."""
-    return verdicts([run.summary], needed=1) if run.summary else verdicts(run.metrics)
+    """The verdicts on a training, or on the summary of a prediction."""
+    return verdicts([run.summary], fewest=1) if run.summary else verdicts(run.metrics)
 
 
-def verdicts(metrics: Sequence[dict], needed: int = RECENT) -> list[Verdict]:
-    """All verdicts on a run.
+def verdicts(metrics: Sequence[dict], fewest: int = FEWEST) -> list[Verdict]:
+    """A verdict on each field that was logged.
 
-    metrics: one dict per step; a value may be missing or None. needed: fewest values of a field.
+    metrics: one dict per step; a value may be missing or None.
     """
-    found = [_reward(metrics), _entropy(metrics)]
-    found += [_limited(check, series(metrics, check.field), needed) for check in CHECKS]
-    return [verdict for verdict in found if verdict]
+    found = []
+    for check in CHECKS:
+        values = series(metrics, check.field)
+        if len(values) >= fewest:
+            found.append(_verdict(check, check.of(values)))
+        elif values:
+            text = f"too early: {len(values)} of {fewest} steps"
+            found.append(Verdict(check.name, "early", text))
+    return found
 
 
-def summary(found: Sequence[Verdict]) -> str:
-    """The answer in a few words."""
-    look = sum(verdict.status == "look" for verdict in found)
-    early = sum(verdict.status == "early" for verdict in found)
-    if early == len(found):
-        return "Too early to tell."
-    if look:
-        return f"{look} of {len(found)} checks {'needs' if look == 1 else 'need'} a look."
-    later = f", too early for {early}" if early else ""
-    return f"{len(found) - early} of {len(found)} checks passed{later}."
+def _verdict(check: Check, value: float) -> Verdict:
+    form = "{:.0%}" if "%" in check.figure else "{:g}"
+    limits = " and ".join(form.format(x) for x in (check.low, check.high) if math.isfinite(x))
+    text = f"{check.figure.format(value)} (limit {limits})"
+    if check.low <= value <= check.high:
+        return Verdict(check.name, "good", text)
+    return Verdict(check.name, "look", text, check.advice)
 
 
 def as_text(found: Sequence[Verdict]) -> str:
@@ -93,70 +112,14 @@ def as_text(found: Sequence[Verdict]) -> str:
     return "\n".join([f"Is this run healthy? {summary(found)}", *(f"  {v}" for v in found)])
 
 
+def summary(found: Sequence[Verdict]) -> str:
+    """How many checks are good, and how many come too early."""
+    statuses = [verdict.status for verdict in found]
+    early = statuses.count("early")
+    later = f", {early} too early" if early else ""
+    return f"{statuses.count('good')} of {len(found)} checks are good{later}"
+
+
 def series(metrics: Sequence[dict], field: str) -> list[float]:
     """The numbers that were logged under a name, in the order of the steps."""
     return [row[field] for row in metrics if row.get(field) is not None]
-
-
-def _limited(check: Check, values: Sequence[float], needed: int) -> Verdict | None:
-    if len(values) < needed:
-        return _too_early(check.name, values, needed)
-    value = check.of(values[-check.window :])
-    limit = f"limit {check.limit:.0%}" if "%" in check.figure else f"limit {check.limit:g}"
-    figure = check.figure.format(value)
-    if value > check.limit:
-        return Verdict(check.name, "look", figure, limit, check.advice)
-    return Verdict(check.name, "good", figure, limit)
-
-
-def _too_early(name: str, values: Sequence[float], needed: int) -> Verdict | None:
-    if not values:
-        return None
-    steps = "1 step" if len(values) == 1 else f"{len(values)} steps"
-    return Verdict(name, "early", f"too early after {steps}", f"needs {needed}")
-
-
-def _reward(metrics: Sequence[dict]) -> Verdict | None:
-    """The reward rises if its last RECENT steps beat the RECENT before by more than the noise.
-
-    The noise is the standard error of the difference of the two means.
-    """
-    values, rates = series(metrics, "reward_total"), series(metrics, "learning_rate")
-    if len(values) < 2 * RECENT:
-        return _too_early("Reward", values, 2 * RECENT)
-    before, last = values[-2 * RECENT : -RECENT], values[-RECENT:]
-    noise = math.sqrt((variance(before) + variance(last)) / RECENT)
-    rise = fmean(last) - fmean(before)
-    figure = f"{rise:+.3f} in {2 * RECENT} steps, to {fmean(last):.3f}"
-    limit = f"limit: above the noise, {noise:.3f}"
-    if rise > noise:
-        return Verdict("Reward", "good", figure, limit)
-    if rates and rates[-1] <= ENDED * max(rates):
-        whole = fmean(last) - fmean(values[:RECENT])
-        why = (
-            f"That is normal at the end of a schedule: the learning rate has come down to "
-            f"{rates[-1]:.2g}. The reward changed by {whole:+.3f} since the first {RECENT} steps."
-        )
-        return Verdict("Reward", "good", f"flat, {figure}", limit, why)
-    advice = (
-        "That is normal near the largest reward. Otherwise raise --learning-rate, or look in "
-        "rollouts.jsonl for a part that is never earned."
-    )
-    return Verdict("Reward", "look", f"flat, {figure}", limit, advice)
-
-
-def _entropy(metrics: Sequence[dict]) -> Verdict | None:
-    """The entropy of the recent steps against the first ones shows a collapse or an explosion."""
-    values = series(metrics, "entropy")
-    if len(values) < 2 * RECENT:
-        return _too_early("Entropy", values, 2 * RECENT)
-    first, last = fmean(values[:RECENT]), fmean(values[-RECENT:])
-    low, high = (share * first for share in ENTROPY_RANGE)
-    figure = f"{last:.3g} nats per token, {first:.3g} in the first {RECENT} steps"
-    advice = ""
-    if last < low:
-        advice = "The policy collapses: raise --temperature or --kl-coef."
-    elif last > high:
-        advice = "The policy falls apart: lower --learning-rate."
-    status = "look" if advice else "good"
-    return Verdict("Entropy", status, figure, f"limits {low:.3g} and {high:.3g}", advice)

@@ -5,7 +5,7 @@
 """
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -33,80 +33,61 @@ def show(
     file: str = "",
     worst: int = 0,
 ) -> Iterator[str]:
-    """Draw images of a split into `out`, and yield a line for each picture.
+    """Draw images of a split into OUT/NAME.png, and yield a line for each picture.
 
-    predictions: predictions.jsonl, or "" for the ground truth alone. images, file, worst: which
-    images, see `chosen`. A picture is OUT/NAME.png.
+    predictions: predictions.jsonl, or "" for the ground truth alone; with it, only images that have
+    a line are drawn. images: the first N. file: the one of this name. worst: the N with most missed
+    interactions, in this order. With none of the three: the first DEFAULT_IMAGES.
     Raises InputError naming the option or file that cannot be used, and OSError for a missing
     file; nothing is drawn if an image is missing.
     """
-    samples = {sample.file_name: sample for sample in load_split(data, split)}
-    found = read_hois(predictions, samples) if predictions else None
-    wanted = chosen(list(samples.values()), found, images=images, file=file, worst=worst)
+    samples = load_split(data, split)
+    found = read_hois(predictions, {sample.file_name for sample in samples}) if predictions else {}
+    wanted = [s for s in samples if not predictions or s.file_name in found]
+    if file:
+        wanted = [sample for sample in wanted if sample.file_name == Path(file).name]
+        if not wanted:
+            predicted = " with a prediction" if predictions else ""
+            raise InputError(f"--file {file}: no image of this split{predicted}")
+    if worst:
+        wanted.sort(key=lambda s: -drawing.missed_pairs(s.hois, found[s.file_name]))
+    wanted = wanted[: worst or images or DEFAULT_IMAGES]
     require_images(wanted)
     for sample in wanted:
-        predicted = None if found is None else found[sample.file_name]
         path = Path(out) / f"{Path(sample.file_name).stem}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
+        picture, numbers = draw_sample(sample, found.get(sample.file_name))
         with aside(path) as new:
-            draw_sample(sample, predicted).save(new, format="PNG")
-        yield f"{path}: {counts(sample, predicted)}"
+            picture.save(new, format="PNG")
+        yield f"{path}: {numbers}"
 
 
-def read_hois(path: str, samples: dict[str, Sample]) -> dict[str, tuple[HOI, ...]]:
+def read_hois(path: str, names: Collection[str]) -> dict[str, tuple[HOI, ...]]:
     """The HOIs of each line of predictions.jsonl by file name; some images may be missing.
 
     Raises InputError, naming file and line, for a line that is not a prediction of this split.
     """
     found = {}
     for where, line in read_lines(path):
-        if line["file_name"] not in samples:
+        if line["file_name"] not in names:
             raise InputError(f"{where}: no image of this split (check --data and --split)")
         found[line["file_name"]] = line_hois(line)
     return found
 
 
-def chosen(
-    samples: list[Sample],
-    found: dict[str, tuple[HOI, ...]] | None,
-    *,
-    images: int,
-    file: str,
-    worst: int,
-) -> list[Sample]:
-    """The images to draw; with predictions, only images that have one.
+def draw_sample(sample: Sample, predicted: tuple[HOI, ...] | None) -> tuple[Image.Image, str]:
+    """The ground truth of an image and, unless it is None, the prediction at its right.
 
-    images: the first N. file: the one of this name. worst: the N with most missed interactions, in
-    this order. With none of the three: the first DEFAULT_IMAGES.
-    Raises InputError if there is no such image.
+    Returns the picture, and in words the number of interactions: pairs with one of their verbs.
     """
-    samples = [s for s in samples if found is None or s.file_name in found]
-    if file:
-        samples = [sample for sample in samples if sample.file_name == Path(file).name]
-        if not samples:
-            predicted = "" if found is None else " with a prediction"
-            raise InputError(f"--file {file}: no image of this split{predicted}")
-    if worst:
-        samples = sorted(samples, key=lambda s: -drawing.missed_pairs(s.hois, found[s.file_name]))
-    return samples[: worst or images or DEFAULT_IMAGES]
-
-
-def draw_sample(sample: Sample, predicted: tuple[HOI, ...] | None) -> Image.Image:
-    """The ground truth of an image and, unless it is None, the prediction at its right."""
     image, truth = open_image(sample.path), sample.hois
+    true = sum(len(hoi.verbs) for hoi in truth)
     if predicted is None:
-        return drawing.draw_pairs(image, truth, range(len(truth)))
-    return drawing.side_by_side(drawing.compare(image, truth, predicted))
-
-
-def counts(sample: Sample, predicted: tuple[HOI, ...] | None) -> str:
-    """What a picture shows in numbers; an interaction is a pair with one of its verbs."""
-    true = sum(len(hoi.verbs) for hoi in sample.hois)
-    if predicted is None:
-        return f"{true} true interactions"
-    missed = drawing.missed_pairs(sample.hois, predicted)
+        return drawing.draw_pairs(image, truth, range(len(truth))), f"{true} true interactions"
+    picture = drawing.side_by_side(drawing.compare(image, truth, predicted))
+    missed = drawing.missed_pairs(truth, predicted)
     written = sum(len(hoi.verbs) for hoi in predicted)
-    return f"{missed} of {true} interactions missed, {written} predicted"
+    return picture, f"{missed} of {true} interactions missed, {written} predicted"
 
 
 def photographs(paths: Sequence[str]) -> list[Sample]:

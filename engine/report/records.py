@@ -1,7 +1,6 @@
 """What the folder of a run holds, read into one record for the page, the card and the terminal.
 
-A run may still be running, or be of another version: what it has not written is left out.
-Boxes are xyxy, in 0-based pixels of the original image.
+A run may still be running: what it has not written is left out.
 """
 
 import functools
@@ -41,11 +40,6 @@ class RunRecord:
         return self.config.get("reward_parts", {})
 
     @property
-    def largest_reward(self) -> float:
-        """The most that one answer can earn; 0 if the run did not write its parts."""
-        return sum(part["largest"] for part in self.reward_parts.values())
-
-    @property
     def command(self) -> str:
         """The command line that started the run."""
         return shlex.join(self.config.get("command", ()))
@@ -57,7 +51,7 @@ def read_run(folder: str | Path) -> RunRecord:
     Raises InputError for a folder that is not a run, and for a damaged file.
     """
     folder = Path(folder)
-    config = _read_if_there(folder / "config.json") or {}
+    config = _object(folder / "config.json") or {}
     if "stage" not in config:
         why = "it has no config.json of a training or prediction"
         raise InputError(f"{folder} is not a run: {why if folder.is_dir() else 'no such folder'}")
@@ -66,13 +60,13 @@ def read_run(folder: str | Path) -> RunRecord:
         config,
         metrics=tuple(_rows(folder / "metrics.jsonl")),
         group=_last_group(_rows(folder / "rollouts.jsonl")),
-        summary=_read_if_there(folder / "summary.json"),
+        summary=_object(folder / "summary.json"),
         result=_latest_result(folder),
         predictions=tuple(row for _, row in sorted(stored_rows(folder)[0].items())),
     )
 
 
-def _read_if_there(path: Path) -> dict | None:
+def _object(path: Path) -> dict | None:
     return read_object(path) if path.exists() else None
 
 
@@ -83,7 +77,6 @@ def _rows(path: Path) -> list[dict]:
 
 def _last_group(rows: list[dict]) -> dict | None:
     """The last group whose rewards differ; if none do, the last one."""
-    rows = [row for row in rows if all("rewards" in c for c in row["completions"])]  # older runs
     differ = [r for r in rows if len({c["rewards"]["total"] for c in r["completions"]}) > 1]
     return next(reversed(differ or rows), None)
 

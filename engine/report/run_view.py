@@ -14,24 +14,23 @@ from engine.report.records import read_run
 
 def update_page(folder: Path) -> None:
     """Write report.html into the folder of a run."""
-    _attempt(lambda: write_page([folder]), "report.html")
+    attempt(lambda: write_page([folder]), "report.html", None)
 
 
 def verdicts(folder: Path) -> str:
     """The health of a training, one line per verdict; "" after a failure."""
-    found = _attempt(lambda: health.judge(read_run(folder)), "the health of the run")
-    return health.as_text(found) if found is not None else ""
+    return attempt(lambda: health.as_text(health.judge(read_run(folder))), "the health check", "")
 
 
 def model_card(folder: Path) -> str:
     """The card of the model that a run trains; "" after a failure."""
-    return _attempt(lambda: card.model_card(read_run(folder)), "the model card") or ""
+    return attempt(lambda: card.model_card(read_run(folder)), "the model card", "")
 
 
-def _attempt(make: Callable[[], object], what: str):
-    """What `make` returns; None after a failure of any kind."""
+def attempt(make: Callable[[], object], what: str, otherwise: object):
+    """What `make` returns; after a failure of any kind a warning, and `otherwise`."""
     try:
         return make()
     except Exception as error:
         print(f"warning: {what} could not be made: {error!r}", file=sys.stderr, flush=True)
-        return None
+        return otherwise
