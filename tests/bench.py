@@ -58,6 +58,7 @@ from tests.bench_models import (
     separate_step,
 )
 from tests.bench_peer import Unavailable, bench_peer
+from tests.bench_text_first import bench_text_first
 
 # tokens of trace and answer on the real annotations: 32 quantiles over images
 ANSWER_LENGTHS = [100, 101, 102, 103, 104, 105, 106, 106, 107, 108, 109, 110, 111, 113, 115, 116,
@@ -333,7 +334,7 @@ def guarded_results(device: torch.device, runs: Runs) -> dict[str, Result]:
 
 MODEL_BENCHES = {"sampler": bench_sampler, "update": bench_update, "logprobs": bench_logprobs,
                  "vision": bench_vision, "sft": bench_sft, "step": bench_step,
-                 "predict": bench_predict}
+                 "predict": bench_predict, "text-first": bench_text_first}
 GUARDED = {"cuda": ("sampler", "update", "vision", "sft"), "cpu": ("evaluate", "rewards")}
 
 
