@@ -49,6 +49,7 @@ from tests.bench_models import (
     separate_step,
 )
 from tests.bench_peer import Unavailable, bench_peer
+from tests.bench_text_first import bench_text_first
 
 TEST_IMAGES = 9658
 
@@ -236,7 +237,7 @@ def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
 
 
 MODEL_BENCHES = {"sampler": bench_sampler, "update": bench_update, "step": bench_step,
-                 "predict": bench_predict}
+                 "predict": bench_predict, "text-first": bench_text_first}
 WHAT = "what to measure"
 
 

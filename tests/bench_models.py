@@ -63,6 +63,9 @@ SIZES = {
 
 
 SIZES["tiny-short"] = replace(SIZES["tiny"], text_tokens=35, grid=(4, 4))  # a prompt of 51
+# the real lengths of prompt and answer, in a toy's width
+SIZES["tiny-long"] = replace(
+    SIZES["tiny"], text_tokens=1956, grid=(16, 23), group_size=4, sampled=24, trained=243)
 # a whole step on a GPU of this many GB, with options that fit by `python -m tests.bench fits`
 for gigabytes, step in {
     24: {"offload": True},
