@@ -7,9 +7,8 @@ Prints a row of Table 1 in percent; --json writes the same as fractions, with th
 classes. Any detector's predictions can be scored, without a GPU and without image files: only
 anno_bbox.mat is needed and, if at hand, anno.mat.
 
-The top of engine/scoring/predictions.py has the format of predictions.jsonl, and --help prints it.
-engine/scoring/breakdown.py, pair_scores.py and official_mat.py say what --breakdown and
---official-mat do; neither changes the official result.
+The top of engine/scoring/predictions.py has the format of predictions.jsonl; breakdown.py,
+pair_scores.py and official_mat.py next to it say what --breakdown and --official-mat do.
 
 The official MATLAB code does the following, and so does this one:
 1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
@@ -41,17 +40,11 @@ from engine.files import replace_file
 from engine.options import Config, option, parse_config, required
 from engine.scoring.breakdown import break_down, breakdown_table
 from engine.scoring.official_mat import write_official
-from engine.scoring.pair_arrays import (
-    MIN_IOU,
-    Overlaps,
-    PairArrays,
-    detection_arrays,
-    truth_arrays,
-)
+from engine.scoring.pair_arrays import MIN_IOU, Overlaps, detection_array, truth_array
 from engine.scoring.pair_scores import pair_scores, pair_table
-from engine.scoring.predictions import FORMAT, drop_unknown, read_predictions
+from engine.scoring.predictions import FORMAT, read_predictions, unknown_verbs
 from engine.signals import one_line
-from hicodet import HOI_CLASSES, OBJECTS, InputError, Sample
+from hicodet import HOI_CLASSES, InputError, Sample
 
 RARE_BELOW = 10  # training pairs; fewer make a class rare
 # Not the decimals: 3 * 0.1 lies one ulp above 0.3, so a recall of 3/10 does not reach it.
@@ -68,21 +61,10 @@ class Split(NamedTuple):
 
 
 def known_classes(samples: list[Sample]) -> np.ndarray:
-    """Whether Known Object keeps an image's detections of a class: the image shows its object.
-
-    Returns (I, 600) bool. Raises InputError if an image is not known for the object of one of its
-    true pairs; the official code asserts this too.
-    """
-    known = np.zeros((len(samples), len(OBJECTS)), dtype=bool)
-    for i, sample in enumerate(samples):
-        stray = {HOI_CLASSES[pair.hoi_id][1] for pair in sample.pairs} - sample.known_objects
-        if stray:
-            raise InputError(
-                f"{sample.file_name}: anno_bbox.mat has pairs with {min(stray)!r}, which anno.mat "
-                "does not know in this image; the two files do not belong together"
-            )
-        known[i, [OBJECTS.index(name) for name in sample.known_objects]] = True
-    return known[:, [OBJECTS.index(object_class) for _, object_class in HOI_CLASSES]]
+    """(I, 600) bool: whether Known Object keeps detections, as the image shows their object."""
+    objects = [object_class for _, object_class in HOI_CLASSES]
+    known = [[name in sample.known_objects for name in objects] for sample in samples]
+    return np.array(known, dtype=bool).reshape(-1, len(objects))
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -103,7 +85,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         return np.divide(shared, union, out=np.zeros(len(a)), where=overlapping)
 
 
-def overlaps(detections: PairArrays, truth: PairArrays, *, same_class: bool) -> Overlaps:
+def overlaps(detections: np.recarray, truth: np.recarray, *, same_class: bool) -> Overlaps:
     """Each detection with each true pair of its image, only those of its class if `same_class`."""
     num_images = max(detections.image.max(initial=-1), truth.image.max(initial=-1)) + 1
     group, true_group = (
@@ -116,12 +98,12 @@ def overlaps(detections: PairArrays, truth: PairArrays, *, same_class: bool) -> 
     detection = np.repeat(np.arange(len(group)), count)  # (K,)
     first = np.cumsum(count) - count  # (N,) where a detection's rows begin
     pair = by_group[np.arange(len(detection)) + np.repeat(start - first, count)]  # (K,)
-    human = box_iou(detections.boxes_human[detection], truth.boxes_human[pair])
-    object_ = box_iou(detections.boxes_object[detection], truth.boxes_object[pair])
+    human = box_iou(detections.human[detection], truth.human[pair])
+    object_ = box_iou(detections.object[detection], truth.object[pair])
     return Overlaps(detection, pair, human, object_)
 
 
-def match(detections: PairArrays, truth: PairArrays) -> np.ndarray:
+def match(detections: np.recarray, truth: np.recarray) -> np.ndarray:
     """The true pair of its class and image that each detection overlaps most, free or not.
 
     The overlap is the smaller of the two IoUs. Of equal overlaps the first true pair counts.
@@ -132,7 +114,7 @@ def match(detections: PairArrays, truth: PairArrays) -> np.ndarray:
     ranked = np.lexsort((-overlap, near.detection))  # stable, so the first of equal overlaps leads
     row, first = np.unique(near.detection, return_index=True)
     best = ranked[first]
-    matched = np.full(len(detections.hoi_id), -1)
+    matched = np.full(len(detections), -1)
     matched[row] = np.where(overlap[best] >= MIN_IOU, near.pair[best], -1)
     return matched
 
@@ -164,41 +146,30 @@ def average_precision(right: np.ndarray, npos: int) -> float:
     return float(sum(best) / len(best))
 
 
-def ap_per_class(hoi_id: np.ndarray, right: np.ndarray, npos: np.ndarray) -> np.ndarray:
-    """AP of every class; hoi_id, right: (N,) sorted by class, then by falling score; npos: (600,).
-
-    Returns (600,) float.
-    """
-    ends = np.searchsorted(hoi_id, np.arange(len(HOI_CLASSES)), side="right")
-    by_class = np.split(right, ends)[: len(HOI_CLASSES)]
-    return np.array([average_precision(*pair) for pair in zip(by_class, npos, strict=True)])
+def in_official_order(detections: np.recarray) -> np.recarray:
+    """By class, then falling score; equal scores by image, then as they come."""
+    return detections[np.lexsort((detections.image, -detections.score, detections.hoi_id))]
 
 
-def measure(hoi_id: np.ndarray, image: np.ndarray, right: np.ndarray, split: Split) -> dict:
-    """Both settings of the result; the rows sorted by class, then by falling score.
+def measure(detections: np.recarray, split: Split) -> dict:
+    """Both settings of the result, of matched detections.
 
     Returns {"default", "known_object": {"full", "rare", "non_rare", "ap"}}; the mean of no class
     is None.
     """
+    detections = in_official_order(detections)
     # A class's detections in one image are dropped together or not at all, so the others keep
     # their matches, and Known Object needs no second matching.
-    kept = split.known[image, hoi_id]
-    aps = {
-        "default": ap_per_class(hoi_id, right, split.npos),
-        "known_object": ap_per_class(hoi_id[kept], right[kept], split.npos),
-    }
+    kept = detections[split.known[detections.image, detections.hoi_id]]
     averaged, rare = split.averaged, split.rare
     rows = {"full": averaged, "rare": averaged & rare, "non_rare": averaged & ~rare}
-    return {
-        setting: {name: float(ap[row].mean()) if row.any() else None for name, row in rows.items()}
-        | {"ap": ap.tolist()}
-        for setting, ap in aps.items()
-    }
-
-
-def official_order(hoi_id: np.ndarray, image: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """Rows by class, then falling score; equal scores by image, then as they come."""
-    return np.lexsort((image, -score, hoi_id))  # stable
+    result = {}
+    for setting, found in ("default", detections), ("known_object", kept):
+        ends = np.searchsorted(found.hoi_id, np.arange(len(split.npos)), side="right")
+        ap = np.array(list(map(average_precision, np.split(found.right, ends), split.npos)))
+        means = {name: float(ap[row].mean()) if row.any() else None for name, row in rows.items()}
+        result[setting] = means | {"ap": ap.tolist()}
+    return result
 
 
 def evaluate(
@@ -207,7 +178,8 @@ def evaluate(
 ) -> dict:  # fmt: skip
     """Official HICO-DET mAP (Sec. 4.1); what --json writes.
 
-    predictions: the lines of predictions.jsonl as dicts, one for each sample in any order.
+    predictions: the lines of predictions.jsonl as dicts, one for each sample in any order; verbs
+    that HICO does not have with their object are left out.
     train_counts: from annotations.training_counts.
     classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
     Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
@@ -218,50 +190,34 @@ def evaluate(
     """
     if sorted(p["file_name"] for p in predictions) != sorted(s.file_name for s in samples):
         raise ValueError("predictions must name every image of the samples, each exactly once")
-    if classes not in ("all", "present"):
-        raise ValueError(f'classes is "all" or "present", not {classes!r}')
-    detections, truth = detection_arrays(predictions, samples), truth_arrays(samples)
-    order = official_order(detections.hoi_id, detections.image, detections.score)
-    detections = PairArrays(*(column[order] for column in detections))
+    detections = in_official_order(detection_array(predictions, samples))
+    truth = truth_array(samples)
     matched = match(detections, truth)
-    right = true_positives(matched)
+    detections.right = true_positives(matched)
     npos = np.bincount(truth.hoi_id, minlength=len(HOI_CLASSES))
-    found = np.bincount(detections.hoi_id[right], minlength=len(HOI_CLASSES))
+    found = np.bincount(detections.hoi_id[detections.right], minlength=len(HOI_CLASSES))
     averaged = npos > 0 if classes == "present" else npos >= 0
     split = Split(npos, known_classes(samples), averaged, np.asarray(train_counts) < RARE_BELOW)
-    result = measure(detections.hoi_id, detections.image, right, split) | {
+    result = measure(detections, split) | {
         "max_recall": [f / n if n else None for f, n in zip(found.tolist(), npos.tolist())],
         "true_pairs": npos.tolist(),
         "classes": classes,
         "num_images": len(samples),
-        "num_predictions": len(order),
+        "num_predictions": len(detections),
     }
-    return result | (_why_missed(detections, truth, matched, right, split) if breakdown else {})
-
-
-def _why_missed(
-    detections: PairArrays, truth: PairArrays, matched: np.ndarray, right: np.ndarray, split: Split
-) -> dict:
-    """What `breakdown` adds to the result; detections in the official order."""
-
-    def full_map(hoi_id, image, score, right) -> float | None:
-        order = official_order(hoi_id, image, score)
-        return measure(hoi_id[order], image[order], right[order], split)["default"]["full"]
-
-    args = detections, truth, overlaps(detections, truth, same_class=False)
-    return {
-        "breakdown": break_down(*args, matched, right, full_map),
-        "pair_scores": pair_scores(*args, len(split.known)),
-    }
+    if breakdown:
+        args = detections, truth, overlaps(detections, truth, same_class=False)
+        result["breakdown"] = break_down(
+            *args, matched, lambda rows: measure(rows, split)["default"]["full"]
+        )
+        result["pair_scores"] = pair_scores(*args, len(samples))
+    return result
 
 
 def map_table(result: dict) -> str:
     """The six means of `evaluate` as a row of Table 1, in percent, and the breakdown, if any."""
-    means = [
-        result[setting][name]
-        for setting in ("default", "known_object")
-        for name in ("full", "rare", "non_rare")
-    ]
+    names = ("full", "rare", "non_rare")
+    means = [result[s][name] for s in ("default", "known_object") for name in names]
     lines = [
         f"{'Default':^26} {'Known Object':^26}".rstrip(),
         " ".join(["    Full     Rare Non-Rare"] * 2),
@@ -272,40 +228,26 @@ def map_table(result: dict) -> str:
     return "\n".join(lines)
 
 
+FILES, MEASURE = "what to read and write", "what to measure"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(Config):
     """Options of the command."""
 
-    predictions: Path = required(
-        "predictions.jsonl, as described above", positional=True, group="what to read and write"
-    )
-    data: Path = required(
-        "folder with anno_bbox.mat and anno.mat, or annotations.jsonl",
-        group="what to read and write",
-    )
-    split: Literal["test", "train"] = option(
-        "test", "split of the predicted images", group="what to read and write"
-    )
-    limit: int | None = option(
-        None, "only the first N images, as in predict", least=1, group="what to read and write"
-    )
-    drop_unknown: bool = option(
-        False, "drop verbs that HICO does not have with the object", group="what to read and write"
-    )
-    json: Path | None = option(
-        None, "also write the result to this file", metavar="FILE", group="what to read and write"
+    predictions: Path = required("predictions.jsonl, as above", positional=True, group=FILES)
+    data: Path = required("folder of anno_bbox.mat, or of annotations.jsonl", group=FILES)
+    split: Literal["test", "train"] = option("test", "split of the predicted images", group=FILES)
+    limit: int | None = option(None, "the first N images, as in predict", least=1, group=FILES)
+    drop_unknown: bool = option(False, "drop verbs that HICO lacks with the object", group=FILES)
+    json: Path | None = option(None, "also write the result here", metavar="FILE", group=FILES)
+    official_mat: Path | None = option(
+        None, "write files for the official MATLAB code; takes minutes", metavar="DIR", group=FILES
     )
     classes: Literal["all", "present"] = option(
-        "all", "means over all 600 classes, or over those with true pairs in the split",
-        group="what to measure",
+        "all", "means over all 600 classes, or over those with true pairs", group=MEASURE
     )
-    breakdown: bool = option(
-        False, "why true pairs were missed, what that costs, F1 of pairs", group="what to measure"
-    )
-    official_mat: Path | None = option(
-        None, "also write files for the official MATLAB code; takes minutes", metavar="DIR",
-        group="what to measure",
-    )
+    breakdown: bool = option(False, "why pairs were missed, and F1 of pairs", group=MEASURE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -319,11 +261,12 @@ def run(config: EvaluateConfig) -> None:
     """Read, evaluate, print the table, and write what the options ask for."""
     samples = load_split(config.data, config.split)[: config.limit]
     train_counts = training_counts(config.data)
-    predictions = read_predictions(config.predictions, samples, any_class=config.drop_unknown)
-    if config.drop_unknown:
-        predictions, dropped = drop_unknown(predictions)
-        note = f"dropped {dropped} verbs that HICO does not have with their object"
-        print(note, file=sys.stderr)
+    predictions = read_predictions(config.predictions, samples)
+    if unknown := unknown_verbs(predictions):
+        said = f"{len(unknown)} verbs that HICO does not have with their object, first {unknown[0]}"
+        if not config.drop_unknown:
+            raise InputError(f"{config.predictions}: {said}; --drop-unknown drops them")
+        print(f"dropped {said}", file=sys.stderr)
     result = evaluate(
         predictions, samples, train_counts, classes=config.classes, breakdown=config.breakdown
     )
@@ -335,7 +278,7 @@ def run(config: EvaluateConfig) -> None:
     if config.json:
         replace_file(config.json, json.dumps(result, allow_nan=False) + "\n")
     if config.official_mat:
-        write_official(config.official_mat, detection_arrays(predictions, samples), len(samples))
+        write_official(config.official_mat, detection_array(predictions, samples), len(samples))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -5,8 +5,9 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hicodet import HOI_IDS, OBJECTS, VERBS, InputError
+from hicodet import InputError
 
+KINDS = {dict: "an object", list: "a list", str: "a text", int: "a whole number"}
 SHOWN = 60  # characters of a value that an error shows
 
 
@@ -22,30 +23,20 @@ def at(where: str) -> Iterator[None]:
 def expect(holds: bool, what: str, expected: str, found: object) -> None:
     """Raise ValueError "WHAT must be EXPECTED; found FOUND" unless it holds."""
     if not holds:
-        shown = reprlib.repr(found)
-        shown = shown if len(shown) <= SHOWN else f"{shown[: SHOWN - 3]}..."
-        raise ValueError(f"{what} must be {expected}; found {shown}")
+        raise ValueError(f"{what} must be {expected}; found {reprlib.repr(found)[:SHOWN]}")
 
 
-def expect_box(box: object, what: str) -> None:
-    """Raise ValueError unless the value is a list of four finite numbers."""
-    expect(are_numbers(box, 4), what, "four finite numbers, [x1, y1, x2, y2]", box)
+def value_of(record: object, key: str, kind: type, where: str = "the line"):
+    """The value of a key. Raises ValueError if the record is no object or the value not of KIND."""
+    expect(isinstance(record, dict), where, KINDS[dict], record)
+    expect(type(record.get(key)) is kind, f"{key!r} of {where}", KINDS[kind], record.get(key))
+    return record[key]
 
 
-def expect_class(verb: object, object_class: object, what: str, where: str, hint: str = "") -> None:
-    """Raise ValueError unless HICO has the verb with the object class.
-
-    what: the verb's name in the error. where: the instance or pair that holds both.
-    """
-    expected = f"one of hicodet.OBJECTS{hint}"
-    expect(object_class in OBJECTS, f"'object_class' of {where}", expected, object_class)
-    expect(verb in VERBS, f"{what} of {where}", f"one of hicodet.VERBS{hint}", verb)
-    expected = f"one that HICO has with {object_class!r}{hint}"
-    expect((verb, object_class) in HOI_IDS, f"{what} of {where}", expected, verb)
-
-
-def are_numbers(values: object, count: int) -> bool:
-    """Whether a JSON value is a list of `count` numbers that a float can hold."""
-    if not isinstance(values, list) or len(values) != count:
-        return False
-    return all(type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values)
+def numbers_of(record: object, key: str, count: int, where: str) -> tuple[float, ...]:
+    """The numbers of a key. Raises ValueError if it is no list of COUNT that a float can hold."""
+    values = value_of(record, key, list, where)
+    finite = [type(v) in (int, float) and abs(v) <= sys.float_info.max for v in values]
+    holds = len(finite) == count and all(finite)
+    expect(holds, f"{key!r} of {where}", f"{count} finite numbers", values)
+    return tuple(map(float, values))

@@ -42,7 +42,7 @@ def image(name, *hois, size=(640, 480)):
     return {"filename": name, "size": size, "hoi": struct(*hois) if hois else empty}
 
 
-def annotated(name, pairs):
+def record(name, pairs):
     """An element of bbox_test; pairs: (human, object, hoi_id) in 0-based pixels."""
     return image(name, *(
         hoi(hoi_id + 1, humans=[box(*np.add(human, 1))], objects=[box(*np.add(object_, 1))])

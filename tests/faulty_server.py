@@ -27,7 +27,7 @@ class Server(ThreadingHTTPServer):
         self.answer, self.delay, self.lock = answer, delay, threading.Lock()
         self.in_flight = self.most_in_flight = 0
         self.bodies, self.outcomes = [], Counter()
-        self.keys, self.paths, self.agents = set(), set(), set()
+        self.keys, self.paths = set(), set()
         self.asked = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -49,7 +49,6 @@ class Handler(BaseHTTPRequestHandler):
             server.bodies.append(body)
             server.keys.add(self.headers["Authorization"])
             server.paths.add(self.path)
-            server.agents.add(self.headers["User-Agent"])
             answer = server.answer()
         server.asked.set()
         time.sleep(server.delay)

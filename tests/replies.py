@@ -19,12 +19,10 @@ def reply(content, finish_reason="stop", **message):
 
 def make_samples(folder, count):
     """Samples with small pictures that JPEG cannot make equal."""
-    samples = []
-    for number in range(count):
-        path = folder / f"image{number:03d}.jpg"
+    paths = [folder / f"image{number:03d}.jpg" for number in range(count)]
+    for number, path in enumerate(paths):
         Image.new("RGB", (40, 30), (number * 7 % 256, 3 * number % 256, 90)).save(path)
-        samples.append(Sample(path.name, path, 40, 30, (), (), frozenset()))
-    return samples
+    return [Sample(path.name, path, 40, 30, (), (), frozenset()) for path in paths]
 
 
 def make_teacher(**changes):

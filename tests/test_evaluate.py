@@ -72,8 +72,9 @@ def test_equals_the_reference_on_random_data():
         seed = random.randrange(2**32)
         rng = random.Random(seed)
         samples, lines = random_problem(rng)
-        shuffled = rng.sample(lines, len(lines))
-        result = evaluate.evaluate(shuffled, samples, MANY)
+        shuffled, before = rng.sample(lines, len(lines)), json.dumps(lines)
+        result = evaluate.evaluate(shuffled, samples, MANY, breakdown=True)
+        assert json.dumps(lines) == before  # arguments are not changed
         for setting in "default", "known_object":
             for hoi_id in range(600):
                 expected = reference_problem(samples, lines, hoi_id, setting != "default", seen)
@@ -85,6 +86,7 @@ def test_equals_the_reference_on_random_data():
 # ---- cases worked by hand
 
 
+@pytest.mark.filterwarnings("error")  # absurd boxes have IoU 0, silently
 def test_box_iou_counts_both_end_pixels():
     boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 9], [9, 0, 0, 9], [0, 0, 9, 9]], float)
     other = np.array(
@@ -92,48 +94,29 @@ def test_box_iou_counts_both_end_pixels():
     )
     # Equal; 10x10 of 20x10; one shared pixel of 100 + 100 - 1; inverted; side by side.
     assert evaluate.box_iou(boxes, other).tolist() == [1.0, 0.5, 1 / 199, 0.0, 0.0]
-
-
-@pytest.mark.filterwarnings("error")
-def test_box_iou_of_absurd_boxes_is_zero_and_silent():
     huge = np.array([[-1e308, -1e308, 1e308, 1e308], [1e308, -1e308, -1e308, 1e308]])
     assert evaluate.box_iou(huge, np.array([BOX, BOX])).tolist() == [0.0, 0.0]
 
 
 @pytest.mark.filterwarnings("error")  # no 0 / 0
-@pytest.mark.parametrize(
-    ("right", "npos", "expected"),
-    [
-        ([1], 1, 1.0),
-        ([0], 1, 0.0),
-        ([], 1, 0.0),
-        ([0, 0], 0, 0.0),
-        # Recall 1/4, 1/4, 2/4 with precision 1, 1/2, 2/3: levels 0, .1, .2 find 1 and
-        # .3, .4, .5 find 2/3, so (3 * 1 + 3 * 2/3) / 11.
-        ([1, 0, 1], 4, 5 / 11),
-        # Recall 0, 1/2, 1 with precision 0, 1/2, 2/3: the later 2/3 counts at every level.
-        ([0, 1, 1], 2, 2 / 3),
-    ],
-)
+@pytest.mark.parametrize("right, npos, expected", [
+    ([1], 1, 1.0), ([0], 1, 0.0), ([], 1, 0.0), ([0, 0], 0, 0.0),
+    # Recall 1/4, 1/4, 2/4 with precision 1, 1/2, 2/3: levels 0, .1, .2 find 1 and
+    # .3, .4, .5 find 2/3, so (3 * 1 + 3 * 2/3) / 11.
+    ([1, 0, 1], 4, 5 / 11),
+    # Recall 0, 1/2, 1 with precision 0, 1/2, 2/3: the later 2/3 counts at every level.
+    ([0, 1, 1], 2, 2 / 3),
+])  # fmt: skip
 def test_average_precision_by_hand(right, npos, expected):
     assert evaluate.average_precision(np.array(right, bool), npos) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("found", "levels"), [(1, 2), (2, 3), (3, 3), (4, 5), (5, 6), (6, 6), (7, 7), (8, 9), (10, 11)]
-)
+@pytest.mark.parametrize("found, levels", [(2, 3), (3, 3), (5, 6), (6, 6), (7, 7), (10, 11)])
 def test_recall_of_3_6_and_7_tenths_misses_its_level(found, levels):
     # `found` of 10 at precision 1 reach the levels 0, .1, ..., found / 10, which are found + 1;
     # but 3 * 0.1, 6 * 0.1 and 7 * 0.1 are one ulp above .3, .6 and .7.
     right = np.ones(found, dtype=bool)
     assert evaluate.average_precision(right, 10) == pytest.approx(levels / 11)
-
-
-def bicycle_ap(truth, detections):
-    """Default AP of "ride bicycle" in one image; truth: box pairs, detections: (pair, score)."""
-    sample = make_sample("a.jpg", [(*pair, RIDE_BICYCLE) for pair in truth])
-    line = make_line("a.jpg", [(*pair, RIDE_BICYCLE, score) for pair, score in detections])
-    return evaluate.evaluate([line], [sample], MANY)["default"]["ap"][RIDE_BICYCLE]
 
 
 HERE, AWAY = (BOX, BOX), (FAR, FAR)
@@ -144,15 +127,10 @@ ONE_IMAGE = {  # true pairs, detections with scores, AP
     "exactly half": ([(BOX, (0, 0, 19, 9))], [(HERE, 1.0)], 1),  # 100 / 200
     "below half": ([(BOX, (0, 0, 20, 9))], [(HERE, 1.0)], 0),  # 100 / 210
     "only the human": ([HERE], [((BOX, FAR), 1.0)], 0),
-    "only the object": ([HERE], [((FAR, BOX), 1.0)], 0),
     "the most overlap": ([HERE, AWAY], [(HERE, 0.9), (AWAY, 0.8)], 1),
-    "the same, listed otherwise": ([AWAY, HERE], [(HERE, 0.9), (AWAY, 0.8)], 1),
     # Both detections overlap HERE most, so the second is wrong: precision 1 up to recall 1/2,
     # 6 levels of 11. A second chance at the free pair would give 1.
     "a duplicate": ([HERE, WIDE], [(HERE, 0.9), (HERE, 0.8)], 6 / 11),
-    "no duplicate": ([HERE, WIDE], [(HERE, 0.9), (WIDE, 0.8)], 1),
-    "annotated twice, found once": ([HERE, HERE], [(HERE, 0.9), (HERE, 0.8)], 6 / 11),
-    "right first": ([HERE], [(AWAY, 0.1), (HERE, 0.2)], 1),
     "wrong first": ([HERE], [(AWAY, 0.2), (HERE, 0.1)], 1 / 2),
     "equal scores as they come": ([HERE], [(AWAY, 1.0), (HERE, 1.0)], 1 / 2),
     "equal scores, right first": ([HERE], [(HERE, 1.0), (AWAY, 1.0)], 1),
@@ -161,17 +139,10 @@ ONE_IMAGE = {  # true pairs, detections with scores, AP
 
 @pytest.mark.parametrize(("truth", "detections", "ap"), ONE_IMAGE.values(), ids=ONE_IMAGE)
 def test_one_image_by_hand(truth, detections, ap):
-    assert bicycle_ap(truth, detections) == pytest.approx(ap)
-
-
-def test_equal_scores_follow_the_order_of_the_samples():
-    right, wrong = (BOX, BOX, RIDE_BICYCLE, 1.0), (FAR, FAR, RIDE_BICYCLE, 1.0)
-    samples = [make_sample("z.jpg"), make_sample("a.jpg", [right[:3]])]
-    lines = [make_line("a.jpg", [right]), make_line("z.jpg", [wrong])]
-    for order, expected in (samples, 0.5), (samples[::-1], 1.0):
-        for file_order in lines, lines[::-1]:
-            result = evaluate.evaluate(file_order, order, MANY)
-            assert result["default"]["ap"][RIDE_BICYCLE] == pytest.approx(expected)
+    sample = make_sample("a.jpg", [(*pair, RIDE_BICYCLE) for pair in truth])
+    line = make_line("a.jpg", [(*pair, RIDE_BICYCLE, score) for pair, score in detections])
+    found = evaluate.evaluate([line], [sample], MANY)["default"]["ap"][RIDE_BICYCLE]
+    assert found == pytest.approx(ap)
 
 
 def test_known_object_drops_detections_where_the_object_is_not_known():
@@ -190,13 +161,6 @@ def test_known_object_drops_detections_where_the_object_is_not_known():
     assert result["default"]["ap"][RIDE_BICYCLE] == pytest.approx(1 / 4)
     assert result["known_object"]["ap"][RIDE_BICYCLE] == pytest.approx(1 / 2)
     assert result["max_recall"][RIDE_BICYCLE] == 1.0
-
-
-def test_a_true_pair_outside_its_known_images_is_an_error():
-    # The official code asserts this; detections of such a pair would be dropped silently.
-    samples = [make_sample("a"), make_sample("b", [(BOX, BOX, RIDE_HORSE)])]
-    with pytest.raises(ValueError, match="b: anno_bbox.mat has pairs with 'horse', which anno.mat"):
-        evaluate.evaluate([make_line("a"), make_line("b")], samples, MANY)
 
 
 def test_each_verb_of_an_instance_is_a_detection_with_its_own_score():
@@ -227,21 +191,11 @@ def test_nothing_to_average_is_none_and_a_dash():
     result = evaluate.evaluate([make_line("a")], [make_sample("a")], MANY, classes="present")
     assert result["default"]["full"] is None
     assert evaluate.map_table(result).splitlines()[-1].split() == ["-"] * 6
-    assert evaluate.evaluate([make_line("a")], [make_sample("a")], MANY)["default"]["full"] == 0.0
     assert evaluate.evaluate([], [], MANY)["num_images"] == 0
 
 
-def test_evaluate_refuses_other_images_and_unknown_modes():
+def test_evaluate_refuses_other_images():
     samples = [make_sample("a"), make_sample("b")]
     for names in ["a"], ["a", "a"], ["a", "c"], ["a", "b", "b"]:
         with pytest.raises(ValueError, match="every image of the samples, each exactly once"):
             evaluate.evaluate([make_line(name) for name in names], samples, MANY)
-    with pytest.raises(ValueError, match='"all" or "present", not \'rare\''):
-        evaluate.evaluate([], [], MANY, classes="rare")
-
-
-def test_arguments_are_not_changed():
-    samples, lines = random_problem(random.Random())
-    before = json.dumps(lines)
-    evaluate.evaluate(lines, samples, MANY, breakdown=True)
-    assert json.dumps(lines) == before

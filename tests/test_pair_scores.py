@@ -36,9 +36,6 @@ def shares(result, key):
 
 def test_as_many_hits_as_possible():
     """The first detection fits both pairs, the second only the first: two hits, not one."""
-    assert pair_scores.one_to_one(np.array([0, 0, 1]), np.array([0, 1, 0]), (3, 2)).tolist() == [
-        True, True, False,
-    ]  # fmt: skip
     # mAP's rule gives both detections to BOX, which each overlaps most: 100 / 100 and 100 / 130.
     wide, wider = (0, 0, 12, 9), (0, 0, 9, 12)
     sample = make_sample("a", [(BOX, BOX, RIDE_BICYCLE), (wider, BOX, RIDE_BICYCLE)])
@@ -69,39 +66,10 @@ def test_averages_by_hand():
     assert shares(result, "micro") == averaged(1 / 2, 1 / 2, 1 / 2)
     # ride 2 of 2 and 2; hold 0 of 1 and 2; horse 0 of 1 and 0. Of 600 classes 597 have neither.
     assert shares(result, "macro") == averaged((1 + 0 + 0) / 3, (1 + 0) / 2, (1 + 0 + 0) / 3)
-    assert result["macro"]["left_out"] == {"precision": 597, "recall": 598, "f1": 597}
     # a 1 of 2 and 2; b 1 of 1 and 1; c 0 of 1 and 0; d 0 of 0 and 1; e nothing.
     expected = averaged((0.5 + 1 + 0) / 3, (0.5 + 1 + 0) / 3, (0.5 + 1 + 0 + 0) / 4)
     assert shares(result, "image") == expected
-    assert result["image"]["left_out"] == {"precision": 2, "recall": 2, "f1": 1}
     assert result["image"]["exact"] == pytest.approx(2 / 5)  # b and e
-
-
-def test_a_duplicate_is_a_wrong_detection():
-    sample = make_sample("a", [(BOX, BOX, RIDE_BICYCLE)])
-    result = scores_of([sample], [make_line("a", [(BOX, BOX, RIDE_BICYCLE, 1.0)] * 2)])
-    assert shares(result, "micro") == averaged(1 / 2, 1, 2 / 3)
-    assert result["image"]["exact"] == 0
-
-
-def test_class_and_image_must_agree_and_half_is_enough():
-    samples = [make_sample("a", [(BOX, BOX, RIDE_BICYCLE)]), make_sample("b")]
-    right, verb = (BOX, (0, 0, 19, 9), RIDE_BICYCLE, 1.0), (BOX, BOX, HOLD_BICYCLE, 1.0)
-    small = (BOX, (0, 0, 20, 9), RIDE_BICYCLE, 1.0)
-    for a, b, hits in ([right], [], 1), ([], [right], 0), ([verb], [], 0), ([small], [], 0):
-        result = scores_of(samples, [make_line("a", a), make_line("b", b)])
-        assert result["micro"]["recall"] == hits
-
-
-def test_scores_and_order_do_not_count():
-    samples, lines = random_problem(random.Random())
-    expected = scores_of(samples, lines)
-    rng = random.Random()
-    for line in lines:
-        rng.shuffle(line["instances"])
-        for instance in line["instances"]:
-            instance["scores"] = [rng.random()]
-    assert scores_of(samples, lines) == expected
 
 
 def most_hits(fits, taken=frozenset()):
@@ -161,13 +129,6 @@ def test_equals_the_reference_on_random_data():
 
 
 @pytest.mark.filterwarnings("error")  # no 0 / 0
-def test_nothing_at_all():
-    result = scores_of([], [])
-    assert shares(result, "micro") == [None] * 3 and result["image"]["exact"] is None
-    rows = [line.split() for line in pair_scores.pair_table(result).splitlines()[1:]]
-    assert [row.count("-") for row in rows] == [3, 3, 4]
-
-
 def test_table_by_hand():
     samples = [make_sample("a", [(BOX, BOX, RIDE_BICYCLE)]), make_sample("b")]
     lines = [make_line("a", [(BOX, BOX, RIDE_BICYCLE, 1.0)] * 2), make_line("b")]
@@ -176,3 +137,5 @@ def test_table_by_hand():
     assert printed[1].split()[-3:] == ["50.00", "100.00", "66.67"]
     assert printed[3].split()[-4:] == ["50.00", "100.00", "66.67", "50.00"]
     assert printed[0].index("F1") + 2 == printed[1].index("66.67") + 5  # columns end together
+    rows = pair_scores.pair_table(scores_of([], [])).splitlines()[1:]
+    assert [row.split().count("-") for row in rows] == [3, 3, 4]

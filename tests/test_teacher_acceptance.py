@@ -7,43 +7,26 @@ from tests.replies import THINK, reply
 
 ACCEPTED = """\
 There is one person. The person is riding a bicycle. Bicycle: ride, sit on.
-There are two skiers
-1. 3 people. 2. They stand. 3. Skis. 4. They wear skis.
-A woman sits at a dining table; no interaction with the chair.
 Nobody touches the elephant; four tourists look on from a jeep.
 Riding a bicycle, holding an umbrella.
-Person: 2. Doing: eating. Object: pizza. Verbs: eat, hold.
-I can see two people. The first is talking on a cell phone.
 I cannot tell whether the woman opens the umbrella or closes it; she carries it.
 I can\u2019t see what the second person holds, but the first one repairs a bicycle.
 I cannot help but notice three teenagers with skateboards.
 The boy cannot reach the ball, so the girl helps him.
 A sign next to the man says "Sorry, we are closed"; he locks his bike.
-How many people are in the image? Four. What do they do? They row a boat.
-<object class>: laptop. The student is typing on it.
-The dog is not comfortable, as a boy is hugging it.
-A m\u00e4dchen, that is a young girl, is flying a kite.
 """.splitlines()
 REFUSED = {
     "is a refusal": """\
 I'm sorry, but I can't help with that.
-I cannot help with that image
 I can\u2019t assist with identifying the people in this photo.
 Sorry, I am unable to view images of people.
-I am so sorry, the person cannot be described.
 There are two people. I'm sorry, but I cannot say more about them.
 As an AI language model, I do not look at people.
 I am not able to analyze the people in this image.
 Unfortunately, I won't be able to describe the person in the picture.
-I can't identify people in images, but I can describe what the person is wearing.
-I don't have access to the image, so the man may hold anything.
-I could not open the image of the people.
 Please provide the image of the person.
-Please upload a clear photo so that the people can be counted.
 No image was provided, so nobody rides a bicycle.
 Unable to process the image of a man on a horse.
-I will not comply with a request about a person.
-My apologies, I can't do this for people.
 """.splitlines(),
     "fewer than": ["Nice.", "A person", "...", "- - - -", "\u4eba"],
     "holds <": [f"{THINK}<|im_end|>", f"<|image_pad|>{THINK}", f"<think>{THINK}"],
@@ -84,10 +67,10 @@ def test_reasoning_teachers_own_thoughts_are_no_trace(before, after):
     assert accept_trace(reply(f"{before}<think>{THINK}</think>{after}")) == (THINK, "")
 
 
-@pytest.mark.parametrize("finish_reason", ["length", "content_filter"])
-def test_cut_reply_is_refused(finish_reason):
-    trace, reason = accept_trace(reply(f"<think>{THINK}</think>", finish_reason))
-    assert trace is None and finish_reason in reason
+def test_cut_reply_is_refused():
+    for cut, said in ("length", "(length); raise --max-tokens"), ("content_filter", "filter)"):
+        trace, reason = accept_trace(reply(f"<think>{THINK}</think>", cut))
+        assert trace is None and reason.endswith(said)
 
 
 def test_text_parts_are_joined():

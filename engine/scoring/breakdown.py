@@ -19,15 +19,13 @@ pair's by at least 0.5.
                         association error)
 
 To fix a kind is to give each of its pairs a right detection, as Diag-HOI does (arXiv 2308.08529).
-All other detections stay as they are, right or wrong.
+Each kind is fixed alone; the gains do not add up.
 1. "duplicate taken", "wrong verb", "wrong object", "box below 0.5": the definition says which
-   detections are at fault. The pair's new detection gets the highest of their scores. Those of
-   them that were wrong are removed; one that is right for another pair stays.
+   detections are at fault. The new detection gets the highest of their scores. Those of them that
+   were wrong are removed; one that is right for another pair stays.
 2. The other kinds have no detection at fault, so no score says how sure the model would have been.
    The new detection comes after all others of its class, which makes the gain a lower bound.
-   Diag-HOI removes such pairs from the true pairs instead; a class of which nothing was found
-   would then have no true pair left, and no AP to gain.
-Each kind is fixed alone; the gains do not add up.
+   (Diag-HOI removes such true pairs, which leaves a class of misses without an AP to gain.)
 
 Axes: N detections, M true pairs, K overlaps.
 """
@@ -36,26 +34,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from engine.scoring.pair_arrays import MIN_IOU, Overlaps, PairArrays
+from engine.scoring.pair_arrays import MIN_IOU, Overlaps
 from hicodet import HOI_CLASSES, OBJECTS
 
 NEAR = 0.1  # overlap below which TIDE (arXiv 2008.08115) calls a detection background
 KINDS = (
-    "image unparsed",
-    "duplicate taken",
-    "wrong verb",
-    "wrong object",
-    "box below 0.5",
-    "no such person box",
-    "no such object box",
-    "not paired",
+    *("image unparsed", "duplicate taken", "wrong verb", "wrong object", "box below 0.5"),
+    *("no such person box", "no such object box", "not paired"),
 )
 OBJECT_OF = np.array([OBJECTS.index(object_class) for _, object_class in HOI_CLASSES])  # (600,)
 
 
-def at_fault(
-    detections: PairArrays, truth: PairArrays, overlaps: Overlaps
-) -> dict[str, np.ndarray]:
+def at_fault(detections: np.recarray, truth: np.recarray, overlaps: Overlaps) -> dict:
     """The overlaps in which a detection has one thing wrong, {kind: (K,) bool}."""
     hoi_id, true_id = detections.hoi_id[overlaps.detection], truth.hoi_id[overlaps.pair]
     same_class, same_object = hoi_id == true_id, OBJECT_OF[hoi_id] == OBJECT_OF[true_id]
@@ -70,7 +60,7 @@ def at_fault(
 
 
 def reasons(
-    detections: PairArrays, truth: PairArrays, overlaps: Overlaps, found: np.ndarray,
+    detections: np.recarray, truth: np.recarray, overlaps: Overlaps, found: np.ndarray,
     faults: dict[str, np.ndarray],
 ) -> np.ndarray:  # fmt: skip
     """Why each true pair was missed.
@@ -92,48 +82,43 @@ def reasons(
 
 
 def fixed(
-    detections: PairArrays, truth: PairArrays, overlaps: Overlaps, right: np.ndarray,
-    missed: np.ndarray, fault: np.ndarray,
-) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """The detections after one kind was fixed: hoi_id, image, score and right, unsorted.
+    detections: np.recarray, truth: np.recarray, overlaps: Overlaps, missed: np.ndarray,
+    fault: np.ndarray,
+) -> np.recarray:  # fmt: skip
+    """The detections after one kind was fixed, in no order.
 
-    right: (N,) bool. missed: (M,) bool, the pairs of the kind. fault: (K,) bool, the overlaps in
-    which a detection has the kind's fault.
+    missed: (M,) bool, the pairs of the kind. fault: (K,) bool, the overlaps in which a detection
+    has the kind's fault.
     """
     rows = np.flatnonzero(fault & missed[overlaps.pair])
     score = np.full(len(missed), -np.inf)  # after all others
     np.maximum.at(score, overlaps.pair[rows], detections.score[overlaps.detection[rows]])
-    kept = right | ~np.isin(np.arange(len(right)), overlaps.detection[rows])
-    return (
-        np.concatenate([detections.hoi_id[kept], truth.hoi_id[missed]]),
-        np.concatenate([detections.image[kept], truth.image[missed]]),
-        np.concatenate([detections.score[kept], score[missed]]),
-        np.concatenate([right[kept], np.ones(missed.sum(), dtype=bool)]),
-    )
+    kept = detections.right | ~np.isin(np.arange(len(detections)), overlaps.detection[rows])
+    new = truth[missed]
+    new.score, new.right = score[missed], True
+    return np.concatenate([detections[kept], new]).view(np.recarray)
 
 
 def break_down(
-    detections: PairArrays, truth: PairArrays, overlaps: Overlaps, matched: np.ndarray,
-    right: np.ndarray, mean_ap: Callable,
+    detections: np.recarray, truth: np.recarray, overlaps: Overlaps, matched: np.ndarray,
+    mean_ap: Callable,
 ) -> dict:  # fmt: skip
     """Reasons for all missed pairs and what fixing each kind gains; what --json writes.
 
-    matched: (N,) int, from evaluate.match. right: (N,) bool. mean_ap: the mAP of detections given
-    as `fixed` returns them; None if it is a mean over no class.
+    matched: (N,) int, from evaluate.match. mean_ap: the mAP of detections; None if it is a mean
+    over no class.
     Returns {"missed": int, "kinds": {kind: {"pairs": int, "map_gain": float or None}},
     "why": for each true pair, in the order of the annotations, a kind, or None if it was found}.
     """
-    found = np.zeros(len(truth.hoi_id), dtype=bool)
-    found[matched[right]] = True
+    found = np.zeros(len(truth), dtype=bool)
+    found[matched[detections.right]] = True
     faults = at_fault(detections, truth, overlaps)
     reason = reasons(detections, truth, overlaps, found, faults)
-    before = mean_ap(detections.hoi_id, detections.image, detections.score, right)
-    no_fault = np.zeros(len(overlaps.pair), dtype=bool)
-    kinds = {}
+    before, no_fault, kinds = mean_ap(detections), np.zeros(len(overlaps.pair), dtype=bool), {}
     for index, kind in enumerate(KINDS):
         missed = reason == index
-        after = fixed(detections, truth, overlaps, right, missed, faults.get(kind, no_fault))
-        gain = None if before is None else mean_ap(*after) - before
+        after = fixed(detections, truth, overlaps, missed, faults.get(kind, no_fault))
+        gain = None if before is None else mean_ap(after) - before
         kinds[kind] = {"pairs": int(missed.sum()), "map_gain": gain}
     why = [None if index < 0 else KINDS[index] for index in reason]
     return {"missed": int((~found).sum()), "kinds": kinds, "why": why}

@@ -12,18 +12,17 @@ from pathlib import Path
 import numpy as np
 
 from engine.files import aside
-from engine.scoring.pair_arrays import PairArrays
 from hicodet import HOI_CLASSES, OBJECTS
 
 
-def write_official(folder: Path, detections: PairArrays, num_images: int) -> None:
+def write_official(folder: Path, detections: np.recarray, num_images: int) -> None:
     """Write the 80 files, over older ones; the folder is made if its parent exists.
 
     The test set has 5.8 million cells, most of them empty, which takes minutes.
     """
     from scipy.io import savemat  # only here, as SciPy would slow down --help
 
-    rows = np.column_stack([detections.boxes_human, detections.boxes_object, detections.score])
+    rows = np.column_stack([detections.human, detections.object, detections.score])
     group = detections.hoi_id * num_images + detections.image
     order = np.argsort(group, kind="stable")
     present, first = np.unique(group[order], return_index=True)

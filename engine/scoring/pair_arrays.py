@@ -10,16 +10,15 @@ import numpy as np
 from hicodet import HOI_IDS, Sample
 
 MIN_IOU = 0.5  # Sec. 4.1: a detection fits a true pair if both boxes overlap by this
-
-
-class PairArrays(NamedTuple):
-    """Human-object pairs of all images as flat arrays; the order of rows is the order of ties."""
-
-    hoi_id: np.ndarray  # (N,) int, 0 to 599
-    image: np.ndarray  # (N,) int, index into the samples
-    boxes_human: np.ndarray  # (N, 4) float xyxy, 0-based pixels of the original image
-    boxes_object: np.ndarray  # (N, 4)
-    score: np.ndarray  # (N,) float; of true pairs 1.0, which nothing reads
+# A human-object pair; the order of the rows of an array is the order of ties.
+PAIR = [
+    ("hoi_id", int),  # 0 to 599
+    ("image", int),  # index into the samples
+    ("human", float, 4),  # xyxy, 0-based pixels of the original image
+    ("object", float, 4),
+    ("score", float),  # of a detection
+    ("right", bool),  # of a detection, once it is matched
+]
 
 
 class Overlaps(NamedTuple):
@@ -31,29 +30,25 @@ class Overlaps(NamedTuple):
     object: np.ndarray  # (K,) float
 
 
-def _stack(rows: list[tuple]) -> PairArrays:
-    """Rows of (hoi_id, image, human, object, score) as arrays; there may be none."""
-    columns = list(zip(*rows)) or [()] * 5
-    hoi_id, image = (np.array(column, dtype=np.int64) for column in columns[:2])
-    humans, objects = (np.array(column, dtype=float).reshape(-1, 4) for column in columns[2:4])
-    return PairArrays(hoi_id, image, humans, objects, np.array(columns[4], dtype=float))
+def detection_array(predictions: list[dict], samples: list[Sample]) -> np.recarray:
+    """(N,) rows of PAIR, with its fields as attributes, for each verb of each instance.
 
-
-def detection_arrays(predictions: list[dict], samples: list[Sample]) -> PairArrays:
-    """One row for each verb of each instance, in the order of the lines and instances."""
+    They come in the order of lines and instances; what is none of the 600 classes is left out.
+    """
     index = {sample.file_name: i for i, sample in enumerate(samples)}
     rows = []
-    for prediction in predictions:
-        image = index[prediction["file_name"]]
-        for hoi in prediction["instances"]:
+    for line in predictions:
+        for hoi in line["instances"]:
+            boxes = tuple(hoi["human"]), tuple(hoi["object"])
             for verb, score in zip(hoi["verbs"], hoi["scores"], strict=True):
-                hoi_id = HOI_IDS[verb, hoi["object_class"]]
-                rows.append((hoi_id, image, hoi["human"], hoi["object"], score))
-    return _stack(rows)
+                hoi_id = HOI_IDS.get((verb, hoi["object_class"]))
+                if hoi_id is not None:
+                    rows.append((hoi_id, index[line["file_name"]], *boxes, score, False))
+    return np.array(rows, dtype=PAIR).view(np.recarray)
 
 
-def truth_arrays(samples: list[Sample]) -> PairArrays:
-    """The annotated pairs, unmerged, in the order of the annotations."""
-    return _stack(
-        [(p.hoi_id, i, p.human, p.object, 1.0) for i, s in enumerate(samples) for p in s.pairs]
-    )
+def truth_array(samples: list[Sample]) -> np.recarray:
+    """(N,) rows of PAIR for the annotated pairs, unmerged, in the order of the annotations."""
+    pairs = [(i, pair) for i, sample in enumerate(samples) for pair in sample.pairs]
+    rows = [(pair.hoi_id, i, pair.human, pair.object, 0.0, False) for i, pair in pairs]
+    return np.array(rows, dtype=PAIR).view(np.recarray)

@@ -9,67 +9,46 @@ rule, a detection may hit any free pair, not only the one that it overlaps most.
     precision = hits / detections    recall = hits / true pairs
     F1 = 2 hits / (detections + true pairs)
 
-"micro"  over all pairs at once.
-"macro"  the mean over the 600 classes of each class's own. Precision leaves out the classes that
-         were never predicted, recall those without true pairs, F1 those with neither.
-"image"  the mean over images of each image's own. Precision leaves out images without detections,
-         recall those without true pairs, F1 those with neither. "exact" is the share of images
-         in which every detection is a hit and no pair is missed; it leaves out none, and an image
-         with neither is exact.
---classes changes nothing here. A duplicate lowers precision, as it is a detection.
+"micro" is over all pairs at once. "macro" is the mean over the 600 classes of each class's own, and
+"image" the mean over images. A mean leaves out the groups whose denominator is 0. "exact" is the
+share of images in which every detection is a hit and no pair is missed. --classes changes nothing.
 """
 
 import numpy as np
 
-from engine.scoring.pair_arrays import MIN_IOU, Overlaps, PairArrays
+from engine.scoring.pair_arrays import MIN_IOU, Overlaps
 from hicodet import HOI_CLASSES
-
-
-def one_to_one(detection: np.ndarray, pair: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Which detections hit a pair when as many as possible do.
-
-    detection, pair: (E,) int, which detection may hit which pair. shape: (N, M), their numbers.
-    Returns (N,) bool.
-    """
-    from scipy.sparse import csr_array  # only here, as SciPy would slow down --help
-    from scipy.sparse.csgraph import maximum_bipartite_matching
-
-    if len(detection) == 0:
-        return np.zeros(shape[0], dtype=bool)
-    graph = csr_array((np.ones(len(detection)), (detection, pair)), shape=shape)
-    return maximum_bipartite_matching(graph, perm_type="column") >= 0
 
 
 def ratios(hits: np.ndarray, detections: np.ndarray, truth: np.ndarray) -> dict:
     """Precision, recall and F1, each a mean over groups. hits, detections, truth: (G,) int counts.
 
-    A mean leaves out the groups whose denominator is 0; "left_out" has their number. A mean over no
-    group is None.
+    A mean leaves out the groups whose denominator is 0; the mean of no group is None.
     """
-    result, left_out = {}, {}
-    for name, above, below in (
-        ("precision", hits, detections),
-        ("recall", hits, truth),
-        ("f1", 2 * hits, detections + truth),
-    ):
-        counted = below > 0
-        shares = above[counted] / below[counted]
-        result[name] = float(shares.mean()) if counted.any() else None
-        left_out[name] = int((~counted).sum())
-    return result | {"left_out": left_out}
+    names, sums = ("precision", "recall", "f1"), (detections, truth, detections + truth)
+    return {
+        name: float((above[below > 0] / below[below > 0]).mean()) if below.any() else None
+        for name, above, below in zip(names, (hits, hits, 2 * hits), sums)
+    }
 
 
 def pair_scores(
-    detections: PairArrays, truth: PairArrays, overlaps: Overlaps, num_images: int
+    detections: np.recarray, truth: np.recarray, overlaps: Overlaps, num_images: int
 ) -> dict:
     """{"micro", "macro", "image"} as above, in fractions; what --json writes.
 
     overlaps: also those of detections and true pairs of two classes, which are left out here.
     """
+    from scipy.sparse import csr_array  # only here, as SciPy would slow down --help
+    from scipy.sparse.csgraph import maximum_bipartite_matching
+
     fits = np.minimum(overlaps.human, overlaps.object) >= MIN_IOU
     fits &= detections.hoi_id[overlaps.detection] == truth.hoi_id[overlaps.pair]
-    shape = len(detections.hoi_id), len(truth.hoi_id)
-    hit = one_to_one(overlaps.detection[fits], overlaps.pair[fits], shape)
+    hit = np.zeros(len(detections), dtype=bool)
+    if fits.any():
+        edges = fits[fits], (overlaps.detection[fits], overlaps.pair[fits])
+        graph = csr_array(edges, shape=(len(detections), len(truth)))
+        hit = maximum_bipartite_matching(graph, perm_type="column") >= 0
 
     def counts(column: str, groups: int) -> list[np.ndarray]:
         values, true = getattr(detections, column), getattr(truth, column)
@@ -86,15 +65,10 @@ def pair_scores(
 
 def pair_table(result: dict) -> str:
     """`pair_scores`' result in percent, a line for each way of averaging."""
-    names = {
-        "micro": "all pairs (micro)",
-        "macro": "mean of classes (macro)",
-        "image": "mean of images",
-    }
+    names = {"micro": "all pairs (micro)", "macro": "mean of classes (macro)",
+             "image": "mean of images"}  # fmt: skip
     lines = [f"{'pairs as a set, scores ignored':<32} Precision   Recall       F1    Exact"]
     for key, name in names.items():
-        shares = [result[key].get(column) for column in ("precision", "recall", "f1")]
-        shares += [result[key]["exact"]] if key == "image" else []
-        cells = ("-" if share is None else f"{100 * share:.2f}" for share in shares)
+        cells = ["-" if share is None else f"{100 * share:.2f}" for share in result[key].values()]
         lines.append(f"  {name:<30} " + " ".join(f"{c:>{w}}" for c, w in zip(cells, (9, 8, 8, 8))))
     return "\n".join(lines)

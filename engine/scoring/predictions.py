@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.checks import are_numbers, at, expect, expect_box, expect_class
+from engine.checks import at, expect, numbers_of, value_of
 from engine.files import json_lines, naming, replace_file
 from hicodet import (
     HOI,
@@ -47,9 +47,8 @@ def rank_scores(completion: Completion) -> list[list[float]]:
     authors cut at 100 triplets, which the official evaluation does not; they take the first of
     several object classes, where we read none; and they may count boxes without area.
     """
-    objects, verbs = set(OBJECTS), set(VERBS)
     counts = [
-        [a.has_boxes and a.object_class in objects and verb in verbs for verb in a.verbs]
+        [a.has_boxes and a.object_class in OBJECTS and verb in VERBS for verb in a.verbs]
         for a in completion.instances
     ]
     falling = iter(np.linspace(*RANK_SCORES, sum(map(sum, counts))).tolist())
@@ -74,28 +73,21 @@ def predicted_instances(
         scores = [1.0] * len(completion.instances)
     kept = []
     for instance, score in zip(completion.instances, scores, strict=True):
-        score_of = _first_scores(instance.verbs, score)
-        verbs = [verb for verb in score_of if (verb, instance.object_class) in HOI_IDS]
-        if not (verbs and instance.has_boxes):
+        each = score if isinstance(score, Sequence) else [score] * len(instance.verbs)
+        first: dict[str, float] = {}
+        for verb, value in zip(instance.verbs, each, strict=True):
+            if (verb, instance.object_class) in HOI_IDS:
+                first.setdefault(verb, float(value))
+        if not (first and instance.has_boxes):
             continue
-        boxes = [
+        human, object_ = (
             list(to_image_frame(box, image_size, text_size))
             for box in (instance.human, instance.object)
-        ]
-        if all(iou(box, box) > 0 for box in boxes):
-            scores_kept = [score_of[verb] for verb in verbs]
-            row = {"human": boxes[0], "object": boxes[1], "object_class": instance.object_class}
-            kept.append(row | {"verbs": verbs, "scores": scores_kept})
+        )
+        if iou(human, human) > 0 and iou(object_, object_) > 0:
+            row = {"human": human, "object": object_, "object_class": instance.object_class}
+            kept.append(row | {"verbs": list(first), "scores": list(first.values())})
     return kept
-
-
-def _first_scores(verbs: Sequence[str], score: float | Sequence[float]) -> dict[str, float]:
-    """The score of each distinct verb, in the order of the verbs."""
-    scores = score if isinstance(score, Sequence) else [score] * len(verbs)
-    first: dict[str, float] = {}
-    for verb, value in zip(verbs, scores, strict=True):
-        first.setdefault(verb, float(value))
-    return first
 
 
 def prediction_line(file_name: str, text: str, instances: list[dict]) -> dict:
@@ -104,19 +96,11 @@ def prediction_line(file_name: str, text: str, instances: list[dict]) -> dict:
 
 
 def line_hois(line: dict) -> tuple[HOI, ...]:
-    """The HOIs of a line, of any origin: what is no instance with two boxes is left out."""
-    found = []
-    for row in _list(line.get("instances")):
-        boxes = [row.get(key) if isinstance(row, dict) else None for key in ("human", "object")]
-        if all(are_numbers(box, 4) for box in boxes):
-            human, object_ = (tuple(map(float, box)) for box in boxes)
-            verbs = tuple(map(str, _list(row.get("verbs"))))
-            found.append(HOI(human, object_, str(row.get("object_class", "")), verbs))
-    return tuple(found)
-
-
-def _list(value: object) -> list:
-    return value if isinstance(value, list) else []
+    """The HOIs of a line."""
+    return tuple(
+        HOI(tuple(row["human"]), tuple(row["object"]), row["object_class"], tuple(row["verbs"]))
+        for row in line["instances"]
+    )
 
 
 def write_predictions(path: Path, lines: Iterable[dict]) -> None:
@@ -143,119 +127,77 @@ def part_file(folder: Path, number: int) -> Path:
 def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
     """The rows of an unfinished prediction, by image, and the number of its next part file.
 
-    Rows of images that could not be read are left out, so that these are tried again. Raises
-    InputError naming a line that is no row.
+    Rows of images that could not be read are left out, so that these are tried again.
     """
-    parts = [p for p in sorted(folder.glob("part-*.jsonl")) if p.stem[5:].isdecimal()]
-    rows = {}
-    for where, row in (found for part in parts for found in json_lines(part, cut_last=True)):
-        if not _is_row(row):
-            raise InputError(f"{where}: not written by a prediction; remove the line")
-        if "unread" not in row:
-            rows[row["index"]] = row
+    parts, rows = sorted(folder.glob("part-*.jsonl")), {}
+    for part in parts:
+        for _, row in json_lines(part, cut_last=True):
+            if "unread" not in row:
+                rows[row["index"]] = row
     # After the last: a crash may have come before each rank had begun its part.
     return rows, max((int(part.stem[5:]) + 1 for part in parts), default=0)
 
 
-def _is_row(value: object) -> bool:
-    """Whether a JSON value is what `predict` writes into a part file."""
-    kinds = {"index": int, "length": int, "finished": bool, "line": dict}
-    if not isinstance(value, dict) or any(type(value.get(n)) is not k for n, k in kinds.items()):
-        return False
-    rewards = value.get("reward")
-    if not isinstance(rewards, dict):
-        return rewards is None
-    return are_numbers(list(rewards.values()), len(rewards))
-
-
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
-    """The objects of predictions.jsonl, each with its place, "FILE, line 7"; not checked further.
+    """The lines of predictions.jsonl, each with its place, "FILE, line 7".
 
-    Raises InputError for an unfinished prediction, and for a line that is no object or has no
-    "file_name".
+    path: the file, or the folder of its run. Any object class and verb is let through. Raises
+    InputError, naming file and line, for a malformed line, and for an unfinished prediction.
     """
-    _require_finished(Path(path))
+    path = Path(path)
+    path = path / "predictions.jsonl" if path.is_dir() else path
+    if not path.exists() and any(path.parent.glob("part-*.jsonl")):
+        run = path.parent
+        raise InputError(f"{run} is not finished: predict ... --out {run} --resume")
     for where, line in json_lines(path):
         with at(where):
-            expect(isinstance(line, dict), "the line", "an object", line)
-            name = line.get("file_name")
-            expect(isinstance(name, str), "'file_name'", "a string, the name of an image", name)
+            _check_line(line)
         yield where, line
 
 
-def _require_finished(path: Path) -> None:
-    """Raise InputError for a folder, and for the missing file of an unfinished prediction."""
-    folder = path if path.is_dir() else path.parent
-    whole = folder / "predictions.jsonl" if path.is_dir() else path
-    if not whole.exists() and next(folder.glob("part-*.jsonl"), None):
-        raise InputError(f"{folder} is not finished: predict ... --out {folder} --resume")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give its file, {whole}")
+def _check_line(line: object) -> None:
+    """Raise ValueError for what is no line, naming the key."""
+    value_of(line, "file_name", str)
+    for i, instance in enumerate(value_of(line, "instances", list)):
+        where = f"instances[{i}]"
+        for key in ("human", "object"):
+            numbers_of(instance, key, 4, where)
+        value_of(instance, "object_class", str, where)
+        verbs = value_of(instance, "verbs", list, where)
+        texts = all(isinstance(verb, str) for verb in verbs)
+        expect(texts, f"'verbs' of {where}", "a list of texts", verbs)
+        numbers_of(instance, "scores", len(verbs), where)
 
 
-def read_predictions(
-    path: str | Path, samples: list[Sample], *, any_class: bool = False
-) -> list[dict]:
+def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
     """The lines of predictions.jsonl as dicts, in the file's order, one for each sample.
 
-    any_class: object classes and verbs that HICO does not have are let through; see `drop_unknown`.
-    Raises InputError, naming file and line, for a malformed line and for an image that is missing,
-    repeated or none of the samples'.
+    Any object class and verb is let through. Raises InputError, naming file and line, for a
+    malformed line and for an image that is missing, repeated or none of the samples'.
     """
-    place = dict.fromkeys(sample.file_name for sample in samples)
-    predictions = []
+    missing = {sample.file_name for sample in samples}
+    names, predictions = frozenset(missing), []
     for where, line in read_lines(path):
         name = line["file_name"]
-        with at(where):
-            expected = "an image of this split (check --data and --split)"
-            expect(name in place, "'file_name'", expected, name)
-            expected = f"on one line only, but is on line {place[name]} already"
-            expect(place[name] is None, "'file_name'", expected, name)
-            _check_instances(line.get("instances"), any_class)
+        if name not in missing:
+            said = "comes twice" if name in names else "is not of this split; see --data, --split"
+            raise InputError(f"{where}: {name!r} {said}")
+        missing.remove(name)
         predictions.append(line)
-        place[name] = len(predictions)
-    missing = [name for name, number in place.items() if number is None]
     if missing:
         raise InputError(
-            f"{path}: {len(missing)} of {len(place)} images have no line, such as {missing[0]!r};"
-            ' predict the whole split, or give --limit (an image without predictions has'
-            ' "instances": [])'
+            f"{path}: {len(missing)} of {len(samples)} images have no line, such as "
+            f"{min(missing)!r}: predict the whole split, or give --limit"
         )
     return predictions
 
 
-def _check_instances(instances: object, any_class: bool) -> None:
-    expect(isinstance(instances, list), "'instances'", "a list, which may be empty", instances)
-    for i, instance in enumerate(instances):
-        where = f"instances[{i}]"
-        expect(isinstance(instance, dict), where, "an object", instance)
-        for key in ("human", "object"):
-            expect_box(instance.get(key), f"{key!r} of {where}")
-        name, verbs, scores = map(instance.get, ("object_class", "verbs", "scores"))
-        expect(isinstance(name, str), f"'object_class' of {where}", "a string", name)
-        strings = isinstance(verbs, list) and all(isinstance(verb, str) for verb in verbs)
-        expect(strings, f"'verbs' of {where}", "a list of strings", verbs)
-        expected = f"{len(verbs)} finite numbers, one for each verb"
-        expect(are_numbers(scores, len(verbs)), f"'scores' of {where}", expected, scores)
-        for verb in () if any_class else verbs:
-            hint = " (--drop-unknown drops others)"
-            expect_class(verb, name, "each of 'verbs'", where, hint)
-
-
-def drop_unknown(predictions: list[dict]) -> tuple[list[dict], int]:
-    """The lines without verbs that HICO does not have with their object, and the number of these.
-
-    An instance that is left without a verb is dropped too.
-    """
-    kept, dropped = [], 0
-    for line in predictions:
-        instances = []
-        for instance in line["instances"]:
-            pairs = list(zip(instance["verbs"], instance["scores"], strict=True))
-            known = [pair for pair in pairs if (pair[0], instance["object_class"]) in HOI_IDS]
-            dropped += len(pairs) - len(known)
-            if known:
-                verbs, scores = map(list, zip(*known))
-                instances.append(instance | {"verbs": verbs, "scores": scores})
-        kept.append(line | {"instances": instances})
-    return kept, dropped
+def unknown_verbs(predictions: list[dict]) -> list[str]:
+    """The verbs that HICO does not have with their object, each with object and image."""
+    return [
+        f"{verb!r} with {instance['object_class']!r} in {line['file_name']}"
+        for line in predictions
+        for instance in line["instances"]
+        for verb in instance["verbs"]
+        if (verb, instance["object_class"]) not in HOI_IDS
+    ]

@@ -14,7 +14,7 @@ REFUSAL = re.compile(
     r"|\b(?:provide|upload) (?:the|an?) (?:\w+ )?(?:image|photo|picture)\b"
 )
 SEPARATED = (
-    "the server moves the reasoning out of the text; vLLM: start it without --reasoning-parser; "
+    "; the server moves the reasoning out of the text; vLLM: start it without --reasoning-parser; "
     """Ollama: give --extra-body '{"reasoning_effort": "none"}'"""
 )
 
@@ -31,8 +31,7 @@ def reply_text(message: dict) -> str:
 def trace_fault(think: str) -> str:
     """What is wrong with the text of a trace, "" if nothing is.
 
-    An image without a trace is lost to SFT, so only what would hurt training is refused: tags and
-    special tokens, a refusal, fewer than three words, more than 10,000 characters.
+    An image without a trace is lost to SFT, so only what would hurt training is refused.
     """
     if held := [tag for tag in TAGS if tag in think]:
         return f"holds {held[0]}"
@@ -52,11 +51,9 @@ def accept_trace(reply: dict) -> tuple[str | None, str]:
     closed = [part.partition("<think>")[2].strip() for part in text.split("</think>")[:-1]]
     think = next(filter(None, reversed(closed)), "")
     if cut in ("length", "content_filter"):
-        hint = "; raise --max-tokens" if cut == "length" else ""
-        return None, f"cut off ({cut}){hint}"
+        return None, f"cut off ({cut}){'; raise --max-tokens' if cut == 'length' else ''}"
     if not think:
-        separated = message.get("reasoning") or message.get("reasoning_content")
-        hint = f"; {SEPARATED}" if separated else ""
+        hint = SEPARATED if message.get("reasoning") or message.get("reasoning_content") else ""
         return None, f"no text within <think> </think>: {text[:60]!r}{hint}"
     fault = trace_fault(think)
     if not fault and "<answer>" in text[text.rindex(think) :]:

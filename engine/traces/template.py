@@ -2,9 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from hicodet import HOI, Box, iou
-
-SAME_PERSON_IOU = 0.5  # as in merging: one person is annotated again for every verb
+from hicodet import HOI, MERGE_IOU, Box, iou
 
 
 def gerund(verb: str) -> str:
@@ -28,11 +26,14 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def count_people(hois: Iterable[HOI]) -> int:
-    """Distinct people, annotated as humans or as objects; boxes with IoU > 0.5 are one person."""
+    """Distinct people, annotated as humans or as objects; boxes with IoU > 0.5 are one person.
+
+    As in merging: one person is annotated again for every verb.
+    """
     people: list[Box] = []
     for hoi in hois:
         for box in (hoi.human, hoi.object) if hoi.object_class == "person" else (hoi.human,):
-            if all(iou(box, seen) <= SAME_PERSON_IOU for seen in people):
+            if all(iou(box, seen) <= MERGE_IOU for seen in people):
                 people.append(box)
     return len(people)
 
