@@ -19,12 +19,12 @@ from hicodet import format_completion, in_frame, parse_completion
 from predict import prediction
 from rewards import total_reward
 from tests.runs import config_of, metrics, refusal, run
-from tests.test_grpo import (  # noqa: F401  tests that hold for each family
+from tests.test_lora_runs import assert_same_results, stopped_copy
+from tests.test_packing import (  # noqa: F401  tests that hold for each family
     test_gradient_checkpointing_changes_nothing,
     test_gradients_equal_separate_forwards,
     test_token_logprobs_equal_separate_forwards,
 )
-from tests.test_lora_runs import assert_same_results, stopped_copy
 from tests.test_sampler import (  # noqa: F401
     test_greedy_ids_equal_generate,
     test_what_was_sampled_from_equals_a_fresh_forward,
