@@ -31,24 +31,25 @@ from engine.data.image_check import excluded_names, read_names
 from engine.data.loader import read_ahead
 from engine.files import aside, write_json
 from engine.model.lora import add_adapters, read_adapter
-from engine.model.model_files import model_and_adapter, model_warnings, weights_fingerprint
+from engine.model.model_files import (
+    model_and_adapter,
+    model_warnings,
+    weights_fingerprint,
+)
 from engine.model.policy import load_model, refresh
 from engine.ranks import Ranks, start_ranks
 from engine.report.dry_run import describe
-from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths
+from engine.report.pictures import (
+    answer_text,
+    draw_photograph,
+    photographs,
+    picture_paths,
+)
 from engine.report.run_view import update_page
 from engine.runs.run_folder import open_run
 from engine.sampling.sampler import Sampler
 from engine.sampling.slots import choose_slots
-from engine.scoring.predictions import (
-    part_file,
-    predicted_instances,
-    prediction_line,
-    rank_scores,
-    stored_rows,
-    write_predictions,
-    write_rows,
-)
+from engine.scoring import predictions
 from rewards import reward_parts, total_reward
 
 MANY = 0.5  # a larger share of cut or unreadable answers brings a warning
@@ -78,13 +79,13 @@ def predict(config: PredictConfig) -> None:
     run = open_run(config.out, config, settings, ranks)
     for line in model_warnings(config.model, examples.config):
         ranks.print(line)
-    stored, number = stored_rows(run.path)
+    stored, number = predictions.stored_rows(run.path)
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
     dist.barrier()  # every rank has listed the part files before any rank adds one
     todo = [index for index in range(len(samples)) if index not in stored]
     model, started = load_adapted(config, ranks), time.perf_counter()
     rows = predict_rows(model, examples, todo, ranks, **row_options(config))
-    mine = write_rows(part_file(run.path, number + ranks.rank), rows)
+    mine = predictions.write_rows(predictions.part_file(run.path, number + ranks.rank), rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     rows = [stored[index] for index in range(len(samples))]
     unread = [row["unread"] for row in rows if "unread" in row]
@@ -97,7 +98,7 @@ def predict(config: PredictConfig) -> None:
         summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
     if ranks.rank == 0 and (todo or not (run.path / "predictions.jsonl").exists()):
         write_json(run.path / "summary.json", summary)
-        write_predictions(run.path / "predictions.jsonl", (row["line"] for row in rows))
+        predictions.write_predictions(run.path / "predictions.jsonl", (row["line"] for row in rows))
         update_page(run.path)
     ranks.print("\n".join([json.dumps(summary, indent=2), *warnings_of(summary)]))
     run.finish(complete=not unread)  # --resume predicts the others once they can be read
@@ -220,7 +221,7 @@ def predict_rows(
 
 def unread_row(index: int, sample: hicodet.Sample, reason: str) -> dict:
     """The row of an image that cannot be used; it has no prediction."""
-    line = prediction_line(sample.file_name, "", [])
+    line = predictions.prediction_line(sample.file_name, "", [])
     reward = text_reward("", sample.hois) if sample.hois else None
     row = {"index": index, "length": 0, "finished": True, "line": line, "reward": reward}
     return row | {"unread": reason}
@@ -234,12 +235,12 @@ def prediction(
     completion = hicodet.parse_completion(text)
     given = None
     if scores == "rank":
-        given = rank_scores(completion)
+        given = predictions.rank_scores(completion)
     elif scores == "likelihood":
         given = instance_scores(examples.tokenizer, completion, ids, logprobs)
     size = (example.sample.width, example.sample.height)
-    instances = predicted_instances(completion, size, example.text_size, given)
-    line = prediction_line(example.sample.file_name, text, instances)
+    instances = predictions.predicted_instances(completion, size, example.text_size, given)
+    line = predictions.prediction_line(example.sample.file_name, text, instances)
     reward = total_reward(completion, example.text_hois) if example.text_hois else None
     return {"line": line, "reward": reward}
 

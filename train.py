@@ -16,15 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.configs import (
-    CHECKPOINTS,
-    FULL_RATE,
-    OBJECTIVE,
-    REWARDS,
-    GRPOConfig,
-    SFTConfig,
-    TrainConfig,
-)
+from engine import configs
 from engine.data.annotations import training_counts
 from engine.data.examples import PROMPT_FILE, Example, Examples
 from engine.data.loader import batches
@@ -59,7 +51,7 @@ FOR_SLOTS = 0.25  # share of the memory that is free before the first step
 FEW_STEPS, PAPER_RATE = 100, 1e-6  # a training with fewer steps at this rate changes little
 
 
-def sft(config: SFTConfig) -> None:
+def sft(config: configs.SFTConfig) -> None:
     """Thinking distillation and answer supervision (Sec. 3.2)."""
     ranks = start_ranks(timedelta(minutes=config.timeout))
     config = with_rate(with_base(config))
@@ -85,11 +77,11 @@ def sft(config: SFTConfig) -> None:
     train(config, stage, parts, ranks)
 
 
-def grpo(config: GRPOConfig) -> None:
+def grpo(config: configs.GRPOConfig) -> None:
     """Reinforcement learning with the HOI rewards (Sec. 3.3)."""
     ranks = start_ranks(timedelta(minutes=config.timeout))
     config = with_rate(with_base(config))
-    samples, rewards = annotated_samples(config.data), config.group(REWARDS)
+    samples, rewards = annotated_samples(config.data), config.group(configs.REWARDS)
     examples = Examples(config.model, samples, asked_options(config))
     excluded = excluded_images(config.exclude, samples)
     if config.dry_run:
@@ -115,17 +107,17 @@ def grpo(config: GRPOConfig) -> None:
         seed=config.seed,
         updates_per_batch=config.updates_per_batch,
         tokens_per_microbatch=config.tokens_per_microbatch,
-        objective=config.group(OBJECTIVE),
+        objective=config.group(configs.OBJECTIVE),
         rewards=rewards,
     )
     train(config, stage, parts, ranks)
 
 
-def with_rate(config: TrainConfig) -> TrainConfig:
+def with_rate(config: configs.TrainConfig) -> configs.TrainConfig:
     """The config with its learning rate: as given, or the default for all weights or LoRA."""
     if config.learning_rate is not None:
         return config
-    rate = config.LORA_RATE if config.lora_rank or config.adapter else FULL_RATE
+    rate = config.LORA_RATE if config.lora_rank or config.adapter else configs.FULL_RATE
     return dataclasses.replace(config, learning_rate=rate)
 
 
@@ -152,7 +144,7 @@ class Parts:
 
 
 def set_up(
-    config: TrainConfig,
+    config: configs.TrainConfig,
     examples: Examples,
     excluded: Collection[int],
     ranks: Ranks,
@@ -199,7 +191,7 @@ def set_up(
     )  # fmt: skip
 
 
-def adapter_of(config: TrainConfig) -> Adapter | None:
+def adapter_of(config: configs.TrainConfig) -> Adapter | None:
     """The LoRA adapter to train; None trains all weights.
 
     Raises InputError if --lora-rank or --lora-alpha contradict the adapter of --adapter.
@@ -217,7 +209,7 @@ def adapter_of(config: TrainConfig) -> Adapter | None:
     return dataclasses.replace(found, base=base)
 
 
-def require_trainable(config: TrainConfig, examples: Examples, ranks: Ranks) -> None:
+def require_trainable(config: configs.TrainConfig, examples: Examples, ranks: Ranks) -> None:
     """Raise InputError for quantised weights without LoRA, and for --offload without a GPU."""
     if is_packed(examples.config) and not (config.lora_rank or config.adapter):
         raise InputError(
@@ -231,7 +223,11 @@ def require_trainable(config: TrainConfig, examples: Examples, ranks: Ranks) -> 
 
 
 def settings_of(
-    config: TrainConfig, examples: Examples, excluded: Collection[int], stage: str, steps: int
+    config: configs.TrainConfig,
+    examples: Examples,
+    excluded: Collection[int],
+    stage: str,
+    steps: int,
 ) -> dict:
     """The content of config.json: all options, and hashes of the files that they name."""
     return {
@@ -255,7 +251,7 @@ def small_change(steps: int, rate: float) -> list[str]:
     return [f"{steps} steps at --learning-rate {rate:g} move a weight by at most {most:.0e}"]
 
 
-def train(config: TrainConfig, stage, parts: Parts, ranks: Ranks) -> None:
+def train(config: configs.TrainConfig, stage, parts: Parts, ranks: Ranks) -> None:
     """Run the training loop with the options of a config. stage: SFT or GRPO."""
     stream = batches(
         parts.examples,
@@ -274,7 +270,7 @@ def train(config: TrainConfig, stage, parts: Parts, ranks: Ranks) -> None:
         warmup=config.warmup_steps,
         schedule=stage.schedule,
     )
-    saving = config.group(CHECKPOINTS) | {"eval_every": config.eval_every}
+    saving = config.group(configs.CHECKPOINTS) | {"eval_every": config.eval_every}
     with StopSignal() as stop:
         fit(stage, parts, stream, rate, ranks, stop, **saving)
 

@@ -16,16 +16,10 @@ from torch.distributed.fsdp import (
 from transformers.utils import logging
 
 import engine.model.quantized  # noqa: F401  reads AWQ folders
+from engine.model import model_files
 from engine.model.attention import use_group_attention
 from engine.model.families import FAMILIES
 from engine.model.lora import Adapter, add_adapters, share, trained
-from engine.model.model_files import (
-    quiet,
-    read_from_model,
-    read_model_config,
-    require_complete,
-    weight_files,
-)
 from engine.model.packing import token_logprobs
 
 logging.disable_progress_bar()  # the library's, for loading and saving
@@ -44,18 +38,18 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None
 
     Raises InputError if weights are missing, or do not fit config.json.
     """
-    config = read_model_config(path)
+    config = model_files.read_model_config(path)
     family = FAMILIES[config.model_type]
     options = {"dtype": dtype or compute_dtype(device), "use_safetensors": True}
     options |= {"config": config, "ignore_mismatched_sizes": True}
 
     def read(path: str):
-        weight_files(path)  # to name what is missing; the library points to its hub
-        with quiet():  # about what `require_complete` refuses
+        model_files.weight_files(path)  # to name what is missing; the library points to its hub
+        with model_files.quiet():  # about what `require_complete` refuses
             return family.model.from_pretrained(path, **options, output_loading_info=True)
 
-    model, report = read_from_model(read, path, "weights in safetensors")
-    require_complete(report, path)
+    model, report = model_files.read_from_model(read, path, "weights in safetensors")
+    model_files.require_complete(report, path)
     return use_group_attention(model).to(device).eval()
 
 

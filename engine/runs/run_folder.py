@@ -11,22 +11,17 @@ from typing import TextIO
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from engine.files import (
-    aside,
-    json_lines,
-    lock,
-    move,
-    naming,
-    read_object,
-    remove,
-    replace_file,
-    write_json,
-)
+from engine import files
 from engine.model.lora import Adapter, adapter_weights, merged_weights, write_adapter
 from engine.model.quantized import is_packed
 from engine.options import flag_of
 from engine.ranks import Ranks, end_all, on_first, patient_group, require_agreement
-from engine.runs.checkpoints import checkpoints, read_checkpoint, steps_of, write_checkpoint
+from engine.runs.checkpoints import (
+    checkpoints,
+    read_checkpoint,
+    steps_of,
+    write_checkpoint,
+)
 from hicodet import InputError
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
@@ -53,7 +48,7 @@ class RunFolder:
         if self.lock_file:
             path = self.path / "config.json"
             if complete:
-                write_json(path, read_object(path) | {"finished": True})
+                files.write_json(path, files.read_object(path) | {"finished": True})
             self.lock_file.close()
 
     def load(self, policy, optimizer) -> int:
@@ -72,9 +67,9 @@ class RunFolder:
     def _cut_logs(self, done: int) -> None:
         """Remove steps after `done` from the logs, as they will run again."""
         for path in filter(Path.exists, (self.path / name for name in LOGS)):
-            rows = [row for _, row in json_lines(path, cut_last=True)]
+            rows = [row for _, row in files.json_lines(path, cut_last=True)]
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
-            replace_file(path, "".join(kept))
+            files.replace_file(path, "".join(kept))
 
     def save(self, policy, optimizer, done: int, keep: int) -> None:
         """Write a checkpoint, rename it when it is complete, and keep the `keep` newest.
@@ -87,12 +82,12 @@ class RunFolder:
             write_checkpoint(new, policy, optimizer)
         except (OSError, InputError):
             if self.ranks.rank == 0:
-                remove(new)
+                files.remove(new)
             raise
         if self.ranks.rank == 0:
-            move(new, folder)
+            files.move(new, folder)
             for path in checkpoints(self.path)[:-keep]:
-                remove(path)
+                files.remove(path)
         dist.barrier()
 
     def log(self, name: str, step: int, values: dict) -> None:
@@ -100,7 +95,7 @@ class RunFolder:
         if self.ranks.rank == 0:
             row = {"step": step} | {name: _finite_or_none(value) for name, value in values.items()}
             path = self.path / f"{name}.jsonl"
-            with naming(path), open(path, "a") as file:
+            with files.naming(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def export(
@@ -122,7 +117,7 @@ class RunFolder:
             if not is_packed(policy.config):
                 self._write_model(policy, state, name, parts, notes)
             if trained:
-                with aside(self.path / name.replace("model", "adapter", 1)) as new:
+                with files.aside(self.path / name.replace("model", "adapter", 1)) as new:
                     write_adapter(new, trained)
                     _write_texts(new, notes)
 
@@ -134,7 +129,7 @@ class RunFolder:
         return model if model.is_dir() else self.path / "adapter"
 
     def _write_model(self, policy, state: dict, name: str, parts: list, notes: dict) -> None:
-        with aside(self.path / name) as new:
+        with files.aside(self.path / name) as new:
             try:
                 policy.save_pretrained(new, state_dict=state)
             except SafetensorError as error:
@@ -188,9 +183,9 @@ def _lock_folder(folder: Path, resume: bool) -> TextIO:
     if any(folder.iterdir()) and not (folder / "run.lock").exists():
         raise InputError(f"--out {folder}: holds other files; choose an empty folder")
     file = open(folder / "run.lock", "a")
-    lock(file)
+    files.lock(file)
     for unfinished in list(folder.glob("*.tmp")) if resume else []:
-        remove(unfinished)
+        files.remove(unfinished)
     return file
 
 
@@ -205,7 +200,7 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
     if any(next(folder.glob(pattern), None) for pattern in RESULTS):
         if not config.resume:
             raise InputError(f"--out {folder}: holds a run; --resume it, or choose another folder")
-        stored = read_object(path)
+        stored = files.read_object(path)
         require_same_run(stored, mine, config)
         # "finished" was removed if a longer run has begun; the older result is still there
         done = max(map(steps_of, checkpoints(folder)), default=0)
@@ -218,7 +213,7 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
             raise InputError(f"{folder}: the run has done {done} steps, more than {mine['steps']}")
         if changes := stored.get("changes", []) + noted_changes(stored, mine, config, done):
             mine["changes"] = changes
-    write_json(path, mine)
+    files.write_json(path, mine)
     return False
 
 
