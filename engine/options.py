@@ -6,6 +6,7 @@ Only the standard library is imported, so that --help is fast.
 import argparse
 import inspect
 import math
+import sys
 import textwrap
 import typing
 from dataclasses import MISSING, Field, dataclass, field, fields
@@ -14,34 +15,30 @@ WIDTH = 79  # characters of text; argparse fits the options to the terminal
 METAVARS = {int: "N", float: "X"}
 
 
-def option(
-    default,
-    text: str,
-    *,
-    group: str,
-    least: float | None = None,
-    below: float = math.inf,
-    paper: str = "",
-    metavar: str = "",
-    positional: bool = False,
-    on_resume: str = "",
-    per_host: bool = False,
-):
-    """A field of a Config, which defines one option.
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """One option of a command."""
 
-    text: its line of --help. group: its heading. least, below: its bounds. paper: the section that
-    gives the default. metavar: placeholder of the value, such as FILE in --json FILE. on_resume:
-    what --resume does if the value differs from the run's: "refuse", "allow" or "note" it in
-    config.json; "": as its group. per_host: ranks may have different values.
-    """
-    names = ("text", "group", "least", "below", "paper", "metavar", "positional", "on_resume")
-    given = locals()
-    return field(default=default, metadata={name: given[name] for name in (*names, "per_host")})
+    text: str  # its line of --help
+    group: str  # its heading
+    least: float | None = None
+    below: float = math.inf
+    paper: str = ""  # section that gives the default
+    metavar: str = ""  # placeholder of the value, such as FILE in --json FILE
+    positional: bool = False
+    # if the value of a resumed run differs: "refuse", "allow", "note" it; "": as its group
+    on_resume: str = ""
+    per_host: bool = False  # ranks may have different values
 
 
-def required(text: str, *, group: str, **more):
-    """A field of a Config that must be given. more: of `option`."""
-    return option(MISSING, text, group=group, **more)
+def option(default, text: str, **more):
+    """A field of a Config, which defines one option. more: fields of Option."""
+    return field(default=default, metadata=vars(Option(text=text, **more)))
+
+
+def required(text: str, **more):
+    """A field of a Config that must be given. more: fields of Option."""
+    return option(MISSING, text, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +51,7 @@ class Config:
     def __post_init__(self):
         for f in fields(self):
             least, below, value = f.metadata["least"], f.metadata["below"], getattr(self, f.name)
-            if least is None or value is None or value == f.default:
+            if least is None or value in (None, f.default):
                 continue
             if not value >= least:
                 raise ValueError(f"{flag_of(f.name)} {value}: must be at least {least}")
@@ -74,11 +71,12 @@ class Config:
     @classmethod
     def on_resume(cls, action: str) -> set[str]:
         """The options whose change --resume refuses, allows or notes."""
-        found = set()
-        for f in fields(cls):
-            by_group = "allow" if f.metadata["group"] in cls.FREE else "refuse"
-            found |= {f.name} if (f.metadata["on_resume"] or by_group) == action else set()
-        return found
+        by_group = dict.fromkeys(cls.FREE, "allow")
+        return {
+            f.name
+            for f in fields(cls)
+            if action == (f.metadata["on_resume"] or by_group.get(f.metadata["group"], "refuse"))
+        }
 
 
 def flag_of(name: str) -> str:
@@ -93,38 +91,28 @@ def parse_config(
 
     page: text that --help prints above the options.
     """
-    parser = argparse.ArgumentParser(prog=prog, **_layout(page))
+    parser = argparse.ArgumentParser(prog=prog, argument_default=argparse.SUPPRESS, **_layout(page))
     add_options(parser, config_class)
-    return _make(config_class, parser, vars(parser.parse_args(argv)))
-
-
-def parse_stage(
-    stages: dict[str, type], page: str, argv: list[str] | None = None, *, prog: str | None = None
-):
-    """The config of the stage named by the first word; its docstring is its help page."""
-    parser = argparse.ArgumentParser(
-        prog=prog, usage="%(prog)s STAGE [options]", **_layout(page),
-        epilog="The options of a stage, with an example: %(prog)s STAGE --help",
-    )  # fmt: skip
-    words = parser.add_subparsers(title="stages", dest="stage", metavar="STAGE", required=True,
-                                  prog=parser.prog)  # fmt: skip
-    parsers = {}
-    for name, config_class in stages.items():
-        text = inspect.getdoc(config_class)
-        parsers[name] = words.add_parser(name, help=text.splitlines()[0], **_layout(text))
-        add_options(parsers[name], config_class)
-    values = vars(parser.parse_args(argv))
-    stage = values.pop("stage")
-    return _make(stages[stage], parsers[stage], values)
-
-
-def _make(config_class: type, parser: argparse.ArgumentParser, values: dict):
-    """The config with the given values. Its ValueError becomes the parser's error."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    values = vars(parser.parse_args(argv)).items()
     try:
-        return config_class(**values)
+        return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
     except ValueError as error:
         parser.error(str(error))
+
+
+def parse_stage(stages: dict[str, type], page: str, argv: list[str] | None = None):
+    """The config of the stage named by the first word; its docstring is its help page."""
+    argv = sys.argv[1:] if argv is None else argv
+    epilog = "The options of a stage, with an example: %(prog)s STAGE --help"
+    layout = _layout(page) | {"usage": "%(prog)s STAGE [options]", "epilog": epilog}
+    parser = argparse.ArgumentParser(**layout)
+    words = parser.add_subparsers(title="stages", metavar="STAGE", required=True)
+    for name, config_class in stages.items():
+        text = inspect.getdoc(config_class)
+        if argv[:1] == [name]:
+            return parse_config(config_class, text, argv[1:], prog=f"{parser.prog} {name}")
+        words.add_parser(name, help=text.splitlines()[0])
+    parser.parse_args(argv)  # exits, as the first word is no stage
 
 
 def _layout(page: str) -> dict:
@@ -138,41 +126,35 @@ def _layout(page: str) -> dict:
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add an argument for each field, under its heading."""
+    """Add an argument for each field, under its heading. The usage lists the required ones."""
     kinds, usage = typing.get_type_hints(config_class), ["%(prog)s"]
-    used = dict.fromkeys(f.metadata["group"] for f in fields(config_class))
-    order = [name for name in config_class.GROUPS if name in used]
-    order += [name for name in used if name not in order]
-    groups = {name: parser.add_argument_group(name) for name in order}
+    headings = [*config_class.GROUPS, *(f.metadata["group"] for f in fields(config_class))]
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(headings)}
     for f in fields(config_class):
-        word, options = _argument(f, kinds[f.name])
-        action = groups[f.metadata["group"]].add_argument(word, help=_help(f), **options)
-        if f.default is MISSING:
-            place = action.metavar + (" ..." if "nargs" in options else "")
-            usage += [*action.option_strings, place]
+        flag = f.name if f.metadata["positional"] else flag_of(f.name)
+        action = groups[f.metadata["group"]].add_argument(
+            flag, help=_help(f), **_value(f, kinds[f.name])
+        )
+        action.required = f.default is MISSING
+        if action.required:
+            usage += [*action.option_strings, action.metavar + (" ..." if action.nargs else "")]
     parser.usage = " ".join([*usage, "[options]"])
 
 
-def _argument(f: Field, kind) -> tuple[str, dict]:
-    """The name and the options of add_argument for a field; no value if it is not given."""
-    options = {"default": argparse.SUPPRESS}
+def _value(f: Field, kind) -> dict:
+    """The arguments of add_argument that say which values an option takes."""
     if type(None) in typing.get_args(kind):  # optional
         kind = typing.get_args(kind)[0]
-    if kind is bool:
-        twin = f.default is not False  # with a --no-... form, if it is on or undecided
-        action = argparse.BooleanOptionalAction if twin else "store_true"
-        return flag_of(f.name), options | {"action": action}
+    if kind is bool:  # with a --no-... form, if it is on or undecided
+        on = f.default is not False
+        return {"action": argparse.BooleanOptionalAction if on else "store_true"}
+    value = {"metavar": f.metadata["metavar"] or None}
     if typing.get_origin(kind) is tuple:
-        kind, options["nargs"] = typing.get_args(kind)[0], "+"
-    metavar = f.metadata["metavar"] or METAVARS.get(kind) or f.name.upper()
+        kind, value["nargs"] = typing.get_args(kind)[0], "+"
     if typing.get_origin(kind) is typing.Literal:
-        options["choices"] = choices = typing.get_args(kind)
-        options["metavar"] = f.metadata["metavar"] or f"{{{','.join(map(str, choices))}}}"
-    else:
-        options |= {"type": kind, "metavar": metavar}
-    if f.metadata["positional"]:
-        return f.name, options
-    return flag_of(f.name), options | {"required": f.default is MISSING}
+        return value | {"choices": typing.get_args(kind)}
+    name = f.metadata["metavar"] or METAVARS.get(kind) or f.name.upper()
+    return value | {"type": kind, "metavar": name}
 
 
 def _help(f: Field) -> str:
