@@ -25,26 +25,17 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 import evaluate
 import hicodet
 from engine.configs import PredictConfig, StageConfig, TrainConfig
-from engine.data.annotations import load_split, require_images
+from engine.data.annotations import load_split, require_images, training_counts
 from engine.data.examples import Example, Examples, PromptOptions, prompt_options
 from engine.data.image_check import excluded_names, read_names
 from engine.data.loader import read_ahead
 from engine.files import aside, write_json
 from engine.model.lora import add_adapters, read_adapter
-from engine.model.model_files import (
-    model_and_adapter,
-    model_warnings,
-    weights_fingerprint,
-)
+from engine.model.model_files import model_and_adapter, model_warnings, weights_fingerprint
 from engine.model.policy import load_model, refresh
 from engine.ranks import Ranks, start_ranks
 from engine.report.dry_run import describe
-from engine.report.pictures import (
-    answer_text,
-    draw_photograph,
-    photographs,
-    picture_paths,
-)
+from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths
 from engine.report.run_view import update_page
 from engine.runs.run_folder import open_run
 from engine.sampling.sampler import Sampler
@@ -67,16 +58,7 @@ def predict(config: PredictConfig) -> None:
     examples = Examples(config.model, samples, asked_options(config))
     if config.dry_run:
         return ranks.print(describe(examples, examples[0], text_reward))
-    settings = {
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(examples.options),
-        "examples": examples.fingerprint(),
-        "weights": weights_fingerprint(config.model, config.adapter),
-        "stage": "predict",
-        "command": sys.argv,
-        "reward_parts": reward_parts(),
-    }
-    run = open_run(config.out, config, settings, ranks)
+    run = open_run(config.out, config, settings_of(config, examples, "predict"), ranks)
     for line in model_warnings(config.model, examples.config):
         ranks.print(line)
     stored, number = predictions.stored_rows(run.path)
@@ -152,6 +134,19 @@ def asked_options(config: StageConfig) -> PromptOptions:
     names = [field.name for field in dataclasses.fields(PromptOptions)]
     asked = {name: getattr(config, name) for name in names}
     return prompt_options(config.model, config.adapter, **asked)
+
+
+def settings_of(config: StageConfig, examples: Examples, stage: str) -> dict:
+    """The content of config.json: all options, and hashes of the files that they name."""
+    return {
+        **dataclasses.asdict(config),
+        **dataclasses.asdict(examples.options),
+        "examples": examples.fingerprint(),
+        "weights": weights_fingerprint(config.model, config.adapter),
+        "stage": stage,
+        "command": sys.argv,
+        "reward_parts": reward_parts(without=getattr(config, "without", ())),
+    }
 
 
 def row_options(config: PredictConfig) -> dict:
@@ -288,31 +283,26 @@ def warnings_of(summary: dict) -> list[str]:
     return [f"warning: {line}; {hint}" for line in lines]
 
 
-def held_out_examples(config: TrainConfig, options: PromptOptions) -> Examples:
-    """The first test images, for --eval-every; --exclude applies here too."""
-    names = read_names(config.exclude)
-    samples = [s for s in load_split(config.data, "test") if s.file_name not in names]
-    samples = samples[: config.eval_images]
-    require_images(samples)
-    return Examples(config.model, samples, options)
-
-
 class Evaluation:
-    """--eval-every: mean greedy reward and mAP on held-out images, over the classes they show."""
+    """--eval-every: mean greedy reward and mAP on the first test images, over their classes."""
 
-    def __init__(self, examples: Examples, replica, counts, ranks: Ranks, *, max_new_tokens: int):
-        self.examples, self.replica, self.counts = examples, replica, counts
-        self.ranks, self.max_new_tokens = ranks, max_new_tokens
+    def __init__(self, config: TrainConfig, options: PromptOptions, ranks: Ranks):
+        names = read_names(config.exclude)
+        samples = [s for s in load_split(config.data, "test") if s.file_name not in names]
+        samples = samples[: config.eval_images]
+        require_images(samples)
+        self.examples, self.ranks = Examples(config.model, samples, options), ranks
+        self.counts, self.limit = training_counts(config.data), config.eval_max_new_tokens
 
-    def __call__(self, policy) -> dict[str, float]:
-        refresh(self.replica, policy)
-        samples = self.examples.samples
-        indices, limit = list(range(len(samples))), self.max_new_tokens
-        options = {"max_new_tokens": limit, "slots": 32}  # few, as training holds most memory
-        mine = predict_rows(self.replica, self.examples, indices, self.ranks, **options)
+    def __call__(self, policy, replica) -> dict[str, float]:
+        """Evaluate the policy. replica: a copy for sampling; it gets the policy's weights."""
+        refresh(replica, policy)
+        indices = list(range(len(self.examples)))
+        options = {"max_new_tokens": self.limit, "slots": 32}  # few, as training holds most memory
+        mine = predict_rows(replica, self.examples, indices, self.ranks, **options)
         rows = sorted(self.ranks.gather(list(mine)), key=lambda row: row["index"])
         lines, summary = [row["line"] for row in rows], summarise(rows)
-        result = evaluate.evaluate(lines, samples, self.counts, classes="present")
+        result = evaluate.evaluate(lines, self.examples.samples, self.counts, classes="present")
         return {
             "eval_reward": summary["reward"].get("total", 0.0),
             "eval_map": 100 * (result["default"]["full"] or 0.0),

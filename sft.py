@@ -13,7 +13,7 @@ from engine.model.optimizer import ClippedAdamW, micro_batches
 from engine.model.packing import pack, shared_prefix
 from engine.model.policy import gathered
 from engine.ranks import Ranks
-from hicodet import HOI, Sample, format_completion
+from hicodet import HOI, format_completion
 
 
 def supervised_text(hois: tuple[HOI, ...], think: str | None) -> str:
@@ -68,10 +68,3 @@ class SFT:
         tokens = ranks.sum(sum(w * n for w, n in zip(weights, lengths)))
         rate = {"seconds_update": seconds, "tokens_per_second": tokens / seconds}
         return {"loss": loss, "grad_norm": norm, "supervised_tokens": num_tokens, **rate}, None
-
-
-def traced_samples(
-    samples: list[Sample], thinks: dict[str, str], untraced: str
-) -> list[Sample]:
-    """The samples to train on; untraced="skip" leaves out those without a trace."""
-    return [s for s in samples if untraced != "skip" or s.file_name in thinks]

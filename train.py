@@ -17,7 +17,6 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import configs
-from engine.data.annotations import training_counts
 from engine.data.examples import PROMPT_FILE, Example, Examples
 from engine.data.loader import batches
 from engine.data.training_images import (
@@ -28,7 +27,7 @@ from engine.data.training_images import (
 )
 from engine.files import naming, replace_file
 from engine.model.lora import Adapter, read_adapter
-from engine.model.model_files import model_warnings, weights_fingerprint
+from engine.model.model_files import model_warnings
 from engine.model.optimizer import ClippedAdamW, learning_rate
 from engine.model.policy import load_policies
 from engine.model.quantized import is_packed
@@ -42,9 +41,8 @@ from engine.signals import RESUME, StopSignal, exit_code
 from engine.traces.trace_file import traces_of, untraced_line
 from grpo import GRPO
 from hicodet import InputError
-from predict import Evaluation, asked_options, held_out_examples, text_reward, with_base
-from rewards import reward_parts
-from sft import SFT, supervised_text, traced_samples
+from predict import Evaluation, asked_options, settings_of, text_reward, with_base
+from sft import SFT, supervised_text
 
 SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
 FOR_SLOTS = 0.25  # share of the memory that is free before the first step
@@ -61,7 +59,8 @@ def sft(config: configs.SFTConfig) -> None:
         thinks = traces_of(config.traces, config.data, samples)
         untraced = [sample.file_name for sample in samples if sample.file_name not in thinks]
         ranks.print(untraced_line(len(untraced), len(samples), config.untraced))
-        samples = traced_samples(samples, thinks, config.untraced or "skip")
+        if config.untraced != "answer":
+            samples = [sample for sample in samples if sample.file_name in thinks]
     elif config.traces:
         raise InputError("--no-thinking takes no --traces: there is no reasoning to train on")
     targets = {"thinks": thinks, "target_text": supervised_text}
@@ -159,8 +158,10 @@ def set_up(
     adapter = adapter_of(config)
     kept = len(examples) - len(excluded)
     steps = config.max_steps or config.epochs * math.ceil(kept / config.batch_size)
-    held_out = held_out_examples(config, examples.options) if config.eval_every else None
-    run = open_run(config.out, config, settings_of(config, examples, excluded, stage, steps), ranks)
+    evaluation = Evaluation(config, examples.options, ranks) if config.eval_every else None
+    settings = settings_of(config, examples, stage)
+    settings |= {"steps": steps, "excluded": excluded_fingerprint(excluded)}
+    run = open_run(config.out, config, settings, ranks)
     notes = notes_on(examples.samples, excluded, config.exclude)
     notes += model_warnings(config.model, examples.config)
     for line in [*notes, *small_change(steps, config.learning_rate)]:
@@ -170,8 +171,8 @@ def set_up(
         with naming(path):
             picture(first_example(examples, excluded)).save(path)
     memory = {name: getattr(config, name) for name in ("gradient_checkpointing", "offload", "seed")}
-    policies = load_policies(config.model, ranks.device, adapter, **needs, **memory)
-    policy, replica, reference = policies
+    loaded = load_policies(config.model, ranks.device, adapter, **needs, **memory)
+    policy, replica, reference = loaded
     optimizer = ClippedAdamW(
         policy,
         beta2=config.adam_beta2,
@@ -181,10 +182,6 @@ def set_up(
     done = run.load(policy, optimizer.adamw)
     if config.resume and not done:
         ranks.print(f"{run.path}: no checkpoint yet, starting from the first step")
-    evaluation = None
-    if held_out:
-        counts, limit = training_counts(config.data), config.eval_max_new_tokens
-        evaluation = Evaluation(held_out, replica, counts, ranks, max_new_tokens=limit)
     return Parts(
         run, examples, excluded, policy, optimizer, replica, reference, adapter, evaluation, steps,
         done,
@@ -220,27 +217,6 @@ def require_trainable(config: configs.TrainConfig, examples: Examples, ranks: Ra
         raise InputError("--offload saves GPU memory, and torch finds no GPU here")
     if config.offload:
         use_all_cores()
-
-
-def settings_of(
-    config: configs.TrainConfig,
-    examples: Examples,
-    excluded: Collection[int],
-    stage: str,
-    steps: int,
-) -> dict:
-    """The content of config.json: all options, and hashes of the files that they name."""
-    return {
-        **dataclasses.asdict(config),
-        **dataclasses.asdict(examples.options),
-        "examples": examples.fingerprint(),
-        "excluded": excluded_fingerprint(excluded),
-        "weights": weights_fingerprint(config.model, config.adapter),
-        "stage": stage,
-        "command": sys.argv,
-        "steps": steps,
-        "reward_parts": reward_parts(without=getattr(config, "without", ())),
-    }
 
 
 def small_change(steps: int, rate: float) -> list[str]:
@@ -302,7 +278,7 @@ def fit(
         values |= {"share_waiting": waited / seconds}  # if large, raise --workers
         values |= {"learning_rate": rate(step), "skipped": optimizer.bad_in_a_row > 0}
         if eval_every and done % eval_every == 0:
-            values |= parts.evaluation(parts.policy)
+            values |= parts.evaluation(parts.policy, parts.replica)
         log(done, values, rollout)
         # before the checkpoint, so that a run killed here exports again when it is resumed
         if export_every and done % export_every == 0:
@@ -312,30 +288,31 @@ def fit(
         # a policy whose loss is not finite must not replace an earlier one
         if (asked or due) and not values["skipped"]:
             run.save(parts.policy, optimizer.adamw, done, keep)
-            log.update_page()
+            if ranks.rank == 0:
+                update_page(run.path)
             # a signal during the save has ended the image workers, so no further step can run
             asked = asked or stop.on_any(ranks)
         if asked:
-            log.close()
+            log.bar.close()
             ranks.print(f"stopped after step {done}; {RESUME}")
             sys.exit(exit_code(asked))
-    log.close()
+    log.bar.close()
     export(parts, "model")
-    log.update_page()
-    ranks.print(f"report: {run.path / 'report.html'}\nmodel: {run.exported()}")
     if ranks.rank == 0:
-        print(verdicts(run.path), flush=True)
+        update_page(run.path)
+        ranks.print(f"report: {run.path / 'report.html'}\nmodel: {run.exported()}")
+        ranks.print(verdicts(run.path))
     run.finish()
 
 
 class StepLog:
-    """Writes and shows each step: logs, TensorBoard events, progress bar, page."""
+    """Writes and shows each step: logs, TensorBoard events, progress bar."""
 
     def __init__(self, parts: Parts, name: str, ranks: Ranks):
-        self.run, self.first = parts.run, ranks.rank == 0
-        self.events = Events(parts.run.path, parts.done + 1) if self.first else None
+        self.run, first = parts.run, ranks.rank == 0
+        self.events = Events(parts.run.path, parts.done + 1) if first else None
         self.bar = tqdm(
-            total=parts.steps, initial=parts.done, disable=not self.first, desc=name, unit="step"
+            total=parts.steps, initial=parts.done, disable=not first, desc=name, unit="step"
         )
 
     def __call__(self, step: int, values: dict, rollout: dict | None) -> None:
@@ -347,15 +324,6 @@ class StepLog:
             self.events.log(step, values)
         self.bar.set_postfix({name: f"{values[name]:.3g}" for name in SHOWN if name in values})
         self.bar.update()
-
-    def update_page(self) -> None:
-        """Write the run's page again."""
-        if self.first:
-            update_page(self.run.path)
-
-    def close(self) -> None:
-        """Close the progress bar."""
-        self.bar.close()
 
 
 def export(parts: Parts, name: str) -> None:

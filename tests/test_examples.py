@@ -113,8 +113,6 @@ def test_images_without_a_trace(folder):
     samples = annotations.load_split(folder / "data", "train")
     thinks = read_traces(folder / "traces.jsonl")
     assert len(samples) == 24
-    assert sft.traced_samples(samples, thinks, "skip") == samples[:20]
-    assert sft.traced_samples(samples, thinks, "answer") == samples
     examples = examples_of(config_of("sft", folder, "x"), samples, thinks)
     traced, untraced = examples[0], examples[23]
     assert examples.decode(traced.target_ids).startswith("<think>")
