@@ -3,26 +3,26 @@
     python evaluate.py predictions.jsonl --data hico_20160224_det --json ap.json
     python evaluate.py predictions.jsonl --data hico_20160224_det --breakdown
 
-Prints a row of Table 1 in percent; --json writes the same as fractions, with the AP of all 600
-classes. Any detector's predictions can be scored, without a GPU and without image files: only
-anno_bbox.mat is needed and, if at hand, anno.mat.
+Prints a row of Table 1 in percent. --json writes the same as fractions, with the AP of all 600
+classes. Any detector's predictions can be scored, without a GPU and without image files. It reads
+anno_bbox.mat, and anno.mat if it exists.
 
-The top of engine/scoring/predictions.py has the format of predictions.jsonl; breakdown.py,
-pair_scores.py and official_mat.py next to it say what --breakdown and --official-mat do.
+The top of engine/scoring/predictions.py describes predictions.jsonl. breakdown.py, pair_scores.py
+and official_mat.py next to it describe --breakdown and --official-mat.
 
-The official MATLAB code does the following, and so does this one:
+This code follows the official MATLAB code:
 1. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
-2. A detection's overlap with a true pair is the smaller of the human and the object IoU. It goes to
-   the true pair of its class and image that it overlaps most, taken or not, and is right if that
-   overlap is at least 0.5 and no detection before it took the pair.
+2. A detection's overlap with a true pair is the smaller of the human and the object IoU. Each
+   detection is matched to the true pair of its class and image that it overlaps most, even if that
+   pair is taken. It is right if the overlap is at least 0.5 and the pair is not taken yet.
 3. Every other detection is wrong, also in images without a true pair of the class.
-4. Detections come in the order of falling score; equal scores in the order of the images in the
-   annotations (not of the lines), then in the order of the image's instances.
+4. Detections are sorted by falling score. Equal scores keep the order of the images in the
+   annotations (not of the lines), then the order of the image's instances.
 5. AP is the mean of eleven precisions, each the best one at a recall of at least k * 0.1.
 6. Known Object drops detections in images that do not show the class's object.
 7. A class without detections or without true pairs has AP 0, and counts in the means.
 Departure: --classes present leaves classes without true pairs out of the means, for parts of the
-data set. In the official test set every class has true pairs, so the result there is the same.
+data set. In the official test set every class has true pairs, so the result is the same.
 
 Axes: N detections (one for each verb of each instance), M true pairs, I images.
 """
@@ -46,13 +46,13 @@ from engine.scoring.predictions import FORMAT, read_predictions, unknown_verbs
 from engine.signals import one_line
 from hicodet import HOI_CLASSES, InputError, Sample
 
-RARE_BELOW = 10  # training pairs; fewer make a class rare
-# Not the decimals: 3 * 0.1 lies one ulp above 0.3, so a recall of 3/10 does not reach it.
+RARE_BELOW = 10  # a class with fewer training pairs is rare
+# Not decimals, as in the official code: 3 * 0.1 is above 0.3, so a recall of 3/10 is below it.
 RECALL_GRID = tuple(k * 0.1 for k in range(11))
 
 
 class Split(NamedTuple):
-    """What mAP depends on besides the detections."""
+    """The data of a split that mAP needs, besides the detections."""
 
     npos: np.ndarray  # (600,) int, true pairs of each class
     known: np.ndarray  # (I, 600) bool, from known_classes
@@ -61,16 +61,16 @@ class Split(NamedTuple):
 
 
 def known_classes(samples: list[Sample]) -> np.ndarray:
-    """(I, 600) bool: whether Known Object keeps detections, as the image shows their object."""
+    """(I, 600) bool: whether the image shows the class's object, so Known Object keeps it."""
     objects = [object_class for _, object_class in HOI_CLASSES]
     known = [[name in sample.known_objects for name in objects] for sample in samples]
     return np.array(known, dtype=bool).reshape(-1, len(objects))
 
 
 def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU of a[n] and b[n], a box from x1 to x2 being x2 - x1 + 1 pixels wide.
+    """IoU of a[n] and b[n]. A box from x1 to x2 is x2 - x1 + 1 pixels wide.
 
-    a, b: (N, 4) float xyxy. Returns (N,) float: 0 where no pixel is shared or a box is inverted.
+    a, b: (N, 4) float xyxy. Returns (N,) float, 0 if no pixel is shared or a box is inverted.
     """
     ax1, ay1, ax2, ay2 = a.T
     bx1, by1, bx2, by2 = b.T
@@ -86,7 +86,7 @@ def box_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def overlaps(detections: np.recarray, truth: np.recarray, *, same_class: bool) -> Overlaps:
-    """Each detection with each true pair of its image, only those of its class if `same_class`."""
+    """Each detection with each true pair of its image; with `same_class`, of its class only."""
     num_images = max(detections.image.max(initial=-1), truth.image.max(initial=-1)) + 1
     group, true_group = (
         p.hoi_id * num_images + p.image if same_class else p.image for p in (detections, truth)
@@ -96,7 +96,7 @@ def overlaps(detections: np.recarray, truth: np.recarray, *, same_class: bool) -
     count = np.searchsorted(true_group[by_group], group, side="right") - start
 
     detection = np.repeat(np.arange(len(group)), count)  # (K,)
-    first = np.cumsum(count) - count  # (N,) where a detection's rows begin
+    first = np.cumsum(count) - count  # (N,) a detection's first row
     pair = by_group[np.arange(len(detection)) + np.repeat(start - first, count)]  # (K,)
     human = box_iou(detections.human[detection], truth.human[pair])
     object_ = box_iou(detections.object[detection], truth.object[pair])
@@ -104,10 +104,10 @@ def overlaps(detections: np.recarray, truth: np.recarray, *, same_class: bool) -
 
 
 def match(detections: np.recarray, truth: np.recarray) -> np.ndarray:
-    """The true pair of its class and image that each detection overlaps most, free or not.
+    """The true pair of its class and image that each detection overlaps most, even if taken.
 
     The overlap is the smaller of the two IoUs. Of equal overlaps the first true pair counts.
-    Returns (N,) int: a row of `truth`, -1 where no overlap reaches MIN_IOU.
+    Returns (N,) int: a row of `truth`, or -1 if no overlap reaches MIN_IOU.
     """
     near = overlaps(detections, truth, same_class=True)
     overlap = np.minimum(near.human, near.object)
@@ -120,9 +120,9 @@ def match(detections: np.recarray, truth: np.recarray) -> np.ndarray:
 
 
 def true_positives(matched: np.ndarray) -> np.ndarray:
-    """Which detections are right: of those matched to one true pair only the first.
+    """Which detections are right: the first one that is matched to each true pair.
 
-    matched: (N,) int from `match`, in the order of falling score. Returns (N,) bool.
+    matched: (N,) int from `match`, by falling score. Returns (N,) bool.
     """
     rows = np.flatnonzero(matched >= 0)
     _, first = np.unique(matched[rows], return_index=True)
@@ -134,8 +134,8 @@ def true_positives(matched: np.ndarray) -> np.ndarray:
 def average_precision(right: np.ndarray, npos: int) -> float:
     """11-point AP of one class: the mean over k of the best precision at recall >= k * 0.1.
 
-    right: (N,) bool in the order of falling score; npos: number of true pairs, missed ones too.
-    Returns a fraction; 0 without detections or without true pairs.
+    right: (N,) bool, by falling score. npos: number of true pairs, found or missed. Returns a
+    fraction; 0 without detections or without true pairs.
     """
     if npos == 0:
         return 0.0
@@ -147,22 +147,21 @@ def average_precision(right: np.ndarray, npos: int) -> float:
 
 
 def in_official_order(detections: np.recarray) -> np.recarray:
-    """By class, then falling score; equal scores by image, then as they come."""
+    """Sort by class, then by falling score; equal scores by image, then in their given order."""
     return detections[np.lexsort((detections.image, -detections.score, detections.hoi_id))]
 
 
 def measure(detections: np.recarray, split: Split) -> dict:
-    """Both settings of the result, of matched detections.
+    """mAP in both settings. detections: after matching, in any order.
 
-    Returns {"default", "known_object": {"full", "rare", "non_rare", "ap"}}; the mean of no class
+    Returns {"default", "known_object": {"full", "rare", "non_rare", "ap"}}. A mean over no class
     is None.
     """
     detections = in_official_order(detections)
-    # A class's detections in one image are dropped together or not at all, so the others keep
-    # their matches, and Known Object needs no second matching.
+    # Known Object drops all of a class's detections in an image or none, so matches stay valid.
     kept = detections[split.known[detections.image, detections.hoi_id]]
-    averaged, rare = split.averaged, split.rare
-    rows = {"full": averaged, "rare": averaged & rare, "non_rare": averaged & ~rare}
+    rare = split.averaged & split.rare
+    rows = {"full": split.averaged, "rare": rare, "non_rare": split.averaged & ~split.rare}
     result = {}
     for setting, found in ("default", detections), ("known_object", kept):
         ends = np.searchsorted(found.hoi_id, np.arange(len(split.npos)), side="right")
@@ -176,17 +175,17 @@ def evaluate(
     predictions: list[dict], samples: list[Sample], train_counts: list[int],
     *, classes: str = "all", breakdown: bool = False,
 ) -> dict:  # fmt: skip
-    """Official HICO-DET mAP (Sec. 4.1); what --json writes.
+    """Official HICO-DET mAP (Sec. 4.1). Returns the content of --json.
 
-    predictions: the lines of predictions.jsonl as dicts, one for each sample in any order; verbs
-    that HICO does not have with their object are left out.
-    train_counts: from annotations.training_counts.
-    classes: "all" averages all 600 classes (official), "present" those with true pairs in samples.
+    predictions: the lines of predictions.jsonl as dicts, one per sample, in any order. Verbs that
+    HICO does not have with their object are ignored. train_counts: from
+    annotations.training_counts. classes: "all" averages all 600 classes (official), "present"
+    those with true pairs in samples.
     Returns fractions from 0 to 1: {"default": {"full", "rare", "non_rare", "ap": [600]},
     "known_object": the same, "max_recall": [600] (None without true pairs), "true_pairs": [600],
-    "classes", "num_images", "num_predictions"}; a mean over no class is None. breakdown adds
-    "breakdown" and "pair_scores", which the modules of these names describe.
-    Raises ValueError if the predictions are not for exactly the samples' images.
+    "classes", "num_images", "num_predictions"}. A mean over no class is None. breakdown adds
+    "breakdown" and "pair_scores"; see the modules of these names.
+    Raises ValueError unless the predictions name each sample's image exactly once.
     """
     if sorted(p["file_name"] for p in predictions) != sorted(s.file_name for s in samples):
         raise ValueError("predictions must name every image of the samples, each exactly once")
@@ -215,7 +214,7 @@ def evaluate(
 
 
 def map_table(result: dict) -> str:
-    """The six means of `evaluate` as a row of Table 1, in percent, and the breakdown, if any."""
+    """The six means of `evaluate` as a row of Table 1, in percent, and any breakdown."""
     names = ("full", "rare", "non_rare")
     means = [result[s][name] for s in ("default", "known_object") for name in names]
     lines = [
@@ -236,18 +235,18 @@ class EvaluateConfig(Config):
     """Options of the command."""
 
     predictions: Path = required("predictions.jsonl, as above", positional=True, group=FILES)
-    data: Path = required("folder of anno_bbox.mat, or of annotations.jsonl", group=FILES)
-    split: Literal["test", "train"] = option("test", "split of the predicted images", group=FILES)
-    limit: int | None = option(None, "the first N images, as in predict", least=1, group=FILES)
+    data: Path = required("folder with anno_bbox.mat or annotations.jsonl", group=FILES)
+    split: Literal["test", "train"] = option("test", "split that was predicted", group=FILES)
+    limit: int | None = option(None, "score only the first N images", least=1, group=FILES)
     drop_unknown: bool = option(False, "drop verbs that HICO lacks with the object", group=FILES)
-    json: Path | None = option(None, "also write the result here", metavar="FILE", group=FILES)
+    json: Path | None = option(None, "file for the result as JSON", metavar="FILE", group=FILES)
     official_mat: Path | None = option(
-        None, "write files for the official MATLAB code; takes minutes", metavar="DIR", group=FILES
+        None, "folder of files for the official MATLAB code; slow", metavar="DIR", group=FILES
     )
     classes: Literal["all", "present"] = option(
-        "all", "means over all 600 classes, or over those with true pairs", group=MEASURE
+        "all", "average all 600 classes, or those with true pairs", group=MEASURE
     )
-    breakdown: bool = option(False, "why pairs were missed, and F1 of pairs", group=MEASURE)
+    breakdown: bool = option(False, "print why pairs were missed, and F1 of pairs", group=MEASURE)
 
     def __post_init__(self):
         super().__post_init__()
@@ -258,7 +257,7 @@ class EvaluateConfig(Config):
 
 
 def run(config: EvaluateConfig) -> None:
-    """Read, evaluate, print the table, and write what the options ask for."""
+    """Read and evaluate predictions, print the table, and write the requested files."""
     samples = load_split(config.data, config.split)[: config.limit]
     train_counts = training_counts(config.data)
     predictions = read_predictions(config.predictions, samples)
@@ -282,7 +281,7 @@ def run(config: EvaluateConfig) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Command line; --help prints the head of the module docstring and the format of a line."""
+    """The command line."""
     head = __doc__.partition("\nThe top of")[0]
     config = parse_config(EvaluateConfig, f"{head}\n{FORMAT}", argv)
     with one_line("evaluate.py: "):

@@ -239,8 +239,11 @@ class GRPO:
         refresh(self.replica, self.policy)
         times.append(time.perf_counter())
         seconds = dict(zip(("sample", "reward", "update"), np.diff(times).tolist()))
-        counted = zip(batch, rollouts, scored) if weights[0] else ()
-        rows = [group_row(e.text_hois, rollout, *records(group)) for e, rollout, group in counted]
+        rows = []
+        for example, rollout, group in zip(batch, rollouts, scored) if weights[0] else ():
+            rewards = [one.rewards for one in group]
+            instances = [one.completion.instances for one in group]
+            rows.append(group_row(example.text_hois, rollout, rewards, instances))
         shown = shown_group(batch[0], scored[0], advantages[0].tolist())
         return logged | rollout_metrics(self.ranks.gather(rows), seconds), shown
 
@@ -259,6 +262,7 @@ class GRPO:
             for text, one in zip(texts, parsed)
         ]
 
+    @torch.no_grad()
     def micro_batches(
         self,
         batch: list[Example],
@@ -267,31 +271,26 @@ class GRPO:
         advantages: Tensor,
     ) -> list[MicroBatch]:
         """Cut the batch into micro-batches, with pi_ref's log-probs. advantages: (P, G)."""
-        lengths = [
-            len(example.prompt.prompt_ids) + sum(map(len, rollout.completion_ids))
-            for example, rollout in zip(batch, rollouts)
-        ]
+        to, micros = partial(to_device, device=self.ranks.device), []
         prompts = [example.prompt for example in batch]
+        completions = [rollout.completion_ids for rollout in rollouts]
+        lengths = [len(p.prompt_ids) + sum(map(len, c)) for p, c in zip(prompts, completions)]
         shared = shared_prefix(prompts, self.policy.config.image_token_id)
         parts = micro_batches(lengths, weights, self.tokens_per_microbatch, self.ranks, shared)
-        return [self.micro_batch(batch, rollouts, advantages, *part) for part in parts]
-
-    @torch.no_grad()
-    def micro_batch(self, batch, rollouts, advantages, places, weights) -> MicroBatch:
-        """The groups at these places of the batch, in one packed row."""
-        to, ref_logprobs = partial(to_device, device=self.ranks.device), None
-        prompts = [batch[i].prompt for i in places]
-        completions = [rollouts[i].completion_ids for i in places]
-        packed = pack(self.policy, prompts, completions, self.ranks.device)
-        if self.reference:
-            ref_logprobs = self.reference.token_logprobs(packed, **self.distribution)
-        return MicroBatch(
-            packed,
-            to(advantages[places].flatten()),
-            to(torch.tensor(weights)).repeat_interleave(self.group_size),
-            ref_logprobs,
-            to(torch.cat([row for i in places for row in rollouts[i].logprobs])),
-        )
+        for places, kept in parts:
+            groups = [prompts[i] for i in places], [completions[i] for i in places]
+            packed, ref_logprobs = pack(self.policy, *groups, self.ranks.device), None
+            if self.reference:
+                ref_logprobs = self.reference.token_logprobs(packed, **self.distribution)
+            micro = MicroBatch(
+                packed,
+                to(advantages[places].flatten()),
+                to(torch.tensor(kept)).repeat_interleave(self.group_size),
+                ref_logprobs,
+                to(torch.cat([row for i in places for row in rollouts[i].logprobs])),
+            )
+            micros.append(micro)
+        return micros
 
     def optimize(self, micros: list[MicroBatch], num_outputs: float, lr: float) -> dict:
         """`updates_per_batch` optimizer steps on one batch of completions (Eqs. 2-5).
@@ -317,11 +316,6 @@ class GRPO:
         gap = max(self.ranks.numbers(logprob_gap(micros, old_logprobs)))
         averages = {name: float(np.mean([row[name] for row in logged])) for name in logged[0]}
         return averages | {"logprob_gap": gap}
-
-
-def records(scored: list[Scored]) -> tuple[list[dict], list[tuple]]:
-    """The rewards and the instances of each completion of a group."""
-    return [one.rewards for one in scored], [one.completion.instances for one in scored]
 
 
 def logprob_gap(micros: list[MicroBatch], logprobs: list[Tensor]) -> float:

@@ -2,13 +2,13 @@
 
 Follows Sec. 3.1 (prompt of Fig. 4, answers as JSON text) and Sec. 4.2 (merging) of the paper.
 
-1. Boxes are (x1, y1, x2, y2), in 0-based pixels of the original image. Text speaks the model
-   frame, pixels of the resized image, in integers.
-2. HICO-DET annotates every HOI class on its own, so one person-object pair comes back with other
-   boxes for each verb. merge_pairs joins such pairs by overlap; see there for the rule.
-3. An answer need not be strict JSON: what has only one reading is read, and earns rewards in
-   training as well. Other quotes, brackets and spaces, a missing or doubled mark, and labels in
-   another case or with underscores are all read. The rewards count the keys as written (Eq. 12).
+1. Boxes are (x1, y1, x2, y2) in 0-based pixels of the original image. Boxes in prompts and answers
+   are in the model frame: integer pixels of the resized image.
+2. HICO-DET annotates each HOI class separately, so one person-object pair has different boxes for
+   each verb. merge_pairs joins such pairs by overlap.
+3. An answer need not be strict JSON. The parser accepts other quotes, brackets and spaces, missing
+   or doubled marks, and labels in another case or with underscores, wherever only one meaning is
+   possible. Such answers earn rewards in training too. Eq. 12 counts the keys as written.
 
 engine/data/annotations.py reads the official files.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 
 Box = tuple[float, float, float, float]
 
-# All 600 HOI classes in HICO's order, one object class a line; Fig. 4 prints these very lines.
+# All 600 HOI classes in HICO's order, one object class per line, as Fig. 4 prints them.
 INTERACTIONS = """\
 airplane: board, direct, exit, fly, inspect, load, ride, sit on, wash, no interaction
 bicycle: carry, hold, inspect, jump, hop on, park, push, repair, ride, sit on, straddle, walk, \
@@ -116,9 +116,9 @@ HOI_CLASSES = tuple(
     (verb, name)
     for name, verbs in (line.split(": ") for line in INTERACTIONS.splitlines())
     for verb in verbs.split(", ")
-)  # (verb, object class) at index hoi_id, which counts from 0
+)  # (verb, object class) at index hoi_id, from 0
 HOI_IDS = {hoi_class: hoi_id for hoi_id, hoi_class in enumerate(HOI_CLASSES)}
-VERBS = tuple(sorted({verb for verb, _ in HOI_CLASSES}))  # HICO's order is the alphabet's
+VERBS = tuple(sorted({verb for verb, _ in HOI_CLASSES}))  # HICO's order is alphabetical
 
 # COCO's order, in which Fig. 4 lists the object classes.
 OBJECTS = tuple(
@@ -132,11 +132,11 @@ OBJECTS = tuple(
     "toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier, "
     "toothbrush".split(", ")
 )
-MERGE_IOU = 0.5  # pairs that overlap by more are the same two things (Sec. 4.2, our reading)
+MERGE_IOU = 0.5  # a larger overlap means the same person or object (Sec. 4.2, our reading)
 
 
 class InputError(ValueError):
-    """What the user must fix: a file, a folder, a value. The programs print it as one line."""
+    """A fault that the user must fix in a file, folder or value. Programs print it as one line."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Sample:
     height: int
     hois: tuple[HOI, ...]  # merged (Sec. 4.2)
     pairs: tuple[Pair, ...]  # as annotated
-    known_objects: frozenset[str]  # object classes whose Known Object setting has this image
+    known_objects: frozenset[str]  # object classes for which Known Object includes this image
 
 
 def iou(a: Box, b: Box) -> float:
@@ -179,17 +179,18 @@ def iou(a: Box, b: Box) -> float:
         return 0.0
     both = width * height
     union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
-    # Model text may hold sides so long or short that an area is infinite or vanishes.
+    # A model may write sides so long or short that an area becomes infinite or zero.
     return both / union if 0 < union < math.inf else 0.0
 
 
 def merge_pairs(pairs: Iterable[Pair]) -> tuple[HOI, ...]:
-    """Joins pairs of the same two things into instances with several verbs (Sec. 4.2).
+    """Merge pairs of the same person and object into instances with several verbs (Sec. 4.2).
 
-    A pair joins an instance that has its object class but not its verb, and whose boxes (those of
-    its first pair) both overlap the pair's by IoU > 0.5. It takes the instance with the largest
-    min(IoU human, IoU object), or the earliest of equals. If none fits, it starts an instance. The
-    same verb never joins: the annotators meant two people or two objects. Any frame.
+    A pair joins an instance that has its object class but not its verb, if both boxes of the
+    instance (those of its first pair) overlap the pair's boxes by IoU > 0.5. It joins the instance
+    with the largest min(IoU human, IoU object), or the earliest of equals. If none fits, it starts
+    a new instance. Pairs with the same verb are never merged: the annotators meant two people or
+    two objects. Boxes may be in any frame.
     """
     merged: list[tuple[Pair, str, list[str]]] = []
     for pair in pairs:
@@ -208,19 +209,19 @@ def merge_pairs(pairs: Iterable[Pair]) -> tuple[HOI, ...]:
 
 
 def to_model_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int, int]) -> Box:
-    """A box of the original image in the resized image; sizes are (width, height); unrounded."""
+    """Scale a box from the original to the resized image, unrounded. Sizes: (width, height)."""
     x, y = model_size[0] / image_size[0], model_size[1] / image_size[1]
     return box[0] * x, box[1] * y, box[2] * x, box[3] * y
 
 
 def to_image_frame(box: Box, image_size: tuple[int, int], model_size: tuple[int, int]) -> Box:
-    """Inverse of to_model_frame, clipped to the pixels [0, width - 1] x [0, height - 1]."""
+    """Inverse of to_model_frame, clipped to pixels [0, width - 1] x [0, height - 1]."""
     sides = zip(to_model_frame(box, model_size, image_size), image_size * 2, strict=True)
     return tuple(min(max(side, 0.0), size - 1.0) for side, size in sides)
 
 
 def in_frame(hoi: HOI, old_size: tuple[int, int], new_size: tuple[int, int]) -> HOI:
-    """An HOI with boxes in the frame of another size of the image; sizes are (width, height)."""
+    """Scale an HOI's boxes to another size of the image. Sizes: (width, height)."""
     human, obj = (to_model_frame(box, old_size, new_size) for box in (hoi.human, hoi.object))
     return replace(hoi, human=human, object=obj)
 
@@ -260,23 +261,15 @@ ANSWER_EXAMPLE = """\
 
 
 def prompt_text(*, thinking: bool = True, task_description: bool = True) -> str:
-    """The text of the user turn (Fig. 4); the two switches are the ablations of Table 2.
+    """The text of the user turn (Fig. 4). The two switches are the ablations of Table 2.
 
-    With both, it is the authors' own prompt, character by character. Without `thinking`, the
-    Thinking Process and the example's <think> part are left out; without `task_description`, the
-    role and both lists of classes.
+    With both it is the authors' prompt, character by character. Without `thinking` it lacks the
+    Thinking Process and the example's <think> part. Without `task_description` it lacks the role
+    and both lists of classes.
     """
-    return "".join(
-        (
-            ROLE if task_description else "",
-            STRUCTURE,
-            TASK_DESCRIPTION if task_description else "",
-            THINKING_PROCESS if thinking else "",
-            "EXAMPLE OUTPUT FORMAT:\n",
-            THINK_EXAMPLE if thinking else "",
-            ANSWER_EXAMPLE,
-        )
-    )
+    role, classes = (ROLE, TASK_DESCRIPTION) if task_description else ("", "")
+    process, think = (THINKING_PROCESS, THINK_EXAMPLE) if thinking else ("", "")
+    return f"{role}{STRUCTURE}{classes}{process}EXAMPLE OUTPUT FORMAT:\n{think}{ANSWER_EXAMPLE}"
 
 
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
@@ -284,28 +277,28 @@ ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One object of the answer; what is missing or cannot be read is None or ()."""
+    """One object of the answer. A field that is missing or unreadable is None or ()."""
 
-    human: Box | None  # as written, inverted or not; None: key missing, or not four finite numbers
+    human: Box | None  # as written, even if inverted; None: key missing, or not four finite numbers
     object: Box | None
-    object_class: str | None  # in HICO's spelling if it is of the vocabulary, else as written
-    verbs: tuple[str, ...]  # likewise; split at commas, empties dropped, repeats kept
-    key_count: int  # keys as written, repeats counted (Eq. 12)
-    span: tuple[int, int]  # its characters in the text
+    object_class: str | None  # in HICO's spelling if HICO has it, else as written
+    verbs: tuple[str, ...]  # likewise; split at commas, without empty ones, with repeats
+    key_count: int  # keys as written, with repeats (Eq. 12)
+    span: tuple[int, int]  # its first character in the text, and the one after its last
 
     @property
     def has_boxes(self) -> bool:
-        """Whether both boxes could be read and have an area, one that a float can hold."""
+        """Whether both boxes are present and have a finite area above 0."""
         boxes = self.human, self.object
         return None not in boxes and all(iou(box, box) > 0 for box in boxes)
 
 
 @dataclass(frozen=True)
 class Completion:
-    """What parse_completion understood of a text."""
+    """A parsed model text, from parse_completion."""
 
     has_think: bool
-    has_answer: bool  # False: every reward is 0, whatever instances prediction may read
+    has_answer: bool  # False: every reward is 0, but prediction may still use the instances
     instances: tuple[Prediction, ...]
 
 
@@ -324,18 +317,18 @@ def format_answer(hois: Iterable[HOI]) -> str:
 
 
 def format_completion(hois: Iterable[HOI], think: str | None) -> str:
-    """The trace in <think> tags, then the answer (Sec. 3.2); without a trace the answer alone."""
+    """The trace in <think> tags, then the answer (Sec. 3.2). think: None for the answer alone."""
     answer = format_answer(hois)
     return answer if think is None else f"<think> {think.strip()} </think> {answer}"
 
 
 def parse_completion(text: str) -> Completion:
-    """Reads a model's text: its tags, and the objects of its answer, one an instance.
+    """Parse a model's text: its tags, and the objects of its answer, one per instance.
 
-    The answer is what follows the last `<answer>` that instances follow, up to `</answer>`.
-    Without `<answer>`, it is what follows `</think>`, or the whole text: only prediction uses
-    that, as the rewards ask for the tag. What has only one reading is read; a field that cannot
-    be read is None or (). Never raises; time is linear in the text.
+    The answer is the text from the last `<answer>` with instances to the next `</answer>`. Without
+    `<answer>`, it is the text after `</think>`, or the whole text; only prediction uses this, as
+    the rewards require the tag. An unreadable field is None or (). Never raises. Time is linear in
+    the length of the text.
     """
     tagged = [found.span(1) for found in _TAGGED.finditer(text)]
     plain, instances = _plain(text), ()
@@ -346,31 +339,30 @@ def parse_completion(text: str) -> Completion:
     return Completion("<think>" in text, bool(tagged), instances)
 
 
-# No pattern takes back what it took ("*+") or looks past the next quote or brace: so the time is
-# linear in any text.
+# No pattern backtracks ("*+") or looks past the next quote or brace, so the time is linear.
 _TAGGED = re.compile(rf"{ANSWER_OPEN}(.*?)(?={ANSWER_OPEN}|{ANSWER_CLOSE}|\Z)", re.DOTALL)
 _UNTAGGED = re.compile(rf"(?:.*</think>)?+(.*?)(?={ANSWER_CLOSE}|\Z)", re.DOTALL)
 _ASCII_MARKS = str.maketrans(
     "“”„«»＂‘’‚＇`：，；［］（）｛｝\xa0\u3000\u200b\u200c\u200d\u2060\ufeff",
     "\"\"\"\"\"\"'''''" + ":,;[](){}       ",
 )
-# A string keeps what looks like a comment. Escapes are those of a list written as a string.
+# A comment mark inside a string is kept. Escapes come from a list that was written as a string.
 _NOISE = re.compile(r"""("[^"\\\n]*+")|(?://|\#)[^\n{}]*+|\\(?:[nrt]|(?=["']))""")
 
 
 def _plain(text: str) -> str:
-    """The text, as long as before, with ASCII marks and without escapes and comments."""
+    """The text with ASCII marks, and with spaces for escapes and comments; of equal length."""
     return _NOISE.sub(lambda found: found[1] or " " * len(found[0]), text.translate(_ASCII_MARKS))
 
 
 _PART = re.compile(
     r"""
-    (?P<key>  # one of the four, with a quote or a colon after it; or another, with a colon
+    (?P<key>  # one of the four keys, before a quote or a colon; or another key, before a colon
         ["']?+ (?<!\w) (?P<name> human | (?:object|verb)[ _]class | object ) \s*+
         (?: ["']++ \s*+ :*+ | :++ )
       | (?: "[^"\n]*+" | '[^'\n]*+' | (?<![\w"'])[^\W\d]\w*+ ) \s*+ :++
     ) \s*+
-    (?:  # a whole value, which may hold keys and braces: a string, a list, no instance
+    (?:  # a whole value, which may contain keys and braces: a string, a list, no instance
         (?: "[^"]*+" | '[^'"{}]*+' ) (?= \s*+ [,;}\])] ) | \[ [^][:"'{}]*+ \]
       | \{ (?! [^{}]*?(?:human|object|verb) ) [^{}]*+ \}
     )?+
@@ -382,9 +374,9 @@ _EXAMPLE_BOX = "[x1, y1, x2, y2]"  # of the prompt, which a model may repeat
 
 
 def _read_instances(text: str, start: int, stop: int) -> Iterator[Prediction]:
-    """The instances between two places of the text: objects end at a brace or the last bracket.
+    """The instances in text[start:stop]. An object ends at a brace or at the last bracket.
 
-    An object that lacks one of its own braces is an instance if all four fields can be read.
+    An object without its opening or closing brace counts if all four fields can be read.
     """
     opened, keys = None, []
     for part in _PART.finditer(text, start, stop):
@@ -403,7 +395,7 @@ def _read_instances(text: str, start: int, stop: int) -> Iterator[Prediction]:
 
 
 def _to_prediction(text: str, span: tuple[int, int], keys: list[re.Match]) -> Prediction:
-    """The instance of an object; a value reaches from its key to the next one."""
+    """The instance of an object. A value extends from its key to the next key."""
     ends = [key.start() for key in keys] + [span[1]]
     values = {
         (key["name"] or "").lower().replace("_", " "): text[key.end("key") : end]
@@ -420,14 +412,14 @@ def _to_prediction(text: str, span: tuple[int, int], keys: list[re.Match]) -> Pr
     )
 
 
-_AROUND = " \t\r\n\"'()[]{},:;"  # a value
+_AROUND = " \t\r\n\"'()[]{},:;"  # characters to strip from a value
 _NUMBER = r"[-+]?(?:[0-9]++\.?[0-9]*+|\.[0-9]++)(?:e[-+]?[0-9]++)?+"
 _SIDES = [rf"""(?:["']?{name}["']?\s*+:\s*+)?({_NUMBER})""" for name in ("x1", "y1", "x2", "y2")]
 _BOX = re.compile(r"[\s,;:]++".join(_SIDES), re.IGNORECASE)
 
 
 def _to_box(value: str) -> Box | None:
-    """Four finite numbers, with or without brackets, quotes, and the names x1, y1, x2, y2."""
+    """Four finite numbers. Brackets, quotes and the names x1, y1, x2, y2 are optional."""
     found = _BOX.fullmatch(value.strip(_AROUND))
     box = tuple(map(float, found.groups())) if found else (math.nan,)
     return box if all(map(math.isfinite, box)) else None
@@ -438,12 +430,12 @@ _STRINGS = re.compile(r"""[\s\[(,;:]*+(?:(?:"[^"]*+"|'[^']*+')[\s,;\])}]*+)++"""
 
 
 def _to_labels(value: str) -> tuple[str, ...]:
-    """Labels between commas; where a quote is missing or too many, only those of the vocabulary."""
+    """Labels between commas. Without proper quotes, all must be in the vocabulary."""
     labels = tuple(filter(None, (_spelled(label.strip(_AROUND)) for label in value.split(","))))
     return labels if _STRINGS.fullmatch(value) or _VOCABULARY.issuperset(labels) else ()
 
 
 def _spelled(label: str) -> str:
-    """The label in HICO's spelling if it is of the vocabulary, else as written."""
+    """The label in HICO's spelling if HICO has it, else as written."""
     plain = " ".join(label.replace("_", " ").lower().split())
     return plain if plain in _VOCABULARY else label.strip()

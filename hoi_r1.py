@@ -1,8 +1,8 @@
 """HOI-R1: supervised fine-tuning, GRPO with HOI rewards, prediction (Secs. 3.2, 3.3, 4.2).
 
-    # all of it on a drawn data set, on a laptop
+    # all stages on a drawn data set, on a laptop
     python hoi_r1.py demo
-    # the paper's model: traces of teacher.py, then SFT, GRPO, predictions, mAP
+    # the paper's model: SFT on traces of teacher.py, GRPO, prediction, mAP
     torchrun --nproc_per_node 8 hoi_r1.py sft --data hico_20160224_det \\
         --model Qwen/Qwen2.5-VL-3B-Instruct --traces traces.jsonl --out runs/sft
     torchrun --nproc_per_node 8 hoi_r1.py grpo --data hico_20160224_det \\
@@ -12,17 +12,17 @@
     python evaluate.py runs/test/predictions.jsonl --data hico_20160224_det
     # can every image be read?
     python hoi_r1.py check --data hico_20160224_det
-    # look at it: a page of all runs, pictures of images with the most misses
+    # a page of all runs; pictures of the images with the most misses
     python hoi_r1.py report runs/sft runs/grpo runs/test
     python hoi_r1.py show --data hico_20160224_det --worst 20 \\
         --predictions runs/test/predictions.jsonl
 
-Plain `python` runs one process. Three policies: pi_theta in fp32, sharded over the ranks by FSDP2
-and computing in bf16 on a GPU; pi_old, a replica on every rank in the dtype of computation, which
-samples and is refreshed after each batch; pi_ref, frozen, only where --kl-coef is above 0.
+Plain `python` runs one process. There are three policies. pi_theta is trained: fp32 weights that
+FSDP2 shards over the ranks, bf16 computation on a GPU. pi_old samples: a replica on every rank,
+refreshed after each batch. pi_ref is frozen, and loaded only if --kl-coef is above 0.
 
-Data order and sampling seeds are pure functions of (seed, step, place in the batch), and losses are
-divided by counts over all ranks and micro-batches: world size and `--resume` do not change the run.
+Data order and sampling seeds depend only on (seed, step, place in the batch). Losses are divided by
+counts over all ranks and micro-batches. So world size and `--resume` do not change the run.
 """
 
 import dataclasses
@@ -35,15 +35,15 @@ from engine.options import parse_stage
 
 
 def parse_config(argv: list[str] | None = None):
-    """The config of the stage that the command line names. Exits on --help and on a typo."""
+    """The config of the stage that the command line names. Exits on --help and on errors."""
     return parse_stage(configs.STAGES, "\n\n".join(__doc__.split("\n\n")[:2]), argv)
 
 
 def pin_exact_sizes() -> None:
-    """Let pinned memory (`--offload`) have the sizes asked for, unless the user chose otherwise.
+    """Allocate pinned memory (`--offload`) without rounding, unless the user set the allocator.
 
     PyTorch rounds each tensor up to a power of two: 76 GB for the 60 GB of a 3B model. It reads
-    this variable when it is imported. Before 2.13 it does not know the name.
+    this variable at import, and knows the name from 2.13 on.
     """
     release = tuple(int(part) for part in version("torch").split(".")[:2])
     if release >= (2, 13) and "PYTORCH_ALLOC_CONF" not in os.environ:
@@ -61,15 +61,12 @@ def run_stage(config) -> None:
         from engine.report.page import write_page
 
         print(write_page(config.runs, config.out))
-    elif isinstance(config, configs.ShowConfig):
+    elif isinstance(config, configs.ShowConfig | configs.CheckConfig):
+        from engine.data.image_check import check
         from engine.report.pictures import show
 
-        for line in show(**dataclasses.asdict(config)):
-            print(line, flush=True)
-    elif isinstance(config, configs.CheckConfig):
-        from engine.data.image_check import check
-
-        for line in check(**dataclasses.asdict(config)):
+        lines_of = show if isinstance(config, configs.ShowConfig) else check
+        for line in lines_of(**dataclasses.asdict(config)):
             print(line, flush=True)
     elif isinstance(config, configs.PredictConfig):
         from predict import predict, predict_photographs
@@ -82,7 +79,7 @@ def run_stage(config) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line. What the user must fix is one line; all else keeps its traceback."""
+    """The command line. A user's fault prints one line; any other error keeps its traceback."""
     config = parse_config(argv)
     from engine.signals import RESUME, one_line
 

@@ -24,7 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import evaluate
 import hicodet
-from engine.configs import PredictConfig, StageConfig, TrainConfig
+from engine.configs import DECODING, PROMPT, SPEED, PredictConfig, StageConfig, TrainConfig
 from engine.data.annotations import load_split, require_images, training_counts
 from engine.data.examples import Example, Examples, PromptOptions, prompt_options
 from engine.data.image_check import excluded_names, read_names
@@ -65,8 +65,9 @@ def predict(config: PredictConfig) -> None:
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
     dist.barrier()  # every rank has listed the part files before any rank adds one
     todo = [index for index in range(len(samples)) if index not in stored]
+    decoding = config.group(DECODING) | config.group(SPEED)
     model, started = load_adapted(config, ranks), time.perf_counter()
-    rows = predict_rows(model, examples, todo, ranks, **row_options(config))
+    rows = predict_rows(model, examples, todo, ranks, **decoding)
     mine = predictions.write_rows(predictions.part_file(run.path, number + ranks.rank), rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     rows = [stored[index] for index in range(len(samples))]
@@ -95,9 +96,10 @@ def predict_photographs(config: PredictConfig) -> None:
         return ranks.print(describe(examples, examples[0]))
     Path(config.out).mkdir(parents=True, exist_ok=True)
     model, indices = load_adapted(config, ranks), list(range(len(samples)))
+    decoding = config.group(DECODING) | config.group(SPEED)
     for line in model_warnings(config.model, examples.config):
         ranks.print(line)
-    rows = predict_rows(model, examples, indices, ranks, **row_options(config))
+    rows = predict_rows(model, examples, indices, ranks, **decoding)
     mine = []
     with closing(rows):
         for row in rows:  # drawn at once, so that finished pictures survive a crash
@@ -131,9 +133,7 @@ def load_adapted(config: PredictConfig, ranks: Ranks):
 
 def asked_options(config: StageConfig) -> PromptOptions:
     """The prompt options: ablations of Table 2, frame of boxes, order of image and text."""
-    names = [field.name for field in dataclasses.fields(PromptOptions)]
-    asked = {name: getattr(config, name) for name in names}
-    return prompt_options(config.model, config.adapter, **asked)
+    return prompt_options(config.model, config.adapter, **config.group(PROMPT))
 
 
 def settings_of(config: StageConfig, examples: Examples, stage: str) -> dict:
@@ -147,12 +147,6 @@ def settings_of(config: StageConfig, examples: Examples, stage: str) -> dict:
         "command": sys.argv,
         "reward_parts": reward_parts(without=getattr(config, "without", ())),
     }
-
-
-def row_options(config: PredictConfig) -> dict:
-    """The options that `predict_rows` takes under the same names."""
-    names = ("max_new_tokens", "slots", "workers", "scores", "repetition_penalty")
-    return {name: getattr(config, name) for name in names}
 
 
 def text_reward(text: str, hois: tuple[hicodet.HOI, ...], **options) -> dict[str, float]:
@@ -216,7 +210,7 @@ def predict_rows(
 
 def unread_row(index: int, sample: hicodet.Sample, reason: str) -> dict:
     """The row of an image that cannot be used; it has no prediction."""
-    line = predictions.prediction_line(sample.file_name, "", [])
+    line = {"file_name": sample.file_name, "text": "", "instances": []}
     reward = text_reward("", sample.hois) if sample.hois else None
     row = {"index": index, "length": 0, "finished": True, "line": line, "reward": reward}
     return row | {"unread": reason}
@@ -235,7 +229,7 @@ def prediction(
         given = instance_scores(examples.tokenizer, completion, ids, logprobs)
     size = (example.sample.width, example.sample.height)
     instances = predictions.predicted_instances(completion, size, example.text_size, given)
-    line = predictions.prediction_line(example.sample.file_name, text, instances)
+    line = {"file_name": example.sample.file_name, "text": text, "instances": instances}
     reward = total_reward(completion, example.text_hois) if example.text_hois else None
     return {"line": line, "reward": reward}
 

@@ -1,28 +1,29 @@
 """The rewards of Sec. 3.3, one function per equation: Eqs. 6-23 in the paper's order.
 
-Everything here is pure: it takes what `hicodet.parse_completion` read in the model's text and the
-ground truth of the image, and returns numbers or new values. Both sides are in the frame of the
-text (absolute pixels of the image that the model sees), so boxes are compared as written.
+All functions are pure. They take a text parsed by `hicodet.parse_completion` and the ground truth
+of its image. Boxes on both sides are in the frame of the text (absolute pixels of the image that
+the model sees), so they are compared as written.
 
 Axes: N^_a predicted instances, N_a ground-truth instances. Multisets are `Counter`s.
 
 Where the paper leaves a choice, this code reads it as follows:
-1. Eq. 7: as printed, one overlapping box of the two makes a duplicate. That also hits one person
-   with two objects. `duplicate_rule="pair"` asks for both boxes, which the text gives as the aim.
-2. Eq. 8: only unique boxes are recorded, so a duplicate makes no later box a duplicate.
-3. Eq. 13: a duplicate gets none of r_b, r_ko, r_kv. Eqs. 14-22 ignore duplicates. With
-   `duplicates_earn="nothing"` a duplicate neither earns labels nor uses them up.
-4. Eqs. 10, 16: the denominator counts verbs as written, with repeats; without verbs both are 0.
-5. Eqs. 14-18: C_gt is a multiset. All verbs of an instance are compared with what the instances
-   before it left; then each distinct match takes one occurrence away.
-6. Eqs. 14-18 compare labels with those of the whole image: they do not ask who does what with
-   which. `label_reward="matched"` compares them on the pairs of Eq. 21 instead.
-7. An instance without both boxes has r_b = 0, is no duplicate and takes no part in Eqs. 19-22;
-   its labels count as usual. A box without area counts as missing: its IoU with its own copies is
-   0/0, so Eq. 7 would find every copy unique.
-8. An answer without a readable instance is N^_a = 0. With N_a = 0 all terms divided by it are 0.
-9. Answers that are not strict JSON are read, and earn rewards in training: the parser takes what
-   has only one reading. Eq. 12 counts the keys as written.
+1. Eq. 7: as printed, an instance is a duplicate if its human box or its object box overlaps an
+   earlier one. So one person with two objects makes a duplicate. `duplicate_rule="pair"` requires
+   both boxes to overlap, which the paper's text names as the aim.
+2. Eq. 8: only unique boxes are recorded. A duplicate makes no later instance a duplicate.
+3. Eq. 13: a duplicate gets none of r_b, r_ko, r_kv. Eqs. 14-22 do not check for duplicates. With
+   `duplicates_earn="nothing"` a duplicate neither earns label rewards nor uses up labels.
+4. Eqs. 10, 16: the denominator counts verbs as written, with repeats. Without verbs both are 0.
+5. Eqs. 14-18: C_gt is a multiset. All verbs of an instance are compared with the labels that
+   earlier instances left over. Then each distinct match removes one occurrence.
+6. Eqs. 14-18 compare labels with those of the whole image. They do not ask which person does what
+   with which object. `label_reward="matched"` compares labels within the pairs of Eq. 21 instead.
+7. An instance without both boxes has r_b = 0, is no duplicate and takes no part in Eqs. 19-22. Its
+   labels count as usual. A box without area counts as missing: its IoU with its own copies is 0/0,
+   so Eq. 7 would find every copy unique.
+8. An answer without a readable instance has N^_a = 0. If N_a = 0, all terms divided by it are 0.
+9. An answer need not be strict JSON to earn rewards; see the parser. Eq. 12 counts the keys as
+   written.
 """
 
 import operator
@@ -35,13 +36,14 @@ from hicodet import HOI, OBJECTS, VERBS, Box, Completion, Prediction, iou
 REWARD_WEIGHTS = {"tag": 0.2, "box": 0.2, "object": 0.2, "verb": 0.2}  # w of Eq. 13, Sec. 4.2
 N_KEYS = 4  # N_k of Eq. 12: "human", "object", "object class", "verb class"
 DUPLICATE_IOU = 0.5  # Eq. 7
-# How the overlaps of the human boxes and of the object boxes combine to "duplicate" in Eq. 7.
+# Eq. 7: how the overlap of the human boxes and that of the object boxes make a duplicate
 DUPLICATE_RULES = {"printed": operator.or_, "pair": operator.and_}
 
 OBJECT_SET = frozenset(OBJECTS)  # C_o of Eq. 9
 VERB_SET = frozenset(VERBS)  # C_v of Eq. 11
 
 BoxPair = tuple[Box, Box]  # human box, object box
+Matrix = Sequence[Sequence[float]]  # a row per predicted instance, a column per true one
 
 
 # HOI key format reward
@@ -57,15 +59,15 @@ def box_reward(
 ) -> float:
     """Eq. 7: r_b, 1 if the instance has both boxes and they duplicate no recorded pair.
 
-    `recorded` has the unique boxes of the instances before this one (Eq. 8). A duplicate overlaps
-    a recorded pair by IoU > 0.5 in the human or the object box ("printed") or in both ("pair").
+    recorded: the unique boxes of earlier instances (Eq. 8). A duplicate overlaps a recorded pair by
+    IoU > 0.5 in the human or the object box ("printed"), or in both ("pair").
     """
     if not instance.has_boxes:
         return 0.0
-    combine = DUPLICATE_RULES[duplicate_rule]
     for human, object_ in recorded:
         same_human = iou(instance.human, human) > DUPLICATE_IOU
-        if combine(same_human, iou(instance.object, object_) > DUPLICATE_IOU):
+        same_object = iou(instance.object, object_) > DUPLICATE_IOU
+        if DUPLICATE_RULES[duplicate_rule](same_human, same_object):
             return 0.0
     return 1.0
 
@@ -74,16 +76,11 @@ def recorded_boxes(
     recorded: Sequence[BoxPair], instance: Prediction, r_b: float
 ) -> tuple[BoxPair, ...]:
     """Eq. 8: the record with the boxes of `instance` added, if its r_b (Eq. 7) is 1."""
-    if not r_b:
-        return tuple(recorded)
-    return (*recorded, (instance.human, instance.object))
+    return (*recorded, (instance.human, instance.object)) if r_b else tuple(recorded)
 
 
 def box_rewards(instances: Sequence[Prediction], duplicate_rule: str = "printed") -> list[float]:
-    """r_b of all instances of an answer: Eqs. 7 and 8 in turn.
-
-    The time grows with instances times recorded pairs: copies are cheap, as none is recorded.
-    """
+    """r_b of all instances of an answer: Eqs. 7 and 8 in turn."""
     recorded, rewards = (), []
     for instance in instances:
         rewards.append(box_reward(instance, recorded, duplicate_rule))
@@ -92,24 +89,24 @@ def box_rewards(instances: Sequence[Prediction], duplicate_rule: str = "printed"
 
 
 def object_format_reward(instance: Prediction) -> float:
-    """Eq. 9: r_ko, 1 if the object class is one of the 80."""
+    """Eq. 9: r_ko, 1 if the object class is one of HICO-DET's 80."""
     return float(instance.object_class in OBJECT_SET)
 
 
 def verb_format_reward(instance: Prediction) -> float:
-    """Eq. 10: r_kv, the distinct known verbs over all verbs as written; 0 without verbs."""
+    """Eq. 10: r_kv, the number of distinct valid verbs over that of all verbs; 0 without verbs."""
     if not instance.verbs:
         return 0.0
     return len(valid_verbs(instance.verbs)) / len(instance.verbs)
 
 
 def valid_verbs(verbs: Sequence[str]) -> frozenset[str]:
-    """Eq. 11: the distinct labels among `verbs` that are one of the 117."""
+    """Eq. 11: the distinct labels among `verbs` that are among HICO-DET's 117."""
     return VERB_SET.intersection(verbs)
 
 
 def key_penalty(key_count: int) -> float:
-    """Eq. 12: alpha, 1 for an instance of four keys, less for missing, extra and repeated ones."""
+    """Eq. 12: alpha, 1 for an instance with four keys, less if some are missing or surplus."""
     return N_KEYS / (N_KEYS + abs(key_count - N_KEYS))
 
 
@@ -118,8 +115,8 @@ def format_reward(
 ) -> float:
     """Eq. 13: r_format, the weighted tag reward plus the mean format reward of the instances.
 
-    The mean is over max(N_a, N^_a), so that missing and surplus instances both cost; it is 0
-    without ground truth. A duplicate adds nothing to it: "no further rewards are computed".
+    The mean divides by max(N_a, N^_a), so missing and surplus instances both lower it. It is 0
+    without ground truth. A duplicate adds nothing: "no further rewards are computed".
     """
     weights = REWARD_WEIGHTS
     r_tag = weights["tag"] * tag_reward(completion)
@@ -142,9 +139,10 @@ def format_reward(
 
 
 def object_label_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
-    """Eq. 14: r_lo, the share of instances whose object class is left in the ground truth.
+    """Eq. 14: r_lo, the share of instances whose object class is left over in the ground truth.
 
-    Each counts key_penalty (Eq. 12), over max(N_a, N^_a); 0 without ground truth.
+    Each instance is weighted by alpha (Eq. 12); the sum is divided by max(N_a, N^_a). 0 without
+    ground truth.
     """
     if not hois:
         return 0.0
@@ -156,15 +154,16 @@ def object_label_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) ->
 
 
 def drop_object_label(remaining: Counter, object_class: str | None) -> Counter:
-    """Eq. 15: the ground-truth object classes left over, one occurrence of `object_class` less."""
-    return remaining - Counter((object_class,))  # the difference of Counters never goes below 0
+    """Eq. 15: the ground-truth object classes left over, with one `object_class` fewer."""
+    return remaining - Counter((object_class,))  # a difference of Counters never goes below 0
 
 
 def verb_label_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
-    """Eq. 16: r_lv, the mean share of an instance's verbs that are left in the ground truth.
+    """Eq. 16: r_lv, the mean share of an instance's verbs that are left over in the ground truth.
 
     The ground truth has one occurrence for each verb of each instance, whatever its object. Each
-    share counts key_penalty (Eq. 12), over max(N_a, N^_a); 0 without ground truth.
+    share is weighted by alpha (Eq. 12); the sum is divided by max(N_a, N^_a). 0 without ground
+    truth.
     """
     if not hois:
         return 0.0
@@ -178,19 +177,19 @@ def verb_label_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> f
 
 
 def drop_verbs(remaining: Counter, matched: Collection[str]) -> Counter:
-    """Eq. 17: the ground-truth verbs left over, one occurrence of each verb in `matched` less."""
+    """Eq. 17: the ground-truth verbs left over, with one fewer of each verb in `matched`."""
     return remaining - Counter(matched)
 
 
 def matched_verbs(verbs: Sequence[str], remaining: Counter) -> frozenset[str]:
-    """Eq. 18: the distinct labels among `verbs` that are left in the ground truth."""
-    return frozenset(verb for verb in verbs if verb in remaining)
+    """Eq. 18: the distinct labels among `verbs` that are left over in the ground truth."""
+    return frozenset(verbs).intersection(remaining)
 
 
 def without_duplicate_labels(
     instances: Sequence[Prediction], duplicate_rule: str = "printed"
 ) -> list[Prediction]:
-    """The instances, as many as before, with no labels left in the duplicates of Eq. 7."""
+    """The instances, where the duplicates of Eq. 7 have lost their labels."""
     rewards = box_rewards(instances, duplicate_rule)
     return [
         replace(a, object_class=None, verbs=()) if a.has_boxes and not r_b else a
@@ -201,11 +200,8 @@ def without_duplicate_labels(
 # HOI IoU reward
 
 
-Matrix = Sequence[Sequence[float]]  # a row a predicted instance, a column a true one
-
-
 def matching_cost(similarity: Matrix) -> Matrix:
-    """Eq. 19: C = 1 - s, from and to (N^_a, N_a)."""
+    """Eq. 19: C = 1 - s. similarity: (N^_a, N_a). Returns (N^_a, N_a)."""
     return [[1.0 - value for value in row] for row in similarity]
 
 
@@ -218,9 +214,8 @@ def pair_similarity(instance: Prediction, hoi: HOI) -> float:
 
 
 def match_instances(cost: Matrix) -> list[tuple[int, int]]:
-    """Eq. 21: M*, the (i, j) of the one-to-one matching of least cost, min(N^_a, N_a) of them."""
-    # Only here: commands that need no rewards must not wait for SciPy.
-    from scipy.optimize import linear_sum_assignment
+    """Eq. 21: M*, the min(N^_a, N_a) pairs (i, j) of the one-to-one matching with least cost."""
+    from scipy.optimize import linear_sum_assignment  # slow, and only needed here
 
     rows, columns = linear_sum_assignment(cost)
     return list(zip(rows.tolist(), columns.tolist(), strict=True))
@@ -229,7 +224,7 @@ def match_instances(cost: Matrix) -> list[tuple[int, int]]:
 def matched_pairs(
     instances: Sequence[Prediction], hois: Sequence[HOI]
 ) -> list[tuple[Prediction, HOI, float]]:
-    """The pairs of the matching (Eq. 21) with their similarity (Eq. 20), none without boxes."""
+    """The matched pairs (Eq. 21) with their similarity (Eq. 20), without incomplete instances."""
     complete = [instance for instance in instances if instance.has_boxes]
     if not hois or not complete:
         return []
@@ -239,21 +234,21 @@ def matched_pairs(
 
 
 def iou_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
-    """Eq. 22: r_IoU, the similarities of the matched pairs over N_a; 0 without ground truth.
+    """Eq. 22: r_IoU, the sum of the matched pairs' similarities over N_a; 0 without ground truth.
 
-    Instances that lack a box take no part. Surplus instances cost nothing here.
+    Surplus instances do not lower it.
     """
     pairs = matched_pairs(instances, hois)
     return sum(similarity for _, _, similarity in pairs) / len(hois) if pairs else 0.0
 
 
-# Label reward on matched pairs, not in the paper: `label_reward="matched"`
+# Label rewards on matched pairs, which are not in the paper: `label_reward="matched"`
 
 
 def matched_object_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
-    """In place of Eq. 14: the share of instances with the object class of their matched pair.
+    """Instead of Eq. 14: the share of instances with the object class of their true instance.
 
-    Each counts key_penalty (Eq. 12), over max(N_a, N^_a); 0 without ground truth.
+    Weighted, divided and 0 as in Eq. 14.
     """
     pairs = matched_pairs(instances, hois)
     total = sum(key_penalty(a.key_count) * (a.object_class == b.object_class) for a, b, _ in pairs)
@@ -261,10 +256,9 @@ def matched_object_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) 
 
 
 def matched_verb_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
-    """In place of Eq. 16: verbs in common with the matched pair, over the larger number of verbs.
+    """Instead of Eq. 16: verbs shared with the true instance, over the larger number of verbs.
 
-    So verbs left out cost as surplus ones do. Each share counts key_penalty (Eq. 12), over
-    max(N_a, N^_a); 0 without ground truth.
+    Missing and surplus verbs both lower it. Weighted, divided and 0 as in Eq. 16.
     """
     total = 0.0
     for instance, hoi, _ in matched_pairs(instances, hois):
@@ -287,8 +281,8 @@ class RewardPart:
 
     title: str  # in the report
     largest: float
-    reward: Callable[[Completion, Sequence[HOI], dict], float]  # the dict: total_reward's options
-    ablation: str | None = None  # the name in `without` that leaves it out (Table 3)
+    reward: Callable[[Completion, Sequence[HOI], dict], float]  # the dict: REWARD_OPTIONS' values
+    ablation: str | None = None  # its name in `without` (Table 3)
 
 
 def _format_part(completion: Completion, hois: Sequence[HOI], options: dict) -> float:
@@ -307,7 +301,7 @@ def _iou_part(completion: Completion, hois: Sequence[HOI], options: dict) -> flo
     return iou_reward(completion.instances, hois)
 
 
-REWARD_PARTS = {  # a further reward is a function and a row here
+REWARD_PARTS = {  # to add a reward, add a function and a row here
     "format": RewardPart("Format", sum(REWARD_WEIGHTS.values()), _format_part),
     "object": RewardPart("Object label", 1.0, _object_part, ablation="label"),
     "verb": RewardPart("Verb label", 1.0, _verb_part, ablation="label"),
@@ -322,9 +316,9 @@ REWARD_OPTIONS = {  # keyword of total_reward -> its values
 
 
 def reward_parts(*, without: Collection[str] = ()) -> dict[str, dict]:
-    """The parts that make up the reward, in order: {name: {"title": str, "largest": float}}.
+    """The parts that the reward has, in order: {name: {"title": str, "largest": float}}.
 
-    `without` is as in total_reward. Raises ValueError for an unknown name.
+    without: as in total_reward. Raises ValueError for an unknown name.
     """
     if unknown := set(without).difference(ABLATIONS):
         raise ValueError(f"without takes names of {ABLATIONS}: {sorted(unknown)}")
@@ -346,10 +340,10 @@ def total_reward(
 ) -> dict[str, float]:
     """Eq. 23: r, the sum of the format, label and IoU rewards, at most 3.8.
 
-    `hois` are in the frame of the text. `without` names rewards to leave out, as in Table 3:
-    "label" (Eqs. 14-18) and "iou" (Eqs. 19-22). Returns the value of each of REWARD_PARTS and
-    their sum "total"; a part left out is 0, and a text without `<answer>` earns 0 throughout.
-    Raises ValueError for an unknown name in any option.
+    hois: the ground truth, in the frame of the text. without: rewards to leave out, as in Table 3:
+    "label" (Eqs. 14-18), "iou" (Eqs. 19-22). Returns the value of each of REWARD_PARTS, and their
+    sum "total". A part that is left out is 0; without `<answer>` all are 0. Raises ValueError for
+    an unknown value of an option.
     """
     options = {
         "duplicate_rule": duplicate_rule,

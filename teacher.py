@@ -3,13 +3,13 @@
     export OPENAI_API_KEY=... D=hico_20160224_det
     python teacher.py --data $D --out traces.jsonl --dry-run  # what it costs
     python teacher.py --data $D --out traces.jsonl --max-cost 60
-    # a local teacher served by vLLM or `transformers serve`: no key, no cost
+    # a local teacher, served by vLLM or `transformers serve`: no key, no cost
     python teacher.py --data $D --out traces.jsonl --teacher NAME \\
         --base-url http://127.0.0.1:8000/v1
     # OpenAI's Batch API, half the price: write request files, collect results
     python teacher.py --data $D --out traces.jsonl --backend batch
     python teacher.py --data $D --out traces.jsonl --collect results/*.jsonl
-    # no teacher: sentences from the ground truth, as the demo uses them
+    # without a teacher: sentences from the ground truth, as in the demo
     python teacher.py --data $D --out traces.jsonl --backend template
 
 Every training image with ground truth gets one line of traces.jsonl, in any order:
@@ -18,11 +18,11 @@ Every training image with ground truth gets one line of traces.jsonl, in any ord
      "teacher": "gpt-4o-mini", "attempts": 1,
      "usage": {"prompt_tokens": 2950, "completion_tokens": 96, "cost": 0.0005}}
 
-Stop it at any time, kill -9 included, and run the same command again: it asks only for what is
-missing. Images without an accepted trace are listed at the end with the reason.
+You can stop it at any time, even by kill -9. The same command then requests only missing traces. At
+the end it lists the images without an accepted trace, with the reason.
 
-docs/teacher.md says what the teacher is asked, which traces are accepted, what they cost, and how
-faults end.
+docs/teacher.md describes the prompt, which traces are accepted, their cost, and what happens on
+errors.
 """
 
 import json
@@ -54,8 +54,8 @@ from engine.traces.template import template_trace
 from engine.traces.trace_file import TraceFile, read_traces
 from hicodet import InputError, Sample
 
-ATTEMPTS = 3  # most requests for an acceptable trace; running the command again asks again
-FAILURES_IN_A_ROW = 20  # images without a trace: the server is gone, or the teacher writes none
+ATTEMPTS = 3  # most requests per image in one run
+FAILURES_IN_A_ROW = 20  # images without a trace before the run ends: the server or teacher fails
 
 TASK = "Look at the image and reason about how its people interact with objects.\n"
 REQUEST = """\
@@ -66,10 +66,10 @@ object classes and verbs literally. No coordinates, no lists, no <answer>."""
 def ask(
     sample: Sample, teacher: Teacher, stop: threading.Event
 ) -> tuple[str | None, str, int, dict] | None:
-    """Ask for an image's trace, again if it is rejected, at most ATTEMPTS times.
+    """Request an image's trace, at most ATTEMPTS times, until one is accepted.
 
-    Returns the trace, or None and why there is none; how often the server answered; and the usage
-    of all its replies. Returns None if the run ended before the image's turn. Raises Refused.
+    Returns the trace (or None), why there is none, the number of requests, and the usage of all
+    replies. Returns None if the run ended before the first request. Raises Refused.
     """
     if stop.is_set():
         return None
@@ -83,7 +83,7 @@ def ask(
             if think or stop.is_set():
                 break
     except Refused:
-        stop.set()  # here, before this thread takes the next image
+        stop.set()  # before this thread takes the next image
         raise
     except InputError as error:
         reason = str(error)
@@ -93,11 +93,11 @@ def ask(
 def ask_all(
     samples: Sequence[Sample], teacher: Teacher, file: TraceFile, concurrency: int, max_cost: float
 ) -> tuple[dict[str, str], str]:
-    """Ask for the traces of all samples, `concurrency` at a time, and append those accepted.
+    """Request the traces of all samples, `concurrency` at a time, and append the accepted ones.
 
-    max_cost: USD, with what the traces in the file cost. Nothing is set aside for requests in
-    flight, so the sum can pass it by their cost. Returns why images have no trace, by file name,
-    and why the run ended early ("" if it did not); it still waits for requests in flight.
+    max_cost: USD, for this run and the traces that are already in the file. The run ends when it is
+    reached; requests in flight then finish, so the sum can exceed it by their cost. Returns why
+    images have no trace, by file name, and why the run ended early ("" if it did not).
     """
     missing, ends, failures, spent, stop = {}, [], 0, file.cost, threading.Event()
     bar, pool = tqdm(total=len(samples), desc="traces"), ThreadPoolExecutor(concurrency)
@@ -137,10 +137,10 @@ def ask_all(
 def collect_batch(
     paths: Iterable[Path], todo: set[str], teacher: Teacher, file: TraceFile
 ) -> dict[str, str]:
-    """Append the accepted traces of a batch's result files, in any order; the first one counts.
+    """Append the accepted traces of a batch's result files; an image's first one counts.
 
-    todo: names of the images without a trace; results of others are left out. Returns why images
-    still have none. Raises InputError naming the line that is no result.
+    todo: names of the images without a trace; results of other images are ignored. Returns why
+    images have no trace, by file name. Raises InputError naming a line that is no result.
     """
     missing: dict[str, str] = {}
     for where, result in (found for path in paths for found in json_lines(path)):
@@ -166,31 +166,31 @@ class TeacherConfig(Config):
     """Options of the command."""
 
     data: Path = required("HICO-DET's folder, with anno_bbox.mat and images", group=FILES)
-    out: Path = required("traces.jsonl, begun or continued", group=FILES)
+    out: Path = required("file of traces to write or continue", group=FILES)
     limit: int | None = option(None, "only the first N training images", least=1, group=FILES)
-    dry_run: bool = option(False, "print the prompt and what all would cost", group=FILES)
+    dry_run: bool = option(False, "print the prompt and the estimated cost, and stop", group=FILES)
     backend: Literal["openai", "batch", "template"] = option(
-        "openai", "a server, files for OpenAI's Batch API, or no teacher", group=TEACHER
+        "openai", "a server, request files for OpenAI's Batch API, or no teacher", group=TEACHER
     )
-    collect: tuple[Path, ...] = option((), "results of a batch", metavar="FILE", group=TEACHER)
-    teacher: str = option("gpt-4o-mini", "name of the model", paper="Sec. 4.2", group=TEACHER)
+    collect: tuple[Path, ...] = option((), "result files of a batch", metavar="FILE", group=TEACHER)
+    teacher: str = option("gpt-4o-mini", "teacher model's name", paper="Sec. 4.2", group=TEACHER)
     base_url: str = option(OPENAI_URL, "an OpenAI-compatible server", metavar="URL", group=TEACHER)
-    concurrency: int = option(16, "requests in flight", least=1, group=TEACHER)
+    concurrency: int = option(16, "requests at a time", least=1, group=TEACHER)
     timeout: float = option(60.0, "seconds to wait for a byte", least=0.001, group=TEACHER)
-    lists: bool = option(False, "send the lists of valid classes of Fig. 4 too", group=ASKED)
+    lists: bool = option(False, "add Fig. 4's lists of valid classes to the prompt", group=ASKED)
     max_side: int = option(
-        512, "shrink images to this; OpenAI sees only 512", least=1, metavar="PIXELS", group=ASKED
+        512, "longest side of a sent image; OpenAI sees 512", least=1, metavar="PIXELS", group=ASKED
     )
     max_tokens: int = option(512, "longest reply; reasoning needs more", least=1, group=ASKED)
     max_tokens_field: Literal["max_tokens", "max_completion_tokens"] = option(
-        "max_tokens", "its name; OpenAI's reasoning models need the second", group=ASKED
+        "max_tokens", "field of --max-tokens; OpenAI's reasoning models use the second", group=ASKED
     )
-    extra_body: str = option("{}", "more fields of a request", metavar="JSON", group=ASKED)
+    extra_body: str = option("{}", "more fields for each request", metavar="JSON", group=ASKED)
     max_cost: float = option(
-        math.inf, "end the run at this sum, or a little later", least=0, metavar="USD", group=COST
+        math.inf, "end the run when this sum is spent", least=0, metavar="USD", group=COST
     )
     prices: tuple[float, ...] = option(
-        (), "per million tokens in and out, if the price is not known", metavar="USD", group=COST
+        (), "per million input and output tokens, if unknown", metavar="USD", group=COST
     )
 
     def __post_init__(self):
@@ -202,7 +202,7 @@ class TeacherConfig(Config):
 
 
 def make_teacher(config: TeacherConfig) -> Teacher:
-    """The teacher that the flags and the environment describe. Raises InputError."""
+    """The teacher of the options and of OPENAI_API_KEY. Raises InputError for a bad value."""
     if not re.fullmatch(r"https?://[^\s/?#@]+(/[^\s?#@]*)?", config.base_url):
         raise InputError(f"--base-url {config.base_url}: expected http(s)://host[:port]/v1, "
                          "without user or password; a key goes into OPENAI_API_KEY")
@@ -221,7 +221,7 @@ def make_teacher(config: TeacherConfig) -> Teacher:
 
 
 def prices_of(config: TeacherConfig) -> tuple[float, float]:
-    """USD per million tokens, in and out; 0 if not known. Raises InputError for --max-cost then."""
+    """USD per million tokens, in and out; 0 if unknown, which --max-cost refuses (InputError)."""
     prices = config.prices or openai_chat.known_prices(config.teacher)
     if not prices:
         said = f"price of {config.teacher} not known: give --prices IN OUT"
@@ -232,17 +232,10 @@ def prices_of(config: TeacherConfig) -> tuple[float, float]:
     return tuple(price * factor for price in prices[:2]) if prices else (0.0, 0.0)
 
 
-def dry_run_text(images: int, teacher: Teacher) -> str:
-    """What the teacher would be asked of an image, and about what it costs for this many."""
-    tokens = [count * images for count in openai_chat.estimated_tokens(teacher)]
-    return (f"{teacher.prompt}\n\n{images} images: about {tokens[0]:,} input tokens and "
-            f"{tokens[1]:,} output tokens: ${teacher.cost(*tokens):.2f}")
-
-
 def make_traces(
     config: TeacherConfig, todo: Sequence[Sample], file: TraceFile
 ) -> tuple[dict[str, str], str]:
-    """Run the backend that the flags ask for. Returns as `ask_all` does."""
+    """Make traces by the backend that the options choose. Returns as `ask_all` does."""
     if config.backend == "template":
         for sample in todo:
             file.append(sample.file_name, template_trace(sample.hois), "template", 1, {})
@@ -255,17 +248,19 @@ def make_traces(
         return openai_chat.write_requests(todo, teacher, config.out), ""
     if file.cost >= config.max_cost:
         raise InputError(f"--max-cost {config.max_cost:g}: the traces cost ${file.cost:.4f} so far")
-    shuffled = random.sample(todo, len(todo))  # or a rerun begins with all that were refused
+    shuffled = random.sample(todo, len(todo))  # else a rerun would start with all rejected images
     return ask_all(shuffled, teacher, file, config.concurrency, config.max_cost)
 
 
 def run(config: TeacherConfig) -> bool:
-    """Make the traces that are missing. Returns whether every image has one now."""
+    """Make the missing traces. Returns whether every image has one now."""
     samples = [s for s in annotations.load_split(config.data, "train") if s.hois][: config.limit]
     if config.dry_run:
         done = read_traces(config.out) if config.out.exists() else {}
-        images = sum(sample.file_name not in done for sample in samples)
-        print(dry_run_text(images, make_teacher(config)))
+        images, teacher = sum(s.file_name not in done for s in samples), make_teacher(config)
+        tokens = [count * images for count in openai_chat.estimated_tokens(teacher)]
+        print(f"{teacher.prompt}\n\n{images} images: about {tokens[0]:,} input tokens and "
+              f"{tokens[1]:,} output tokens: ${teacher.cost(*tokens):.2f}")
         return True
     with TraceFile(config.out) as file:
         todo = [sample for sample in samples if sample.file_name not in file.names]
@@ -279,7 +274,7 @@ def run(config: TeacherConfig) -> bool:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; exit status 1 if an image is left without a trace."""
+    """The command line. Its exit status is 1 if an image has no trace."""
     config = parse_config(TeacherConfig, __doc__, argv)
     with one_line("teacher.py: ", "run the same command again to go on"):
         sys.exit(0 if run(config) else 1)

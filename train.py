@@ -6,6 +6,7 @@
 import dataclasses
 import math
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -17,14 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import configs
+from engine.data import training_images
 from engine.data.examples import PROMPT_FILE, Example, Examples
 from engine.data.loader import batches
-from engine.data.training_images import (
-    annotated_samples,
-    excluded_fingerprint,
-    excluded_images,
-    notes_on,
-)
 from engine.files import naming, replace_file
 from engine.model.lora import Adapter, read_adapter
 from engine.model.model_files import model_warnings
@@ -37,7 +33,7 @@ from engine.report.events import Events
 from engine.report.run_view import model_card, update_page, verdicts
 from engine.runs.run_folder import RunFolder, open_run
 from engine.sampling.slots import choose_slots
-from engine.signals import RESUME, StopSignal, exit_code
+from engine.signals import RESUME, StopSignal
 from engine.traces.trace_file import traces_of, untraced_line
 from grpo import GRPO
 from hicodet import InputError
@@ -54,7 +50,7 @@ def sft(config: configs.SFTConfig) -> None:
     ranks = start_ranks(timedelta(minutes=config.timeout))
     config = with_rate(with_base(config))
     options = asked_options(config)
-    samples, thinks, untraced = annotated_samples(config.data), {}, []
+    samples, thinks, untraced = training_images.annotated_samples(config.data), {}, []
     if options.thinking:
         thinks = traces_of(config.traces, config.data, samples)
         untraced = [sample.file_name for sample in samples if sample.file_name not in thinks]
@@ -63,9 +59,8 @@ def sft(config: configs.SFTConfig) -> None:
             samples = [sample for sample in samples if sample.file_name in thinks]
     elif config.traces:
         raise InputError("--no-thinking takes no --traces: there is no reasoning to train on")
-    targets = {"thinks": thinks, "target_text": supervised_text}
-    examples = Examples(config.model, samples, options, **targets)
-    excluded = excluded_images(config.exclude, samples)
+    examples = Examples(config.model, samples, options, thinks=thinks, target_text=supervised_text)
+    excluded = training_images.excluded_images(config.exclude, samples)
     if config.dry_run:
         return ranks.print(describe(examples, first_example(examples, excluded)))
     needs = {"replica": config.eval_every > 0, "reference": False}
@@ -80,16 +75,17 @@ def grpo(config: configs.GRPOConfig) -> None:
     """Reinforcement learning with the HOI rewards (Sec. 3.3)."""
     ranks = start_ranks(timedelta(minutes=config.timeout))
     config = with_rate(with_base(config))
-    samples, rewards = annotated_samples(config.data), config.group(configs.REWARDS)
+    samples, rewards = training_images.annotated_samples(config.data), config.group(configs.REWARDS)
     examples = Examples(config.model, samples, asked_options(config))
-    excluded = excluded_images(config.exclude, samples)
+    excluded = training_images.excluded_images(config.exclude, samples)
     if config.dry_run:
         first = first_example(examples, excluded)
         return ranks.print(describe(examples, first, partial(text_reward, **rewards)))
     needs = {"replica": True, "reference": config.kl_coef > 0}
     parts = set_up(config, examples, excluded, ranks, GRPO.name, needs)
-    sizes = {"group_size": config.group_size, "new": config.max_new_tokens}
-    sizes["prompt_room"], images = examples.longest_prompt(), config.batch_size / ranks.world
+    images = math.ceil(config.batch_size / ranks.world)
+    room = {"group_size": config.group_size, "prompt_room": examples.longest_prompt()}
+    room |= {"new": config.max_new_tokens, "share": FOR_SLOTS}
     stage = GRPO(
         parts.policy,
         parts.optimizer,
@@ -97,9 +93,7 @@ def grpo(config: configs.GRPOConfig) -> None:
         parts.reference,
         examples,
         ranks,
-        slots=choose_slots(
-            parts.replica, ranks, config.slots, math.ceil(images), share=FOR_SLOTS, **sizes
-        ),
+        slots=choose_slots(parts.replica, ranks, config.slots, images, **room),
         group_size=config.group_size,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
@@ -160,9 +154,9 @@ def set_up(
     steps = config.max_steps or config.epochs * math.ceil(kept / config.batch_size)
     evaluation = Evaluation(config, examples.options, ranks) if config.eval_every else None
     settings = settings_of(config, examples, stage)
-    settings |= {"steps": steps, "excluded": excluded_fingerprint(excluded)}
+    settings |= {"steps": steps, "excluded": training_images.excluded_fingerprint(excluded)}
     run = open_run(config.out, config, settings, ranks)
-    notes = notes_on(examples.samples, excluded, config.exclude)
+    notes = training_images.notes_on(examples.samples, excluded, config.exclude)
     notes += model_warnings(config.model, examples.config)
     for line in [*notes, *small_change(steps, config.learning_rate)]:
         ranks.print(line)
@@ -170,9 +164,9 @@ def set_up(
         path = run.path / "first_sample.png"
         with naming(path):
             picture(first_example(examples, excluded)).save(path)
-    memory = {name: getattr(config, name) for name in ("gradient_checkpointing", "offload", "seed")}
-    loaded = load_policies(config.model, ranks.device, adapter, **needs, **memory)
-    policy, replica, reference = loaded
+    names = ("gradient_checkpointing", "offload", "seed")
+    needs = needs | {name: getattr(config, name) for name in names}
+    policy, replica, reference = load_policies(config.model, ranks.device, adapter, **needs)
     optimizer = ClippedAdamW(
         policy,
         beta2=config.adam_beta2,
@@ -295,7 +289,8 @@ def fit(
         if asked:
             log.bar.close()
             ranks.print(f"stopped after step {done}; {RESUME}")
-            sys.exit(exit_code(asked))
+            # a batch system takes back its machine with SIGTERM; else exit as a shell does
+            sys.exit(0 if asked == signal.SIGTERM else 128 + asked)
     log.bar.close()
     export(parts, "model")
     if ranks.rank == 0:

@@ -10,7 +10,7 @@ from typing import Literal
 from engine.options import Config, flag_of, option, required
 
 FILES = "input and output"
-PROMPT = "prompt and answer (Fig. 4)"
+PROMPT = "prompt and answer (Fig. 4)"  # the fields of examples.PromptOptions
 LENGTH = "length and order of the run"
 SAMPLING = "sampling (Sec. 3.3)"
 OBJECTIVE = "objective (Eqs. 2-5)"
@@ -19,7 +19,7 @@ OPTIMIZER = "optimizer"
 LORA = "LoRA (not in the paper)"
 CHECKPOINTS = "checkpoints"
 EVALUATION = "evaluation while training"
-DECODING = "decoding and scores"
+DECODING = "decoding and scores"  # with SPEED, the keywords of predict.predict_rows
 SPEED = "memory and speed"
 
 FULL_RATE = 1e-6  # Sec. 4.2
@@ -35,9 +35,7 @@ class StageConfig(Config):
         *(CHECKPOINTS, EVALUATION, SPEED),
     )
     FREE = (FILES, CHECKPOINTS, EVALUATION, SPEED)
-    model: str = required(
-        "folder or hub name of a Qwen-VL model (safetensors)", group=FILES, per_host=True
-    )
+    model: str = required("folder or hub name of a Qwen-VL model", group=FILES, per_host=True)
     adapter: str = option(
         "", "LoRA adapter for --model, ours or peft's; a training continues it", group=FILES,
         metavar="DIR", per_host=True,
@@ -48,12 +46,8 @@ class StageConfig(Config):
         group=FILES, metavar="FILE", per_host=True,
     )
     out: str = required("folder for everything the run writes", group=FILES, per_host=True)
-    resume: bool = option(
-        False, "continue the run in --out from its last checkpoint or image", group=FILES
-    )
-    dry_run: bool = option(
-        False, "print the first sample as the model sees it, and stop", group=FILES
-    )
+    resume: bool = option(False, "continue the run in --out from its last checkpoint", group=FILES)
+    dry_run: bool = option(False, "print only the first sample, as the model sees it", group=FILES)
     thinking: bool | None = option(
         None, "ask for reasoning first (Table 2); default: as --model was trained, else on",
         group=PROMPT,
@@ -91,37 +85,25 @@ class TrainConfig(StageConfig):
         None, "peak learning rate of AdamW (default: 1e-6, Sec. 4.2; with LoRA 1e-4 in sft, 1e-5 "
         "in grpo)", least=0, group=OPTIMIZER, on_resume="note",
     )
-    lora_rank: int = option(
-        0, "rank of LoRA adapters; 0: train all weights, as in the paper", least=0, group=LORA
-    )
+    lora_rank: int = option(0, "rank of LoRA adapters; 0: train all weights", least=0, group=LORA)
     lora_alpha: float | None = option(
         None, "LoRA alpha; adapters are scaled by alpha / rank (default: twice the rank)",
         least=0.001, group=LORA,
     )
-    warmup_steps: int = option(
-        0, "steps over which the learning rate rises", least=0, group=OPTIMIZER
-    )
+    warmup_steps: int = option(0, "steps until the learning rate peaks", least=0, group=OPTIMIZER)
     adam_beta2: float = option(
         0.999, "decay of AdamW's second moment", least=0, below=1, group=OPTIMIZER
     )
     weight_decay: float = option(0.0, "AdamW weight decay", least=0, group=OPTIMIZER)
-    max_grad_norm: float = option(
-        1.0, "clip the gradient to this norm", least=1e-6, group=OPTIMIZER
-    )
-    save_every: int = option(
-        100, "steps between checkpoints; 0: only the final model", least=0, group=CHECKPOINTS
-    )
+    max_grad_norm: float = option(1.0, "clip gradients to this norm", least=1e-6, group=OPTIMIZER)
+    save_every: int = option(100, "steps between checkpoints; 0: none", least=0, group=CHECKPOINTS)
     keep: int = option(2, "number of newest checkpoints to keep", least=1, group=CHECKPOINTS)
     export_every: int = option(
         0, "steps between exports of model-000400/ and so on (Fig. 2); 0: none", least=0,
         group=CHECKPOINTS,
     )
-    eval_every: int = option(
-        0, "steps between evaluations on test images; 0: none", least=0, group=EVALUATION
-    )
-    eval_images: int = option(
-        200, "number of test images per evaluation, the first ones", least=1, group=EVALUATION
-    )
+    eval_every: int = option(0, "steps between evaluations; 0: none", least=0, group=EVALUATION)
+    eval_images: int = option(200, "evaluate on the first N test images", least=1, group=EVALUATION)
     eval_max_new_tokens: int = option(
         2048, "longest completion in an evaluation, in tokens", least=1, group=EVALUATION
     )
@@ -135,9 +117,7 @@ class TrainConfig(StageConfig):
     offload: bool = option(
         False, "keep weights, gradients and AdamW's state in host memory; slower", group=SPEED
     )
-    timeout: float = option(
-        10, "minutes to wait for other ranks before giving up", least=0.01, group=SPEED
-    )
+    timeout: float = option(10, "minutes to wait for other ranks", least=0.01, group=SPEED)
 
     def __post_init__(self):
         super().__post_init__()
@@ -196,9 +176,7 @@ class GRPOConfig(TrainConfig):
         40, "number of batches; 0: as many as the epochs have", least=0, paper="Sec. 4.2",
         group=LENGTH, on_resume="allow",
     )
-    save_every: int = option(
-        10, "steps between checkpoints; 0: only the final model", least=0, group=CHECKPOINTS
-    )
+    save_every: int = option(10, "steps between checkpoints; 0: none", least=0, group=CHECKPOINTS)
     group_size: int = option(
         4, "completions per image, G", least=2, paper="Sec. 4.2", group=SAMPLING
     )
@@ -206,9 +184,7 @@ class GRPOConfig(TrainConfig):
         1.0, "sampling temperature; log-probs use it too", least=0.01, group=SAMPLING
     )
     max_new_tokens: int = option(1024, "longest completion, in tokens", least=1, group=SAMPLING)
-    updates_per_batch: int = option(
-        1, "optimizer steps per batch of completions", least=1, group=LENGTH
-    )
+    updates_per_batch: int = option(1, "optimizer steps per batch", least=1, group=LENGTH)
     kl_coef: float = option(
         0.04, "weight of the KL divergence from pi_ref, beta; 0: none", least=0, group=OBJECTIVE
     )
@@ -258,9 +234,7 @@ class PredictConfig(StageConfig):
         "", "leave out the images that this file lists, one name per line", group=DATA_ONLY,
         metavar="FILE", per_host=True,
     )
-    resume: bool = option(
-        False, "continue the prediction in --out", group=DATA_ONLY, on_resume="allow"
-    )
+    resume: bool = option(False, "continue the run in --out", group=DATA_ONLY, on_resume="allow")
     split: Literal["train", "test"] = option("test", "images to predict", group=DATA_ONLY)
     limit: int = option(
         0, "predict only the first N images; evaluate.py needs the same --limit; 0: all", least=0,
@@ -303,9 +277,7 @@ class DemoConfig(Config):
 
     DRAWINGS = "drawings"
     out: str = option("runs/demo", "folder for everything the demo writes", group=FILES)
-    resume: bool = option(
-        False, "continue the demo in --out after its last finished command", group=FILES
-    )
+    resume: bool = option(False, "continue the demo in --out after its last command", group=FILES)
     base: str = option("", "base model to use instead of demo/base_model", group=FILES)
     train_base: bool = option(False, "train the base model from random weights", group=FILES)
     train_images: int = option(10000, "number of training drawings", least=1, group=DRAWINGS)
@@ -316,9 +288,7 @@ class DemoConfig(Config):
     )
     sft_steps: int = option(800, "steps of SFT", least=1, group=LENGTH)
     grpo_steps: int = option(40, "steps of GRPO", least=1, group=LENGTH)
-    seed: int = option(
-        0, "seed of the drawings, the data order and sampling", least=0, group=LENGTH
-    )
+    seed: int = option(0, "seed of the drawings, data order and sampling", least=0, group=LENGTH)
 
     def __post_init__(self):
         super().__post_init__()
@@ -362,9 +332,7 @@ class ShowConfig(Config):
         0, "draw the first N images; 12 if no other option chooses", least=0, group=WHICH
     )
     file: str = option("", "draw the image of this file name", metavar="NAME", group=WHICH)
-    worst: int = option(
-        0, "draw the N images with the most missed interactions", least=0, group=WHICH
-    )
+    worst: int = option(0, "draw the N images with most missed interactions", least=0, group=WHICH)
 
     def __post_init__(self):
         super().__post_init__()
@@ -389,9 +357,7 @@ class CheckConfig(Config):
         None, "images to read; default: those of both", group=FILES
     )
     out: str = option("", "file for the names of unusable images", metavar="FILE", group=FILES)
-    workers: int = option(
-        0, "number of images read at a time; 0: one per CPU", least=0, group=SPEED
-    )
+    workers: int = option(0, "images read at a time; 0: one per CPU", least=0, group=SPEED)
 
 
 STAGES = {

@@ -132,35 +132,28 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
     groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(headings)}
     for f in fields(config_class):
         flag = f.name if f.metadata["positional"] else flag_of(f.name)
-        action = groups[f.metadata["group"]].add_argument(
-            flag, help=_help(f), **_value(f, kinds[f.name])
-        )
+        action = groups[f.metadata["group"]].add_argument(flag, **_argument(f, kinds[f.name]))
         action.required = f.default is MISSING
         if action.required:
             usage += [*action.option_strings, action.metavar + (" ..." if action.nargs else "")]
     parser.usage = " ".join([*usage, "[options]"])
 
 
-def _value(f: Field, kind) -> dict:
-    """The arguments of add_argument that say which values an option takes."""
-    if type(None) in typing.get_args(kind):  # optional
-        kind = typing.get_args(kind)[0]
-    if kind is bool:  # with a --no-... form, if it is on or undecided
-        on = f.default is not False
-        return {"action": argparse.BooleanOptionalAction if on else "store_true"}
-    value = {"metavar": f.metadata["metavar"] or None}
-    if typing.get_origin(kind) is tuple:
-        kind, value["nargs"] = typing.get_args(kind)[0], "+"
-    if typing.get_origin(kind) is typing.Literal:
-        return value | {"choices": typing.get_args(kind)}
-    name = f.metadata["metavar"] or METAVARS.get(kind) or f.name.upper()
-    return value | {"type": kind, "metavar": name}
-
-
-def _help(f: Field) -> str:
-    """The help line of an option: its text, its default, and the section that gives it."""
-    text, default, paper = f.metadata["text"], f.default, f.metadata["paper"]
+def _argument(f: Field, kind) -> dict:
+    """The arguments of add_argument for a field: its help with its default, and its values."""
+    text, paper, metavar = (f.metadata[name] for name in ("text", "paper", "metavar"))
+    default = f.default
     if type(default) in (int, float, str) and default not in ("", math.inf):
         shown = f"{default:g}".replace("e-0", "e-") if type(default) is float else default
         text += f" (default: {shown}, {paper})" if paper else f" (default: {shown})"
-    return text.replace("%", "%%")
+    argument = {"help": text.replace("%", "%%")}
+    if type(None) in typing.get_args(kind):  # optional
+        kind = typing.get_args(kind)[0]
+    if kind is bool:  # with a --no-... form, if it is on or undecided
+        twin = default is not False
+        return argument | {"action": argparse.BooleanOptionalAction if twin else "store_true"}
+    if typing.get_origin(kind) is tuple:
+        kind, argument["nargs"] = typing.get_args(kind)[0], "+"
+    if typing.get_origin(kind) is typing.Literal:
+        return argument | {"metavar": metavar or None, "choices": typing.get_args(kind)}
+    return argument | {"metavar": metavar or METAVARS.get(kind, f.name.upper()), "type": kind}

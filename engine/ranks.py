@@ -32,7 +32,7 @@ class Ranks:
         return (mine, [1.0] * len(mine)) if mine else (batch[:1], [0.0])
 
     def gather(self, rows: list, group=None) -> list:
-        """The rows of all ranks, rank after rank, on every rank. group: see `patient_group`."""
+        """The rows of all ranks, rank after rank, on every rank. group: a process group."""
         parts = [None] * self.world
         dist.all_gather_object(parts, rows, group)
         return [row for part in parts for row in part]
@@ -93,16 +93,12 @@ def use_all_cores() -> None:
         torch.set_num_threads(max(cores // ranks, 1))
 
 
-def patient_group():
-    """A process group with a timeout of weeks, to wait while the first rank writes."""
-    return dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
-
-
-def on_first(ranks: Ranks, act: Callable, group=None):
+def on_first(ranks: Ranks, act: Callable, *, patient: bool = False):
     """act() on the first rank, None on the others. Its InputError or OSError ends all ranks.
 
-    group: the process group in which the others wait; its timeout applies.
+    patient: the others wait for weeks, and not only for --timeout.
     """
+    group = dist.new_group(backend="gloo", timeout=timedelta(weeks=1)) if patient else None
     result, refusal = None, ""
     if ranks.rank == 0:
         try:
@@ -121,23 +117,19 @@ def end_all(reason: str, ranks: Ranks) -> None:
     raise InputError(reason)
 
 
-def require_agreement(
-    settings: dict, free: set[str], ranks: Ranks, names: dict[str, str] | None = None
-) -> None:
+def require_agreement(settings: dict, free: set[str], ranks: Ranks, names: dict[str, str]) -> None:
     """End all ranks, naming the first difference, if their settings differ.
 
     settings: options, and hashes of what they name. free: settings that may differ. names: what
     errors call settings that are not options.
     """
-    host = socket.gethostname()
-    first, first_host = ranks.gather([(settings, host)])[0]
-    difference = ""
-    for name in sorted(first.keys() - free):
-        if settings.get(name) != first[name]:
-            difference = (
-                f"ranks must agree: {(names or {}).get(name) or flag_of(name)} {first[name]} on "
-                f"rank 0 ({first_host}), {settings.get(name)} on rank {ranks.rank} ({host})"
-            )
-            break
-    if found := [text for text in ranks.gather([difference]) if text]:
-        end_all(found[0], ranks)
+    found = ranks.gather([(settings, socket.gethostname())])
+    first, first_host = found[0]
+    for rank, (other, host) in enumerate(found):
+        for name in sorted(first.keys() - free):
+            if other.get(name) != first[name]:
+                end_all(
+                    f"ranks must agree: {names.get(name, flag_of(name))} {first[name]} on rank 0 "
+                    f"({first_host}), {other.get(name)} on rank {rank} ({host})",
+                    ranks,
+                )

@@ -48,11 +48,6 @@ class StopSignal:
         return int(max(ranks.numbers(self.signal)))
 
 
-def exit_code(number: int) -> int:
-    """0 for SIGTERM, by which a batch system takes back the machine; else the shell's code."""
-    return 0 if number == signal.SIGTERM else 128 + number
-
-
 @contextmanager
 def one_line(name: str = "", go_on: str = "") -> Iterator[None]:
     """End the program with one line for what the user must fix, and for Ctrl-C.

@@ -109,7 +109,7 @@ def test_eq1_sft_loss():
 
 
 def test_images_without_a_trace(folder):
-    """Left out, or asked for the answer alone; four of the 24 training images have none."""
+    """Asked for the answer alone; four of the 24 training images have no trace."""
     samples = annotations.load_split(folder / "data", "train")
     thinks = read_traces(folder / "traces.jsonl")
     assert len(samples) == 24

@@ -15,7 +15,7 @@ from engine import files
 from engine.model.lora import Adapter, adapter_weights, merged_weights, write_adapter
 from engine.model.quantized import is_packed
 from engine.options import flag_of
-from engine.ranks import Ranks, end_all, on_first, patient_group, require_agreement
+from engine.ranks import Ranks, end_all, on_first, require_agreement
 from engine.runs.checkpoints import (
     checkpoints,
     read_checkpoint,
@@ -121,7 +121,7 @@ class RunFolder:
                     write_adapter(new, trained)
                     _write_texts(new, notes)
 
-        on_first(self.ranks, write, patient_group())  # slow disks take longer than --timeout
+        on_first(self.ranks, write, patient=True)  # slow disks take longer than --timeout
 
     def exported(self) -> Path:
         """The folder of the final model, or of an adapter that cannot be merged."""

@@ -1,10 +1,10 @@
 """Detections in the files that the official MATLAB code reads (HO-RCNN, eval_one.m).
 
-This is its format 'obj': one file for each object class, detections_01.mat to detections_80.mat in
+This is its format 'obj': one file per object class, detections_01.mat to detections_80.mat, in
 COCO's order of objects. A file has a cell array all_boxes{action, image}: the object's HOI classes
 in HICO's order, the images in the order of the annotations. A cell has a row for each detection:
-human x1 y1 x2 y2, object x1 y1 x2 y2, score. Pixels count from 0, as in predictions.jsonl; the
-official code adds 1. Of equal scores the earlier row counts first.
+human x1 y1 x2 y2, object x1 y1 x2 y2, score. Pixels are 0-based, as in predictions.jsonl; the
+official code adds 1. Of equal scores the earlier row ranks first.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ from hicodet import HOI_CLASSES, OBJECTS
 
 
 def write_official(folder: Path, detections: np.recarray, num_images: int) -> None:
-    """Write the 80 files, over older ones; the folder is made if its parent exists.
+    """Write the 80 files, replacing older ones. The folder's parent must exist.
 
-    The test set has 5.8 million cells, most of them empty, which takes minutes.
+    The test set has 5.8 million cells, most of them empty, so this takes minutes.
     """
-    from scipy.io import savemat  # only here, as SciPy would slow down --help
+    from scipy.io import savemat  # slow, and only needed here
 
     rows = np.column_stack([detections.human, detections.object, detections.score])
     group = detections.hoi_id * num_images + detections.image

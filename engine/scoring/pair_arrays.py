@@ -10,30 +10,30 @@ import numpy as np
 from hicodet import HOI_IDS, Sample
 
 MIN_IOU = 0.5  # Sec. 4.1: a detection fits a true pair if both boxes overlap by this
-# A human-object pair; the order of the rows of an array is the order of ties.
+# A human-object pair. Of equal scores the earlier row of an array ranks first.
 PAIR = [
     ("hoi_id", int),  # 0 to 599
     ("image", int),  # index into the samples
     ("human", float, 4),  # xyxy, 0-based pixels of the original image
     ("object", float, 4),
-    ("score", float),  # of a detection
-    ("right", bool),  # of a detection, once it is matched
+    ("score", float),  # only of detections
+    ("right", bool),  # only of detections, after matching
 ]
 
 
 class Overlaps(NamedTuple):
-    """Each detection with each true pair of its image: a row for each combination."""
+    """Each combination of a detection and a true pair of its image."""
 
-    detection: np.ndarray  # (K,) int, row of the detections; rising
+    detection: np.ndarray  # (K,) int, row of the detections, ascending
     pair: np.ndarray  # (K,) int, row of the true pairs
     human: np.ndarray  # (K,) float, IoU of the human boxes
     object: np.ndarray  # (K,) float
 
 
 def detection_array(predictions: list[dict], samples: list[Sample]) -> np.recarray:
-    """(N,) rows of PAIR, with its fields as attributes, for each verb of each instance.
+    """(N,) rows of PAIR, with its fields as attributes: one for each verb of each instance.
 
-    They come in the order of lines and instances; what is none of the 600 classes is left out.
+    They keep the order of lines and instances. Verbs that HICO lacks with the object are left out.
     """
     index = {sample.file_name: i for i, sample in enumerate(samples)}
     rows = []

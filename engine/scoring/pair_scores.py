@@ -1,17 +1,17 @@
-"""Precision, recall and F1 of pairs: how right an answer is as a set, whatever its scores.
+"""Precision, recall and F1 of pairs: the quality of an answer as a set, without its scores.
 
-mAP judges a ranking, but a model that writes text gives no score. So the set of its pairs is judged
-too, as CrossHOI-Bench does (arXiv 2508.18753). A detection may hit a true pair of its image and
-class if both boxes overlap by at least 0.5. Each detection hits at most one pair and each pair is
-hit at most once, with as many hits as possible. Neither scores nor order count: unlike in mAP's
-rule, a detection may hit any free pair, not only the one that it overlaps most.
+mAP measures a ranking, but a model that writes text gives no scores. So the set of its pairs is
+measured too, as in CrossHOI-Bench (arXiv 2508.18753). A detection can hit a true pair of its image
+and class if both boxes overlap by at least 0.5. Hits are one-to-one, and as many as possible.
+Scores and order do not matter. Unlike in mAP, a detection can hit any free pair, not only the one
+that it overlaps most.
 
     precision = hits / detections    recall = hits / true pairs
     F1 = 2 hits / (detections + true pairs)
 
-"micro" is over all pairs at once. "macro" is the mean over the 600 classes of each class's own, and
-"image" the mean over images. A mean leaves out the groups whose denominator is 0. "exact" is the
-share of images in which every detection is a hit and no pair is missed. --classes changes nothing.
+"micro" counts all pairs together. "macro" is the mean over the 600 classes, "image" the mean over
+images. A mean leaves out groups whose denominator is 0. "exact" is the share of images in which
+every detection is a hit and no pair is missed. --classes has no effect.
 """
 
 import numpy as np
@@ -35,11 +35,11 @@ def ratios(hits: np.ndarray, detections: np.ndarray, truth: np.ndarray) -> dict:
 def pair_scores(
     detections: np.recarray, truth: np.recarray, overlaps: Overlaps, num_images: int
 ) -> dict:
-    """{"micro", "macro", "image"} as above, in fractions; what --json writes.
+    """{"micro", "macro", "image"} as above, in fractions, for --json.
 
-    overlaps: also those of detections and true pairs of two classes, which are left out here.
+    overlaps: of any classes; those of different classes are ignored.
     """
-    from scipy.sparse import csr_array  # only here, as SciPy would slow down --help
+    from scipy.sparse import csr_array  # slow, and only needed here
     from scipy.sparse.csgraph import maximum_bipartite_matching
 
     fits = np.minimum(overlaps.human, overlaps.object) >= MIN_IOU
@@ -64,7 +64,7 @@ def pair_scores(
 
 
 def pair_table(result: dict) -> str:
-    """`pair_scores`' result in percent, a line for each way of averaging."""
+    """The result of `pair_scores` as text: a line for each way of averaging, in percent."""
     names = {"micro": "all pairs (micro)", "macro": "mean of classes (macro)",
              "image": "mean of images"}  # fmt: skip
     lines = [f"{'pairs as a set, scores ignored':<32} Precision   Recall       F1    Exact"]

@@ -1,7 +1,7 @@
-"""predictions.jsonl: the one module that makes, writes, reads and checks it; FORMAT describes it.
+"""predictions.jsonl: making, writing, reading and checking it. FORMAT describes it.
 
-While `predict` runs, each process keeps its rows in a part file of the run's folder. A row holds a
-line of predictions.jsonl with the index of its image, its rewards and its length.
+While `predict` runs, each process writes its rows to a part file in the run's folder. A row has a
+line of predictions.jsonl, the index of its image, its rewards and its length.
 """
 
 import json
@@ -11,19 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+import hicodet
 from engine.checks import at, expect, numbers_of, value_of
 from engine.files import json_lines, naming, replace_file
-from hicodet import (
-    HOI,
-    HOI_IDS,
-    OBJECTS,
-    VERBS,
-    Completion,
-    InputError,
-    Sample,
-    iou,
-    to_image_frame,
-)
+from hicodet import HOI, HOI_IDS, OBJECTS, VERBS, Completion, InputError, Sample
 
 FORMAT = """\
 predictions.jsonl has one line for every image of the split:
@@ -35,17 +26,17 @@ predictions.jsonl has one line for every image of the split:
 Boxes are x1, y1, x2, y2 in 0-based pixels of the original image. Each verb has its own score. An
 image without predictions has an empty list of instances. Other keys, such as "text", are ignored.
 """
-RANK_SCORES = 1.0, 0.5  # of the first and of the last triplet of an image
+RANK_SCORES = 1.0, 0.5  # scores of the first and the last triplet of an image
 
 
 def rank_scores(completion: Completion) -> list[list[float]]:
-    """The authors' scores: the triplets of an image fall from 1.0 to 0.5, linearly, as written.
+    """The authors' scores: from 1.0 down to 0.5, linearly, in the order of an image's triplets.
 
     A triplet is a verb of an instance with both boxes, if HICO has the object class and the verb,
     together or not. A repeated verb is another triplet. A single triplet gets 1.0.
-    Returns a score for each verb of each instance, 0 where it is no triplet. Departures: the
-    authors cut at 100 triplets, which the official evaluation does not; they take the first of
-    several object classes, where we read none; and they may count boxes without area.
+    Returns a score for each verb of each instance, 0 if it is no triplet. Departures: the authors
+    keep only 100 triplets, which the official evaluation does not require. They take the first of
+    several object classes; we take none. They may count boxes without area.
     """
     counts = [
         [a.has_boxes and a.object_class in OBJECTS and verb in VERBS for verb in a.verbs]
@@ -61,13 +52,13 @@ def predicted_instances(
     text_size: tuple[int, int],
     scores: Sequence[float | Sequence[float]] | None = None,
 ) -> list[dict]:
-    """The "instances" of a line; boxes in pixels of the original image.
+    """The "instances" of a line, with boxes in pixels of the original image.
 
     An instance is kept if both boxes have an area in the image, and if it has a verb that HICO has
     with its object class. It keeps only such verbs, each once. Sizes are (width, height).
-    scores: for each instance of the completion a number, which all its verbs get, or a number for
-    each verb as written, where a repeated verb gets its first. None: 1.0.
-    Raises ValueError if the numbers of scores and of instances or verbs differ.
+    scores: for each instance of the completion, one number for all its verbs, or a list with a
+    number for each verb as written; a repeated verb gets its first number. None: 1.0.
+    Raises ValueError if the lengths of scores and of instances or verbs differ.
     """
     if scores is None:
         scores = [1.0] * len(completion.instances)
@@ -81,18 +72,13 @@ def predicted_instances(
         if not (first and instance.has_boxes):
             continue
         human, object_ = (
-            list(to_image_frame(box, image_size, text_size))
+            list(hicodet.to_image_frame(box, image_size, text_size))
             for box in (instance.human, instance.object)
         )
-        if iou(human, human) > 0 and iou(object_, object_) > 0:
+        if hicodet.iou(human, human) > 0 and hicodet.iou(object_, object_) > 0:
             row = {"human": human, "object": object_, "object_class": instance.object_class}
             kept.append(row | {"verbs": list(first), "scores": list(first.values())})
     return kept
-
-
-def prediction_line(file_name: str, text: str, instances: list[dict]) -> dict:
-    """A line as a dict. text: what the model wrote; instances: from `predicted_instances`."""
-    return {"file_name": file_name, "text": text, "instances": instances}
 
 
 def line_hois(line: dict) -> tuple[HOI, ...]:
@@ -104,12 +90,12 @@ def line_hois(line: dict) -> tuple[HOI, ...]:
 
 
 def write_predictions(path: Path, lines: Iterable[dict]) -> None:
-    """Write predictions.jsonl, whole or not at all."""
+    """Write predictions.jsonl atomically."""
     replace_file(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_rows(path: Path, rows: Iterator[dict]) -> list[dict]:
-    """Write rows to a new part file as they come, and return them."""
+    """Write each row to a new part file as it arrives. Returns all rows."""
     written = []
     with naming(path), closing(rows), open(path, "x") as part:
         for row in rows:
@@ -120,29 +106,29 @@ def write_rows(path: Path, rows: Iterator[dict]) -> list[dict]:
 
 
 def part_file(folder: Path, number: int) -> Path:
-    """The part file of this number, which counts the processes of all starts of a prediction."""
+    """The part file with this number. Each process of each start of a prediction has its own."""
     return folder / f"part-{number:04d}.jsonl"
 
 
 def stored_rows(folder: Path) -> tuple[dict[int, dict], int]:
-    """The rows of an unfinished prediction, by image, and the number of its next part file.
+    """The rows of an unfinished prediction, by image index, and the number of its next part file.
 
-    Rows of images that could not be read are left out, so that these are tried again.
+    Rows of unreadable images are left out, so that these are tried again.
     """
     parts, rows = sorted(folder.glob("part-*.jsonl")), {}
     for part in parts:
         for _, row in json_lines(part, cut_last=True):
             if "unread" not in row:
                 rows[row["index"]] = row
-    # After the last: a crash may have come before each rank had begun its part.
+    # numbered after the last file, as a crash may leave gaps
     return rows, max((int(part.stem[5:]) + 1 for part in parts), default=0)
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     """The lines of predictions.jsonl, each with its place, "FILE, line 7".
 
-    path: the file, or the folder of its run. Any object class and verb is let through. Raises
-    InputError, naming file and line, for a malformed line, and for an unfinished prediction.
+    path: the file, or the folder of its run. Object classes and verbs are not checked. Raises
+    InputError for a malformed line, naming file and line, and for an unfinished prediction.
     """
     path = Path(path)
     path = path / "predictions.jsonl" if path.is_dir() else path
@@ -156,7 +142,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
 
 
 def _check_line(line: object) -> None:
-    """Raise ValueError for what is no line, naming the key."""
+    """Raise ValueError for a malformed line, naming the key."""
     value_of(line, "file_name", str)
     for i, instance in enumerate(value_of(line, "instances", list)):
         where = f"instances[{i}]"
@@ -172,8 +158,8 @@ def _check_line(line: object) -> None:
 def read_predictions(path: str | Path, samples: list[Sample]) -> list[dict]:
     """The lines of predictions.jsonl as dicts, in the file's order, one for each sample.
 
-    Any object class and verb is let through. Raises InputError, naming file and line, for a
-    malformed line and for an image that is missing, repeated or none of the samples'.
+    Object classes and verbs are not checked. Raises InputError, naming file and line, for a
+    malformed line and for an image that is missing, repeated or not among the samples.
     """
     missing = {sample.file_name for sample in samples}
     names, predictions = frozenset(missing), []

@@ -1,11 +1,11 @@
-"""Is a teacher's reply a trace? What SFT may learn from, and what is asked for again."""
+"""Which of a teacher's replies are accepted as traces for SFT."""
 
 import re
 
 from engine.traces.trace_file import TAGS
 
 MIN_WORDS, MAX_CHARACTERS = 3, 10_000  # of a trace
-# A refusal, or no image seen. A trace speaks of people, so "I cannot help" is the teacher itself.
+# Refusals, and replies without an image. A trace describes others, so "I" is the teacher itself.
 REFUSAL = re.compile(
     r"^(?:sorry|my apologies|unfortunately|unable)\b|\bi(?:'m| am) (?:\w+ )?(?:sorry|unable)\b"
     r"|\bi (?:can(?:no|')t|could not|won't|will not|am not able to|don't|do not) (?:be able|have"
@@ -20,7 +20,7 @@ SEPARATED = (
 
 
 def reply_text(message: dict) -> str:
-    """The text of a chat completion's message: a string, or the text parts of a list, joined."""
+    """The text of a chat completion's message: a string, or a list's text parts, joined."""
     content = message.get("content")
     if isinstance(content, list):
         parts = [part.get("text") for part in content if isinstance(part, dict)]
@@ -29,9 +29,9 @@ def reply_text(message: dict) -> str:
 
 
 def trace_fault(think: str) -> str:
-    """What is wrong with the text of a trace, "" if nothing is.
+    """What is wrong with a trace, or "".
 
-    An image without a trace is lost to SFT, so only what would hurt training is refused.
+    SFT loses an image without a trace, so only faults that would harm training count.
     """
     if held := [tag for tag in TAGS if tag in think]:
         return f"holds {held[0]}"
@@ -43,11 +43,11 @@ def trace_fault(think: str) -> str:
 
 
 def accept_trace(reply: dict) -> tuple[str | None, str]:
-    """The accepted trace of a chat completion and "", or None and why it was refused."""
+    """The trace of a chat completion and "", or None and why it is not accepted."""
     choice = reply["choices"][0]
     message, cut = choice["message"], choice.get("finish_reason")
     text = reply_text(message)
-    # The last one: a reasoning teacher's own thoughts come before it, and may name the tags.
+    # Take the last one: a reasoning teacher's own thoughts come first, and may contain the tags.
     closed = [part.partition("<think>")[2].strip() for part in text.split("</think>")[:-1]]
     think = next(filter(None, reversed(closed)), "")
     if cut in ("length", "content_filter"):

@@ -1,4 +1,4 @@
-"""One OpenAI-compatible chat request: its retries, its cost, the Batch API's request files."""
+"""Requests to an OpenAI-compatible server: retries, costs, and the Batch API's request files."""
 
 import base64
 import http.client
@@ -22,7 +22,7 @@ from engine.files import replace_file
 from hicodet import InputError, Sample
 
 OPENAI_URL = "https://api.openai.com/v1"
-# Model: USD per million tokens in and out, and tokens of an image at low detail. From OpenAI's
+# Model: USD per million tokens in and out, and tokens of an image at low detail. Sources: OpenAI's
 # price list (openai.com/api/pricing) and its guide to vision.
 PRICES = {
     "gpt-4o-mini": (0.15, 0.60, 2833),
@@ -32,18 +32,18 @@ PRICES = {
 TRACE_TOKENS = 150  # of a trace, for estimates
 BATCH_DISCOUNT, BATCH_SIZE = 0.5, 1000  # requests in a file: OpenAI takes 200 MB
 MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
-SHORTEST_SECRET = 8  # characters; local servers take keys like "none", which traces may contain
+SHORTEST_SECRET = 8  # characters; a shorter key such as "none" may be a word of a trace
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
-# In small letters, what OpenAI, Azure and proxies say of an image that they do not let through.
+# In lower case, what OpenAI, Azure and proxies answer for an image that they block.
 FILTERED = re.compile(r"content[ _]?(?:management[ _])?(?:filter|policy)|moderation|safety system")
 
 
 class Refused(Exception):
-    """The server refuses the key or the request, and would refuse the next one too."""
+    """The server refuses the key or the request, and would refuse any other request too."""
 
 
 class NoReply(InputError):
-    """An image without a reply. retry_after: seconds before the next try; None: it would fail."""
+    """An image without a reply. retry_after: seconds to wait before a retry; None: do not retry."""
 
     def __init__(self, reason: str, retry_after: float | None = 0.0):
         super().__init__(reason)
@@ -52,21 +52,21 @@ class NoReply(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """Whom to ask, and how."""
+    """A server, its model, and what a request contains."""
 
     model: str
-    base_url: str  # without the closing /
+    base_url: str  # without a final /
     key: str = field(repr=False)  # "" sends none
     prompt: str
-    more_fields: dict  # of a request, the limit of tokens among them
-    max_side: int  # pixels of the longer side, as sent
+    more_fields: dict  # further fields of a request, such as max_tokens
+    max_side: int  # pixels of a sent image's longer side
     timeout: float  # seconds without a byte
     prices: tuple[float, float]  # USD per million tokens, in and out
     retries: int = 8
     backoff: float = 1.0  # seconds before the first retry, doubled with each
 
     def cost(self, tokens_in: int, tokens_out: int) -> float:
-        """What these tokens cost, in USD."""
+        """The cost of these tokens in USD."""
         return (tokens_in * self.prices[0] + tokens_out * self.prices[1]) / 1e6
 
 
@@ -77,7 +77,7 @@ def request_body(sample: Sample, teacher: Teacher) -> dict:
     jpeg = io.BytesIO()
     image.save(jpeg, "JPEG", quality=90)
     url = "data:image/jpeg;base64," + base64.b64encode(jpeg.getvalue()).decode()
-    # The text comes first: servers cache the prefix that all requests have in common.
+    # The text is first, as servers cache the common prefix of requests.
     content = [{"type": "text", "text": teacher.prompt},
                {"type": "image_url", "image_url": {"url": url, "detail": "low"}}]
     messages = [{"role": "user", "content": content}]
@@ -85,14 +85,14 @@ def request_body(sample: Sample, teacher: Teacher) -> dict:
 
 
 def known_prices(model: str) -> tuple | None:
-    """The entry of PRICES for a model; for a dated one without its own, that of its name."""
+    """The entry of PRICES for a model. A dated model may use the entry of its undated name."""
     return PRICES.get(model) or PRICES.get(re.sub(r"-\d{4}-\d\d-\d\d$", "", model))
 
 
 def estimated_tokens(teacher: Teacher) -> tuple[int, int]:
-    """About how many tokens a request and its reply have; one for 3 characters of the prompt.
+    """Estimated tokens of a request and of its reply; a token is 3 characters of the prompt.
 
-    For a model without a known price, the image is a square of Qwen2.5-VL's 28 x 28 patches.
+    For an unknown model, an image has as many tokens as for Qwen2.5-VL: one per 28 x 28 pixels.
     """
     known = known_prices(teacher.model)
     image = known[2] if known else math.ceil(teacher.max_side / 28) ** 2
@@ -100,7 +100,7 @@ def estimated_tokens(teacher: Teacher) -> tuple[int, int]:
 
 
 def usage_of(reply: dict, teacher: Teacher) -> dict:
-    """Tokens and cost of a reply, as traces.jsonl has them; estimated if the server says none."""
+    """Tokens and cost of a reply, for traces.jsonl; estimated if the server reports none."""
     usage = reply.get("usage")
     names = ("prompt_tokens", "completion_tokens")
     tokens = [usage.get(name) if isinstance(usage, dict) else None for name in names]
@@ -110,7 +110,7 @@ def usage_of(reply: dict, teacher: Teacher) -> dict:
 
 
 class EveryStatus(urllib.request.HTTPErrorProcessor):
-    """Returns the reply whatever its status; so no redirect takes the key to another host."""
+    """Return every reply, whatever its status. So no redirect sends the key to another host."""
 
     def http_response(self, request, response):
         return response
@@ -119,9 +119,9 @@ class EveryStatus(urllib.request.HTTPErrorProcessor):
 
 
 def post(teacher: Teacher, body: dict) -> dict:
-    """One chat completion. Raises NoReply, or Refused for what would fail for all images.
+    """One chat completion. Raises NoReply, or Refused if requests for other images would fail too.
 
-    HTTP_PROXY, HTTPS_PROXY and NO_PROXY are honoured, but not for a server on this machine.
+    It uses HTTP_PROXY, HTTPS_PROXY and NO_PROXY, except for a server on this machine.
     """
     # some hosts refuse urllib's own User-Agent
     headers = {"Content-Type": "application/json", "User-Agent": "hoi-r1-teacher"}
@@ -129,7 +129,7 @@ def post(teacher: Teacher, body: dict) -> dict:
         headers["Authorization"] = f"Bearer {teacher.key}"
     url, place = f"{teacher.base_url}/chat/completions", urlsplit(teacher.base_url)
     request = urllib.request.Request(url, json.dumps(body).encode(), headers)
-    proxies = {} if place.hostname in LOOPBACK else None  # None: those of the environment
+    proxies = {} if place.hostname in LOOPBACK else None  # None: from the environment
     try:
         opener = urllib.request.build_opener(EveryStatus, urllib.request.ProxyHandler(proxies))
         with opener.open(request, timeout=teacher.timeout) as response:
@@ -138,7 +138,7 @@ def post(teacher: Teacher, body: dict) -> dict:
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an odd proxy
         text, status, headers = repr(getattr(error, "reason", error)), 0, {}
     if len(teacher.key) >= SHORTEST_SECRET:
-        text = text.replace(teacher.key, "(key)")  # the server may quote it
+        text = text.replace(teacher.key, "(key)")  # the server may echo it
     if status == 200 and is_completion(reply := parse(text)):
         return reply
     through = "" if request.host == place.netloc else f" through the proxy {request.host}"
@@ -146,7 +146,7 @@ def post(teacher: Teacher, body: dict) -> dict:
 
 
 def parse(text: str) -> object:
-    """The value of a JSON text, None if it is not JSON."""
+    """The value of a JSON text; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -154,7 +154,7 @@ def parse(text: str) -> object:
 
 
 def is_completion(reply: object) -> bool:
-    """Whether a reply holds a message and no error."""
+    """Whether a reply contains a message and no error."""
     try:
         choice = reply["choices"][0]
         error = reply.get("error") or choice.get("error")
@@ -164,25 +164,25 @@ def is_completion(reply: object) -> bool:
 
 
 def first_words(text: str) -> str:
-    """A server's first words on one line, without HTML tags and what a terminal would obey."""
+    """The start of a server's text on one line, without HTML tags and control characters."""
     plain = re.sub(r"<[^<>]*>", " ", text[:2000])
     plain = "".join(c if c.isprintable() else " " for c in plain)
     return " ".join(plain.split())[:300]
 
 
 def failure_of(status: int, said: str, server: str, retry_after: str) -> Exception:
-    """What a reply without a completion means; status 0: there is none.
+    """The exception for a reply without a completion. status: 0 if there is no reply.
 
-    NoReply for 408, 429, 5xx and a content filter, else Refused. retry_after: the header; seconds
-    count, a date does not.
+    NoReply for 408, 429, 5xx and a content filter, else Refused. retry_after: the header; a date
+    is ignored.
     """
-    if status == 200:  # by the code of the error that it holds; a text without one is tried again
+    if status == 200:  # use the code of the error in the text; without one, retry
         code = re.search(r'"code":\s*"?([1-5]\d\d)\b', said)
         status = int(code[1]) if code else 0
     reason = f"{server}: {f'{status}: ' if status else ''}{first_words(said)}"
     if status in (0, 400, 403) and FILTERED.search(said.lower()):
         return NoReply(reason, None)
-    # OpenAI also says 429 to an account without money; waiting does not help that.
+    # OpenAI also answers 429 for an account without money, where waiting does not help.
     if (status in (0, 408, 429) or status >= 500) and "insufficient_quota" not in said:
         seconds = float(retry_after) if re.fullmatch(r"\d+(\.\d+)?", retry_after) else 0.0
         return NoReply(reason, min(seconds, MAX_RETRY_AFTER))

@@ -1,4 +1,4 @@
-"""Traces without a teacher: sentences written from the ground truth, as the demo uses them."""
+"""Traces without a teacher: sentences written from the ground truth, as in the demo."""
 
 from collections.abc import Iterable, Sequence
 
@@ -15,7 +15,7 @@ def gerund(verb: str) -> str:
     elif head.endswith("e"):
         head = head[:-1]
     elif head[-1] not in "aeiouwxy" and head[-2] in "aeiou" and head[-3:-2] not in "aeiou":
-        # One vowel between consonants doubles the last: hop -> hopping, but lift -> lifting.
+        # Double the last letter after a single vowel: hop -> hopping, but lift -> lifting.
         head = head if head in ("open", "exit") else head + head[-1]
     return f"{head}ing {rest}".rstrip()
 
@@ -26,10 +26,7 @@ def join_words(words: Sequence[str]) -> str:
 
 
 def count_people(hois: Iterable[HOI]) -> int:
-    """Distinct people, annotated as humans or as objects; boxes with IoU > 0.5 are one person.
-
-    As in merging: one person is annotated again for every verb.
-    """
+    """Distinct people among humans and objects. As in merging, IoU > 0.5 means the same person."""
     people: list[Box] = []
     for hoi in hois:
         for box in (hoi.human, hoi.object) if hoi.object_class == "person" else (hoi.human,):
@@ -42,8 +39,8 @@ def template_trace(hois: Sequence[HOI]) -> str:
     """A trace written from the ground truth: one sentence for each question of Fig. 4.
 
     hois: the merged instances of one image, boxes in any frame. Returns the text inside <think>,
-    without tags. Object classes and verbs come in order of first appearance, each verb once per
-    class, so a crowd does not make a long trace.
+    without tags. Object classes and verbs are in order of first appearance. Each verb appears once
+    per class, so a crowd does not make a long trace.
     """
     if not hois:
         return "There is no person who interacts with an object."

@@ -1,4 +1,4 @@
-"""traces.jsonl: written line by line, and read."""
+"""traces.jsonl: reading it, and appending to it."""
 
 import json
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from engine.checks import at, expect, value_of
 from engine.files import json_lines, lock, naming
 from hicodet import InputError, Sample
 
-MAX_UNTRACED = 0.05  # share of images without a trace that SFT leaves out unasked
+MAX_UNTRACED = 0.05  # share of images without a trace that SFT leaves out without --untraced
 TAGS = ("<think>", "</think>", "<answer>", "</answer>", "<|")  # "<|" opens Qwen's special tokens
 
 
 def read_trace_lines(path: str | Path) -> Iterator[dict]:
-    """The lines of a traces.jsonl. Raises InputError naming file and line for what is no trace."""
+    """The lines of traces.jsonl. Raises InputError naming file and line of a malformed one."""
     names: set[str] = set()
     for where, trace in json_lines(path):
         with at(where):
@@ -27,17 +27,14 @@ def read_trace_lines(path: str | Path) -> Iterator[dict]:
 
 
 def read_traces(path: str | Path) -> dict[str, str]:
-    """The traces of a file, {file_name: think}, in the file's order.
-
-    Raises InputError as above, also for a last line that was cut, until teacher.py drops it.
-    """
+    """{file_name: think} in the file's order. Raises InputError for a malformed or cut line."""
     return {trace["file_name"]: trace["think"] for trace in read_trace_lines(path)}
 
 
 def traces_of(path: str, data: str, samples: list[Sample]) -> dict[str, str]:
-    """The teacher's traces by file name, from the file of --traces.
+    """The traces of --traces by file name.
 
-    Raises InputError if there is no such file, or if none of its traces is of an image of --data.
+    Raises InputError if the file is missing, or if none of its images is in --data.
     """
     if not path:
         raise InputError("--traces: give the file of teacher.py, or --no-thinking")
@@ -50,7 +47,7 @@ def traces_of(path: str, data: str, samples: list[Sample]) -> dict[str, str]:
 
 
 def untraced_line(missing: int, total: int, untraced: str | None) -> str:
-    """What SFT says of images without a trace. Raises InputError for many if none chose."""
+    """SFT's line on images without a trace. Raises InputError if there are many and no choice."""
     if missing > MAX_UNTRACED * total and untraced is None:
         raise InputError(
             f"{missing} of {total} annotated images have no trace: run teacher.py again, or choose "
@@ -65,9 +62,9 @@ def untraced_line(missing: int, total: int, untraced: str | None) -> str:
 class TraceFile(AbstractContextManager):
     """traces.jsonl, open for appending by one process at a time; use it in a with statement.
 
-    A kill -9 or a full disk can cut only the last line; opening drops what has no line break. The
-    lock goes with the process, however it ends. Raises InputError if another process has the file
-    open, or for a malformed line.
+    A kill -9 or a full disk can cut only the last line; opening removes such a line. The lock ends
+    with the process. Raises InputError if another process has the file open, or for a malformed
+    line.
     """
 
     def __init__(self, path: Path):
@@ -84,10 +81,10 @@ class TraceFile(AbstractContextManager):
         self.file.close()
 
     def append(self, name: str, think: str, teacher: str, attempts: int, usage: dict) -> None:
-        """Writes the trace of an image. Raises OSError if the disk is full."""
+        """Append the trace of an image. Raises OSError if the disk is full."""
         line = {"file_name": name, "think": think, "teacher": teacher, "attempts": attempts}
         rest = json.dumps(line | {"usage": usage}).encode() + b"\n"
         with naming(self.file.name):
-            while rest:  # the system may write a part
+            while rest:  # a write may be partial
                 rest = rest[self.file.write(rest) :]
         self.names.add(name)
