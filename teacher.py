@@ -95,9 +95,8 @@ def ask_all(
 ) -> tuple[dict[str, str], str]:
     """Request the traces of all samples, `concurrency` at a time, and append the accepted ones.
 
-    max_cost: USD, for this run and the traces that are already in the file. The run ends when it is
-    reached; requests in flight then finish, so the sum can exceed it by their cost. Returns why
-    images have no trace, by file name, and why the run ended early ("" if it did not).
+    max_cost: USD, with the traces already in the file. Requests in flight may exceed it. Returns
+    why images have no trace, by file name, and why the run ended early ("" if it did not).
     """
     missing, ends, failures, spent, stop = {}, [], 0, file.cost, threading.Event()
     bar, pool = tqdm(total=len(samples), desc="traces"), ThreadPoolExecutor(concurrency)

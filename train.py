@@ -167,12 +167,8 @@ def set_up(
     names = ("gradient_checkpointing", "offload", "seed")
     needs = needs | {name: getattr(config, name) for name in names}
     policy, replica, reference = load_policies(config.model, ranks.device, adapter, **needs)
-    optimizer = ClippedAdamW(
-        policy,
-        beta2=config.adam_beta2,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-    )
+    limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
+    optimizer = ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
     done = run.load(policy, optimizer.adamw)
     if config.resume and not done:
         ranks.print(f"{run.path}: no checkpoint yet, starting from the first step")
@@ -289,7 +285,7 @@ def fit(
         if asked:
             log.bar.close()
             ranks.print(f"stopped after step {done}; {RESUME}")
-            # a batch system takes back its machine with SIGTERM; else exit as a shell does
+            # SIGTERM is a batch system, and no failure; otherwise exit as a shell does
             sys.exit(0 if asked == signal.SIGTERM else 128 + asked)
     log.bar.close()
     export(parts, "model")
