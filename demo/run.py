@@ -139,9 +139,10 @@ def base_commands(out: Path, images: int, steps: int, seed: int, flags: str = ""
 def train_command(out: Path, stage: str, model: Path, flags: str, name: str = "") -> list[str]:
     """SFT or GRPO from a model, into the folder `name`, by default that of the stage."""
     traces = "--traces {out}/traces.jsonl " if stage == "sft" else ""
-    flags += f" {RECIPE[stage]} --adam-beta2 0.98 --no-gradient-checkpointing --save-every 0"
+    recipe = f"{RECIPE[stage]} --adam-beta2 0.98 --no-gradient-checkpointing --save-every 0"
     line = f"hoi_r1.py {stage} --model {{model}} --data {{out}}/data {traces}--out {{run}} {COMMON}"
-    return words(f"{line} {flags}", out, model=model, run=out / (name or stage))
+    # flags last: they may have another learning rate than the recipe
+    return words(f"{line} {recipe} {flags}", out, model=model, run=out / (name or stage))
 
 
 def predict_command(out: Path, folder: str, model: Path, flags: str) -> list[str]:

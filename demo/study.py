@@ -45,21 +45,25 @@ class Model:
     left_out: float = run.LEFT_OUT  # as in demo.toy
     scores: str = "rank"  # of predict
     base: str = "boxes"  # trained on boxes alone, from random weights; "pairs": demo/base_model
+    sft_flags: str = ""  # options of SFT, added to the demo's; rows without a value have none
 
     @property
     def settings(self) -> dict:
         """All but the label, as a row of the results has it."""
-        return {name: getattr(self, name) for name in ("base", "left_out", "sft", "grpo", "scores")}
+        names = ("base", "left_out", "sft", "grpo", "scores", "sft_flags")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def folder(self) -> str:
         """The name of its run."""
+        flags = self.sft_flags.replace(" ", "")
         options = "" if self.grpo is None else f"_grpo{self.grpo.replace(' ', '')}"
-        return f"{self.base}_sft{self.sft}{options}"
+        return f"{self.base}_sft{self.sft}{flags}{options}"
 
     def rows(self, results: list[dict]) -> dict[int, dict]:
         """Its rows of the results, by seed."""
-        return {row["seed"]: row for row in results if self.settings.items() <= row.items()}
+        rows = ({"sft_flags": ""} | row for row in results)
+        return {row["seed"]: row for row in rows if self.settings.items() <= row.items()}
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,9 @@ def before_and_after(label: str, **settings) -> tuple[Model, Model]:
 
 
 DEMO = before_and_after(f"SFT, {SIZES.sft_steps} steps", sft=SIZES.sft_steps, base="pairs")
+LORA = replace(DEMO[1], label="SFT, then GRPO with LoRA", grpo="--lora-rank 8 --learning-rate 2e-3")
+TEXT_FIRST = before_and_after("text first: SFT", sft=SIZES.sft_steps, base="pairs",
+                              sft_flags="--text-first")  # fmt: skip
 LENGTHS = [before_and_after(f"SFT, {n:,} steps", sft=n) for n in (400, 1000, 1200, 1500)]
 RATES = [before_and_after(f"{100 * rate:g} % left out: SFT", left_out=rate)
          for rate in (0.0, 0.4, 0.55, 0.6, 0.7)]  # fmt: skip
@@ -93,6 +100,8 @@ READINGS = [Model(f"`{flags}`", grpo=flags) for flags in (
 SCORES = [Model(f"`--scores {rule}`", grpo="", scores=rule) for rule in ("ones", "likelihood")]
 MODELS = {  # by section: for how many seeds `run` makes them, and the rows of the table
     "demo": (5, [replace(DEMO[0], label="base", sft=0), *DEMO]),
+    "lora": (3, [*DEMO, LORA]),
+    "text-first": (3, [*DEMO, *TEXT_FIRST]),
     "1": (3, [Model("base", sft=0), *(model for both in zip(*LENGTHS) for model in both)]),
     "2": (3, [FULL, NO_LABEL, NO_IOU]),
     "3": (2, [*(model for both in RATES for model in both), MORE]),
@@ -104,6 +113,15 @@ CLAIMS = {
         Claim("GRPO raises mAP (16.77 to 18.33 in the paper)", *DEMO[::-1]),
         Claim("GRPO raises the reward of greedy answers", *DEMO[::-1], "reward"),
         Claim("GRPO raises mAP on rare classes", *DEMO[::-1], "Rare"),
+    ],
+    "lora": [
+        Claim("GRPO with LoRA raises mAP", LORA, DEMO[0]),
+        Claim("all weights are better than LoRA", DEMO[1], LORA),
+    ],
+    "text-first": [
+        Claim("GRPO raises mAP with the text first", *TEXT_FIRST[::-1]),
+        Claim("the image first is better after SFT", DEMO[0], TEXT_FIRST[0]),
+        Claim("the image first is better after GRPO", DEMO[1], TEXT_FIRST[1]),
     ],
     "1": [Claim("1,500 steps of SFT are better than 1,000", LENGTHS[3][0], LENGTHS[1][0])]
     + [Claim(f"GRPO raises mAP after {sft.sft:,} steps of SFT", grpo, sft) for sft, grpo in LENGTHS]
@@ -217,8 +235,8 @@ def trained(model: Model, seed: int, out: Path) -> Path:
         flags = f"--max-steps {SIZES.grpo_steps} --seed {seed} {model.grpo}"
         lines = [run.train_command(data, "grpo", start, flags, folder.name)]
     elif model.sft:
-        start = trained(replace(model, sft=0, left_out=run.LEFT_OUT), seed, out)
-        flags = f"--max-steps {model.sft} --seed {seed}"
+        start = trained(replace(model, sft=0, sft_flags="", left_out=run.LEFT_OUT), seed, out)
+        flags = f"--max-steps {model.sft} --seed {seed} {model.sft_flags}"
         lines = [run.train_command(data, "sft", start, flags, folder.name)]
     elif model.base == "pairs":
         return run.BASE_MODEL
