@@ -1,4 +1,4 @@
-"""Pictures of images with ground truth and prediction, and what the model said of photographs.
+"""Pictures of images with ground truth and prediction, and the answers for photographs.
 
     python hoi_r1.py show --data hico_20160224_det --predictions runs/test/predictions.jsonl
     python hoi_r1.py predict --image photo.jpg --model runs/grpo/model --out photos
@@ -20,7 +20,7 @@ from hicodet import ANSWER_OPEN, HOI, InputError, Sample
 DEFAULT_IMAGES = 12
 WIDTHS = (640, 1280)  # of a photograph's picture
 COLUMNS = 96  # of text
-UNREAD_LINES = 15  # shown of a text in which no instance can be read
+UNREAD_LINES = 15  # shown of a text without a readable instance
 
 
 def show(
@@ -35,8 +35,8 @@ def show(
 ) -> Iterator[str]:
     """Draw images of a split into OUT/NAME.png, and yield a line for each picture.
 
-    predictions: predictions.jsonl, or "" for the ground truth alone; with it, only images that have
-    a line are drawn. images: the first N. file: the one of this name. worst: the N with most missed
+    predictions: predictions.jsonl, of which all images are candidates, or "" for the ground truth
+    alone. images: the first N. file: the one of this name. worst: the N with the most missed
     interactions, in this order. With none of the three: the first DEFAULT_IMAGES.
     Raises InputError naming the option or file that cannot be used, and OSError for a missing
     file; nothing is drawn if an image is missing.
@@ -53,9 +53,9 @@ def show(
         wanted.sort(key=lambda s: -drawing.missed_pairs(s.hois, found[s.file_name]))
     wanted = wanted[: worst or images or DEFAULT_IMAGES]
     require_images(wanted)
+    Path(out).mkdir(parents=True, exist_ok=True)
     for sample in wanted:
         path = Path(out) / f"{Path(sample.file_name).stem}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         picture, numbers = draw_sample(sample, found.get(sample.file_name))
         with aside(path) as new:
             picture.save(new, format="PNG")
@@ -97,10 +97,6 @@ def photographs(paths: Sequence[str]) -> list[Sample]:
     """
     samples = []
     for path in map(Path, paths):
-        if path.is_dir():
-            raise InputError(f"--image {path} is a folder; give its files: {path / '*.jpg'}")
-        if not path.exists():
-            raise InputError(f"--image {path}: no such file")
         size = open_image(path, upright=True).size
         if too_long(*size):
             raise InputError(f"{path}: one side is more than {LONGEST} times the other; crop it")
@@ -109,22 +105,18 @@ def photographs(paths: Sequence[str]) -> list[Sample]:
 
 
 def picture_paths(paths: Sequence[str], out: str) -> list[Path]:
-    """Where the picture of each photograph goes: OUT/NAME_hois.png, never over a photograph.
+    """Paths of the photographs' pictures: OUT/NAME_hois.png, so none replaces a photograph.
 
     Raises InputError if two photographs have one name.
     """
     found = [Path(out) / f"{Path(path).stem}_hois.png" for path in paths]
-    for path, picture in zip(paths, found):
-        if found.count(picture) > 1:
-            raise InputError(f"--image {path}: another one has this name; predict it on its own")
+    if len(set(found)) < len(found):
+        raise InputError("--image: two photographs have one name; predict them one by one")
     return found
 
 
 def draw_photograph(sample: Sample, line: dict) -> Image.Image:
-    """The photograph with its predicted pairs, at most 1,280 pixels wide.
-
-    line: of predictions.jsonl.
-    """
+    """The photograph with the pairs of its line of predictions.jsonl, at most 1,280 pixels wide."""
     image, hois = open_image(sample.path, upright=True), line_hois(line)
     width = min(max(image.width, WIDTHS[0]), WIDTHS[1])
     caption = "" if hois else "no interaction"
@@ -139,8 +131,7 @@ def answer_text(sample: Sample, line: dict) -> str:
     head = f"{sample.path}, {sample.width} x {sample.height}"
     if not line["instances"]:
         rows = _wrapped(line["text"])
-        more = len(rows) - UNREAD_LINES
-        rest = [f"... and {more} more lines"] if more > 0 else []
+        rest = ["..."] if len(rows) > UNREAD_LINES else []
         unread = "No interaction can be read from the answer."
         return "\n".join([head, *rows[:UNREAD_LINES], *rest, "", unread])
     row = "{:<16} {:<16} {:>6}  {:<21} {}"
@@ -153,7 +144,7 @@ def answer_text(sample: Sample, line: dict) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    """The lines of a text, without <think> tags and without what a terminal would obey."""
+    """The lines of a text, without <think> tags and without terminal control characters."""
     lines = text.replace("<think>", "").replace("</think>", "").strip().splitlines()
     lines = ["".join(c if c.isprintable() else " " for c in line) for line in lines]
     return [row for line in lines for row in textwrap.wrap(line, COLUMNS)]

@@ -1,6 +1,6 @@
-"""What the folder of a run holds, read into one record for the page, the card and the terminal.
+"""The files in the folder of a run, read into one record for the page, the card and the terminal.
 
-A run may still be running: what it has not written is left out.
+A run may still be running. What it has not written yet is left out.
 """
 
 import functools
@@ -19,7 +19,7 @@ from hicodet import HOI, InputError
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The folder of a training or a prediction; what it lacks is empty or None."""
+    """The folder of a training or a prediction. A missing file is empty or None here."""
 
     folder: Path
     config: dict
@@ -76,7 +76,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _last_group(rows: list[dict]) -> dict | None:
-    """The last group whose rewards differ; if none do, the last one."""
+    """The last group whose rewards differ, or else the last one."""
     differ = [r for r in rows if len({c["rewards"]["total"] for c in r["completions"]}) > 1]
     return next(reversed(differ or rows), None)
 
@@ -96,7 +96,7 @@ def stored_image(run: RunRecord, split: str, name: str) -> Image.Image | None:
         return None
 
 
-@functools.lru_cache(maxsize=1)  # reading takes seconds, and runs side by side share their data
+@functools.lru_cache(maxsize=1)  # reading takes seconds, and runs on one page share their data
 def ground_truth(data: str, split: str) -> dict[str, tuple[HOI, ...]]:
     """The HOIs of each image of a split; {} if the annotations cannot be read."""
     try:
