@@ -167,7 +167,7 @@ def test_options_that_resume_refuses(config_class, tmp_path, ranks):
 
 def test_offloading_is_refused_without_a_gpu(folder, tmp_path):
     found = refusal(config_of("sft", folder, tmp_path / "run", offload=True))
-    assert found == "--offload: it spares a GPU's memory, and torch finds no GPU here"
+    assert found == "--offload saves GPU memory, and torch finds no GPU here"
     assert not (tmp_path / "run").exists()
 
 

@@ -1,4 +1,4 @@
-"""Whether a data set can be used: images that cannot be read, boxes that mean nothing.
+"""Checks of a data set: images that cannot be read, boxes that make no sense.
 
     python hoi_r1.py check --data hico_20160224_det
 """
@@ -16,7 +16,7 @@ from engine.data.images import read_image
 from engine.files import replace_file
 from hicodet import Box, InputError, Sample
 
-ODD = ("inverted", "without area", "out of the image")  # what a box of the ground truth may be
+ODD = ("inverted", "without area", "out of the image")  # faults of a ground-truth box
 
 
 def check(
@@ -24,8 +24,7 @@ def check(
 ) -> Iterator[str]:
     """Read all images of a split, or of both, and yield a line for each that cannot be used.
 
-    out: a file for their names, which --exclude takes. Raises InputError at the end if there are
-    any.
+    out: a file for their names, for --exclude. Raises InputError at the end if there are any.
     """
     bad = {}
     for name in [split] if split else splits(data):
@@ -40,21 +39,19 @@ def check(
         replace_file(Path(out), "".join(f"{name}\n" for name in bad))
     if bad:
         file = out or "bad.txt, which `check --out bad.txt` writes"
-        raise InputError(
-            f"{len(bad)} images cannot be used: fetch them again, or leave them out with "
-            f"--exclude {file}"
-        )
+        said = "cannot be used: fetch them again, or leave them out with --exclude"
+        raise InputError(f"{len(bad)} images {said} {file}")
 
 
 def read_names(path: str) -> set[str]:
-    """The file names in a file of --exclude, one a line; {} for no file."""
+    """The file names in an --exclude file, one per line; none without a file."""
     return set(Path(path).read_text().split("\n")) - {""} if path else set()
 
 
 def excluded_names(path: str, samples: Sequence[Sample]) -> set[str]:
-    """The images among the samples that a file of --exclude lists.
+    """The samples' names that an --exclude file lists; it may list other images too.
 
-    It may list images of another split too. Raises InputError if no sample is left.
+    Raises InputError if no sample is left.
     """
     known = {sample.file_name for sample in samples}
     names = read_names(path) & known
@@ -64,9 +61,9 @@ def excluded_names(path: str, samples: Sequence[Sample]) -> set[str]:
 
 
 def bad_images(samples: Sequence[Sample], workers: int, *, desc: str = "images") -> dict[str, str]:
-    """Why images cannot be used, by file name: missing, broken or of another size than annotated.
+    """Why images cannot be used, by file name: missing, broken or not of their annotated size.
 
-    Threads are enough, as Pillow decodes outside of Python's lock.
+    Uses threads, as Pillow decodes outside of Python's lock.
     """
     bad = {}
     bar = tqdm(total=len(samples), desc=desc, unit="image")
@@ -79,7 +76,7 @@ def bad_images(samples: Sequence[Sample], workers: int, *, desc: str = "images")
 
 
 def fault(sample: Sample) -> str:
-    """Why the image of a sample cannot be used; "" if it can."""
+    """Why a sample's image cannot be used; "" if it can."""
     try:
         read_image(sample)
     except InputError as error:
@@ -88,7 +85,7 @@ def fault(sample: Sample) -> str:
 
 
 def odd_boxes(samples: Sequence[Sample]) -> str:
-    """How many boxes of the ground truth are inverted, empty or out of their image; "" if none."""
+    """Numbers of ground-truth boxes that are inverted, empty or out of the image; "" if none."""
     found = Counter()
     for sample in samples:
         boxes = {box for hoi in sample.hois for box in (hoi.human, hoi.object)}

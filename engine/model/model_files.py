@@ -1,12 +1,13 @@
-"""The folder of a model: what may be wrong with it is said in one line, before or after loading.
+"""The folder of a model: faults are named in one line, before or after loading.
 
-transformers takes what it finds: it draws weights that are missing and leaves out those that it has
-no place for. Its loading report tells; `require_complete` turns the report into an error.
+transformers initialises missing weights at random and ignores surplus ones. It reports both, and
+`require_complete` turns its report into an error.
 """
 
 import hashlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import safe_open
@@ -34,9 +35,9 @@ def read_from_model(read: Callable, model: str, what: str):
     require_folder(model)
     try:
         return read(model)
-    except InputError as error:  # of the layers of quantized.py, which do not know the folder
+    except InputError as error:  # from quantized.py, which does not know the folder
         raise InputError(f"--model {model}: {error}") from None
-    except Exception as error:  # the libraries raise some twenty kinds for broken files
+    except Exception as error:  # the libraries raise about twenty kinds for broken files
         cause = textwrap.shorten(str(error), 200) or type(error).__name__
         absent = "" if Path(model).is_dir() else "there is no such folder here, and "
         said = f"--model {model}: {absent}no {what} that can be read ({cause})"
@@ -44,7 +45,7 @@ def read_from_model(read: Callable, model: str, what: str):
 
 
 def require_folder(model: str) -> None:
-    """Raise InputError if `model` is a path to no folder, or to one whose fault can be told."""
+    """Raise InputError if `model` is a path to no folder, or to one with a known fault."""
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
@@ -55,7 +56,7 @@ def require_folder(model: str) -> None:
 
 
 def folder_fault(folder: Path) -> str:
-    """Why no model can be loaded from a folder; "" if nothing is known to be wrong."""
+    """Why no model can be loaded from a folder; "" if no fault is found."""
     weights = [*folder.glob("*.safetensors")]
     for file in [*weights, *folder.glob("*.json")]:
         with open(file, "rb") as content:
@@ -74,8 +75,8 @@ def folder_fault(folder: Path) -> str:
 def model_and_adapter(model: str, adapter: str) -> tuple[str, str]:
     """The model and the adapter that --model and --adapter name.
 
-    --model may name the folder of a LoRA adapter, which tells the model that it belongs to. Raises
-    InputError if it does not, or if that model is not where it was.
+    --model may name the folder of a LoRA adapter, which records its base model. Raises InputError
+    if that model is not found.
     """
     folder = Path(model)
     full = [file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS]
@@ -91,7 +92,7 @@ def model_and_adapter(model: str, adapter: str) -> tuple[str, str]:
 
 
 def model_warnings(model: str, config) -> list[str]:
-    """What in a model's folder is not used though one might expect it, a line each."""
+    """Warnings about files in a model's folder that are not used."""
     folder, lines = Path(model), []
     if not folder.is_dir():
         return lines
@@ -108,7 +109,7 @@ def model_warnings(model: str, config) -> list[str]:
 
 
 def heads_differ(files: list[str]) -> bool:
-    """Whether lm_head and the embedding are both stored and differ in their first rows."""
+    """Whether lm_head and the embedding are both stored, with different first rows."""
     rows = {}
     for file in files:
         with safe_open(file, "pt") as tensors:
@@ -121,14 +122,21 @@ def heads_differ(files: list[str]) -> bool:
     return head.shape != embedding.shape or bool((head != embedding).any())
 
 
-def read_model_config(model: str):
-    """The configuration of a model. Raises InputError for a kind that is not in FAMILIES."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the library's warnings, inside a `with`."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of token ids, which Examples checks
+    logging.set_verbosity_error()
     try:
-        config = read_from_model(AutoConfig.from_pretrained, model, "config.json")
+        yield
     finally:
         logging.set_verbosity(verbosity)
+
+
+def read_model_config(model: str):
+    """The configuration of a model. Raises InputError for a family that is not in FAMILIES."""
+    with quiet():  # about token ids, which Examples checks
+        config = read_from_model(AutoConfig.from_pretrained, model, "config.json")
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"--model {model}: a {config.model_type}; the known kinds are {known}")
@@ -144,33 +152,33 @@ def weight_files(model: str) -> list[str]:
         raise InputError(f"--model {model}: no {names[0]} and no {names[1]} in this folder")
     try:
         return [cached_file(model, SAFE_WEIGHTS_NAME)]
-    except OSError:  # there are several, which an index lists
+    except OSError:  # there are several files, listed in an index
         index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME)
         return get_checkpoint_shard_files(model, index)[0]
 
 
 def weights_fingerprint(model: str, adapter: str = "") -> str:
-    """A hash of the names and first values of a model's weights; few bytes are read.
+    """A hash of the names and first values of a model's weights; reads few bytes.
 
-    adapter: the folder of a LoRA adapter on it. Raises InputError if there are no weights.
+    adapter: folder of a LoRA adapter, or "". Raises InputError if there are no weights.
     """
     files = read_from_model(weight_files, model, "weights in safetensors")
     files += [str(Path(adapter) / ADAPTER_WEIGHTS)] if adapter else []
-    return read_from_model(lambda _: _hash_first_values(files), model, "weights in safetensors")
 
+    def first_values(_: str) -> str:
+        digest = hashlib.sha256()
+        for file in files:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    values = tensors.get_slice(name)[:1].float().flatten()
+                    digest.update(name.encode() + values.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
-def _hash_first_values(files: list[str]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                values = tensors.get_slice(name)[:1].float().flatten()
-                digest.update(name.encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return read_from_model(first_values, model, "weights in safetensors")
 
 
 def require_complete(report: dict, model: str) -> None:
-    """Raise InputError unless the library's loading report says that all weights fit.
+    """Raise InputError unless all weights of the model were loaded.
 
     report: the loading info of from_pretrained, with ignore_mismatched_sizes.
     """

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, settings, checkpoints, logs and the final model."""
+"""A run's folder: lock, settings, checkpoints, logs, final model."""
 
 import json
 import math
@@ -11,35 +11,30 @@ from typing import TextIO
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from engine.files import (
-    aside,
-    json_lines,
-    lock,
-    move,
-    naming,
-    read_object,
-    remove,
-    replace_file,
-    write_json,
-)
+from engine import files
 from engine.model.lora import Adapter, adapter_weights, merged_weights, write_adapter
 from engine.model.quantized import is_packed
 from engine.options import flag_of
 from engine.ranks import Ranks, end_all, on_first, patient_group, require_agreement
-from engine.runs.checkpoints import checkpoints, read_checkpoint, steps_of, write_checkpoint
+from engine.runs.checkpoints import (
+    checkpoints,
+    read_checkpoint,
+    steps_of,
+    write_checkpoint,
+)
 from hicodet import InputError
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-# what a run leaves; a folder that has none of it may be used by another run
+# files of a run with results; a folder without any may be used by another run
 RESULTS = ("checkpoint-*", "model*", "adapter*", "part-*.jsonl", "predictions.jsonl", *LOGS)
-FINAL = ("model", "adapter", "predictions.jsonl")  # a finished run has one of them
-# settings that are no options: hashes of what the options name, and how the run was started
+FINAL = ("model", "adapter", "predictions.jsonl")  # results of a finished run
+# settings that are not options, with their names in errors
 CONTENTS = {
     **{"examples": "content of --data or --traces", "weights": "content of --model"},
     **{"excluded": "content of --exclude", "steps": "number of steps"},
 }
 KEPT = {"stage", "command", "reward_parts", "steps", "excluded"}
-NOTED = {"steps", "excluded"}  # these may change on --resume, and changes are noted
+NOTED = {"steps", "excluded"}  # may change on --resume; config.json notes it
 
 
 class RunFolder:
@@ -49,11 +44,11 @@ class RunFolder:
         self.path, self.lock_file, self.ranks = path, lock_file, ranks
 
     def finish(self, complete: bool = True) -> None:
-        """Release the folder, and note in config.json whether nothing is left to do."""
+        """Unlock the folder, and mark a complete run as finished in config.json."""
         if self.lock_file:
             path = self.path / "config.json"
             if complete:
-                write_json(path, read_object(path) | {"finished": True})
+                files.write_json(path, files.read_object(path) | {"finished": True})
             self.lock_file.close()
 
     def load(self, policy, optimizer) -> int:
@@ -70,16 +65,16 @@ class RunFolder:
         return done
 
     def _cut_logs(self, done: int) -> None:
-        """Leave out of every log the steps that will be run again."""
+        """Remove steps after `done` from the logs, as they will run again."""
         for path in filter(Path.exists, (self.path / name for name in LOGS)):
-            rows = [row for _, row in json_lines(path, cut_last=True)]
+            rows = [row for _, row in files.json_lines(path, cut_last=True)]
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
-            replace_file(path, "".join(kept))
+            files.replace_file(path, "".join(kept))
 
     def save(self, policy, optimizer, done: int, keep: int) -> None:
-        """Write a checkpoint aside, rename it when it is complete, leave the `keep` newest.
+        """Write a checkpoint, rename it when it is complete, and keep the `keep` newest.
 
-        Raises OSError or InputError naming what cannot be written; then nothing of it stays.
+        Raises OSError or InputError naming what cannot be written, and removes the rest.
         """
         folder = self.path / f"checkpoint-{done:06d}"
         new = folder.with_suffix(".tmp")
@@ -87,33 +82,33 @@ class RunFolder:
             write_checkpoint(new, policy, optimizer)
         except (OSError, InputError):
             if self.ranks.rank == 0:
-                remove(new)
+                files.remove(new)
             raise
         if self.ranks.rank == 0:
-            move(new, folder)
+            files.move(new, folder)
             for path in checkpoints(self.path)[:-keep]:
-                remove(path)
+                files.remove(path)
         dist.barrier()
 
     def log(self, name: str, step: int, values: dict) -> None:
-        """One line of metrics.jsonl or rollouts.jsonl; a number that is not finite is null."""
+        """Append a line to metrics.jsonl or rollouts.jsonl; non-finite numbers become null."""
         if self.ranks.rank == 0:
             row = {"step": step} | {name: _finite_or_none(value) for name, value in values.items()}
             path = self.path / f"{name}.jsonl"
-            with naming(path), open(path, "a") as file:
+            with files.naming(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
     def export(
         self, policy, name: str, parts: list, notes: dict[str, str], adapter: Adapter | None
     ) -> None:
-        """Write a folder for `from_pretrained`, weights in fp32; complete or absent.
+        """Write a folder for `from_pretrained`, with fp32 weights; complete or absent.
 
-        parts: tokenizer and image processor. notes: texts of further files. In bf16 most of what a
-        short run at 1e-6 has moved would be rounded away. adapter: the one that is trained; it gets
-        a folder of its own, and packed weights, which it cannot be merged into, get none.
+        bf16 would round away most changes of a short run at 1e-6. parts: tokenizer and image
+        processor. notes: texts of further files. adapter: of a LoRA training; it gets a separate
+        folder. Packed weights, which it cannot be merged into, are not written.
         """
         state = {}
-        for key, weight in merged_weights(policy):  # from all ranks, so all of them pass here
+        for key, weight in merged_weights(policy):  # collective, so on all ranks
             if self.ranks.rank == 0:
                 state[key] = weight.cpu()
         trained = replace(adapter, weights=adapter_weights(policy)) if adapter else None
@@ -122,19 +117,19 @@ class RunFolder:
             if not is_packed(policy.config):
                 self._write_model(policy, state, name, parts, notes)
             if trained:
-                with aside(self.path / name.replace("model", "adapter", 1)) as new:
+                with files.aside(self.path / name.replace("model", "adapter", 1)) as new:
                     write_adapter(new, trained)
                     _write_texts(new, notes)
 
-        on_first(self.ranks, write, patient_group())  # --timeout is too short for slow disks
+        on_first(self.ranks, write, patient_group())  # slow disks take longer than --timeout
 
     def exported(self) -> Path:
-        """The folder of the final model; of an adapter that cannot be merged, its folder."""
+        """The folder of the final model, or of an adapter that cannot be merged."""
         model = self.path / "model"
         return model if model.is_dir() else self.path / "adapter"
 
     def _write_model(self, policy, state: dict, name: str, parts: list, notes: dict) -> None:
-        with aside(self.path / name) as new:
+        with files.aside(self.path / name) as new:
             try:
                 policy.save_pretrained(new, state_dict=state)
             except SafetensorError as error:
@@ -154,12 +149,12 @@ def _finite_or_none(value):
 
 
 def open_run(out: str, config, settings: dict, ranks: Ranks) -> RunFolder:
-    """Make `out` the folder of this run, lock it, and write its settings to config.json.
+    """Create or reopen the folder `out` of a run, lock it, and write settings to config.json.
 
-    config: the stage's options. settings: what else describes the run, JSON values: "examples" and
-    "weights", hashes of what it works on, and those of KEPT. Raises InputError on every rank if
-    the ranks disagree, if another process writes to the folder, or if it holds other files, or a
-    run that is not to be resumed. Resuming a finished run ends the program.
+    config: the stage's options. settings: JSON values for config.json: the options, "examples" and
+    "weights" (hashes of the inputs), and those of KEPT. Raises InputError on every rank if the
+    ranks disagree, another process writes to the folder, or it holds other files or a run without
+    --resume. Resuming a finished run ends the program.
     """
     folder, found = Path(out), []
     require_agreement(settings, config.per_host() | {"command"}, ranks, CONTENTS)
@@ -180,24 +175,24 @@ def open_run(out: str, config, settings: dict, ranks: Ranks) -> RunFolder:
 
 
 def _lock_folder(folder: Path, resume: bool) -> TextIO:
-    """Make the folder and lock it for this process.
+    """Create and lock the folder. On --resume, remove unfinished files of a crash.
 
-    To resume, what a crash cut short is removed. Raises InputError if the folder is in use.
+    Raises InputError if the folder is in use.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / "run.lock").exists():
         raise InputError(f"--out {folder}: holds other files; choose an empty folder")
     file = open(folder / "run.lock", "a")
-    lock(file)
+    files.lock(file)
     for unfinished in list(folder.glob("*.tmp")) if resume else []:
-        remove(unfinished)
+        files.remove(unfinished)
     return file
 
 
 def _write_settings(folder: Path, config, settings: dict) -> bool:
-    """Write config.json, unless the run is finished, and return whether it is.
+    """Write config.json, unless the run is finished. Returns whether it is finished.
 
-    Raises InputError if the folder holds results of a run, unless this is that run and resumed.
+    Raises InputError if the folder holds another run's results, or this run without --resume.
     """
     path, mine = folder / "config.json", json.loads(json.dumps(settings))  # as they are read back
     if Path(mine["model"]).is_dir():
@@ -205,9 +200,9 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
     if any(next(folder.glob(pattern), None) for pattern in RESULTS):
         if not config.resume:
             raise InputError(f"--out {folder}: holds a run; --resume it, or choose another folder")
-        stored = read_object(path)
+        stored = files.read_object(path)
         require_same_run(stored, mine, config)
-        # an older result stays until a longer run replaces it: "finished" went as that began
+        # "finished" was removed if a longer run has begun; the older result is still there
         done = max(map(steps_of, checkpoints(folder)), default=0)
         if stored.get("finished") and any((folder / name).exists() for name in FINAL):
             if stored.get("steps") == mine.get("steps"):
@@ -218,12 +213,12 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
             raise InputError(f"{folder}: the run has done {done} steps, more than {mine['steps']}")
         if changes := stored.get("changes", []) + noted_changes(stored, mine, config, done):
             mine["changes"] = changes
-    write_json(path, mine)
+    files.write_json(path, mine)
     return False
 
 
 def require_same_run(stored: dict, mine: dict, config) -> None:
-    """Raise InputError naming all options that differ from those of the run in the folder."""
+    """Raise InputError naming all options that differ from the run in the folder."""
     may_change = config.on_resume("allow") | config.on_resume("note") | KEPT
     different = [
         f"{CONTENTS.get(name, flag_of(name))} was {stored.get(name)}, is {mine[name]}"
@@ -235,7 +230,7 @@ def require_same_run(stored: dict, mine: dict, config) -> None:
 
 
 def noted_changes(stored: dict, mine: dict, config, done: int) -> list[dict]:
-    """What --resume changes and what matters for the result: the step, old and new values."""
+    """Changed options that affect results: the step, old and new values."""
     names = (config.on_resume("note") | NOTED) & mine.keys()
     changed = {n: [stored.get(n), mine[n]] for n in sorted(names) if stored.get(n) != mine[n]}
     return [{"step": done} | changed] if changed else []
