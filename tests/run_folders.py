@@ -79,25 +79,21 @@ def group_row(step, *totals, parts=PARTS):
     return {"step": step, "file_name": "a.jpg", "completions": completions}
 
 
-def write_prediction(root, rewards=(3.0, 1.0, 2.0), *, data=None, names=()):
-    """A prediction of one image per reward, and its mAP, in root/test.
-
-    data, names: the folder and the names of existing images; by default they are written.
-    """
-    folder, names = root / "test", names or [f"{i}.jpg" for i in range(len(rewards))]
-    options = {"model": str(root / "grpo/model"), "data": str(data or root / "data")}
-    options |= {"split": "test", "scores": "rank", "command": ["hoi_r1.py", "predict"]}
+def write_prediction(root, rewards=(3.0, 1.0, 2.0)):
+    """A prediction of one image per reward, and its mAP, in root/test."""
+    folder = root / "test"
+    options = {"model": str(root / "grpo/model"), "data": str(root / "data"), "split": "test"}
+    options |= {"scores": "rank", "command": ["hoi_r1.py", "predict"]}
     write_config(folder, stage="predict", **options)
     summary = {"images": len(rewards), "truncated": 0.5, "reward": {"total": 2.0}}
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = []
-    for i, (name, total) in enumerate(zip(names, rewards)):
+    for i, total in enumerate(rewards):
         instances = [instance_row(replace(TRUTH, verbs=("ride",)))]
-        line = {"file_name": name, "text": EVIL, "instances": instances}
+        line = {"file_name": f"{i}.jpg", "text": EVIL, "instances": instances}
         reward = None if total is None else {"format": 0.2, "total": total}
         rows.append({"index": i, "length": 3, "finished": True, "line": line, "reward": reward})
-        if data is None:
-            write_image(root / "data" / "images" / "test2015" / name)
+        write_image(root / "data" / "images" / "test2015" / f"{i}.jpg")
     write_lines(folder / "part-0000.jsonl", rows)
     (folder / "map.json").write_text(json.dumps(result()))
     return folder

@@ -8,13 +8,7 @@ import hoi_r1
 from engine import configs
 from engine.data.images import read_image
 from engine.report import drawing
-from engine.report.pictures import (
-    answer_text,
-    draw_photograph,
-    photographs,
-    picture_paths,
-    show,
-)
+from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths, show
 from hicodet import HOI, InputError, format_completion
 from tests.annotation_files import own_line, write_own
 from tests.run_folders import instance_row

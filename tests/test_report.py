@@ -181,13 +181,6 @@ def test_examples_are_the_best_and_the_worst(tmp_path, rewards, titles, names):
     assert re.findall(r"<span>(\d+)\.jpg</span>", text) == [str(name) for name in names]
 
 
-def test_example_is_next_to_its_ground_truth(tmp_path, folder):
-    data, names = folder / "data", [f"HICO_test2015_0000000{i}.jpg" for i in (1, 2)]
-    prediction = write_prediction(tmp_path, [1.0, 2.0], data=data, names=names)
-    text = section(page_of(prediction), "examples")
-    assert re.findall('alt="(ground truth)?', text) == ["ground truth", ""] * 2
-
-
 def test_runs_of_the_same_folder_name_have_different_names(tmp_path):
     text = page_of(*(write_training(tmp_path / name) for name in "ab"), write_sft(tmp_path))
     names = [str(tmp_path / "a" / "grpo"), str(tmp_path / "b" / "grpo"), "sft"]

@@ -65,3 +65,4 @@ def test_prediction_leaves_a_page_with_its_images(folder, tmp_path):
     run(config_of("predict", folder, tmp_path / "test", limit=2, max_new_tokens=3))
     page = (tmp_path / "test" / "report.html").read_text()
     assert "<title>test" in page and page.count("<figure>") == 2
+    assert page.count('alt="ground truth: ') == 2

@@ -66,8 +66,8 @@ def test_pictures_are_side_by_side_only_with_predictions(data):
 
 
 @pytest.mark.parametrize("options, row, words", [
-    ({"file": "HICO_test2015_00000006.jpg"}, "", "no image of this split with a prediction"),
-    ({}, '{"file_name": "x.jpg", "instances": []}\n', "line 6: no image of this split"),
+    ({"file": "HICO_test2015_00000006.jpg"}, "", "none with a prediction"),
+    ({}, '{"file_name": "x.jpg", "instances": []}\n', "'x.jpg' is not of this split"),
 ])  # fmt: skip
 def test_what_cannot_be_shown_is_one_line(data, options, row, words):
     with open(data["predictions"], "a") as file:

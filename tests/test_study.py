@@ -58,12 +58,10 @@ def test_models_share_what_they_start_from(tmp_path, commands):
     assert count(commands, "-m demo.base") == 1 and count(commands, "--boxes-only") == 1
     assert count(commands, "hoi_r1.py sft") == 2  # one for each rate
     assert count(commands, "hoi_r1.py grpo") == 2 and count(commands, "--without iou") == 1
-
-
-def test_demo_models_start_from_the_base_in_the_repository(tmp_path, commands):
-    measured(tmp_path, *study.DEMO)
-    assert count(commands, "-m demo.base") == 0
-    assert count(commands, f"hoi_r1.py sft --model {run.BASE_MODEL} ") == 1
+    measured(tmp_path, *study.DEMO, *study.TEXT_FIRST)
+    assert count(commands, "-m demo.base") == 1
+    assert count(commands, f"hoi_r1.py sft --model {run.BASE_MODEL} ") == 2
+    assert count(commands, " --text-first") == 1
 
 
 def test_model_with_a_row_is_not_run_again(tmp_path, commands):

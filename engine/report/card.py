@@ -31,7 +31,7 @@ def model_card(run: RunRecord) -> str:
     return CARD.format(
         name=run.folder.resolve().name,
         model=run.config["model"],
-        method=run.stage.upper(),
+        method=run.config["stage"].upper(),
         steps=run.metrics[-1]["step"] if run.metrics else 0,
         batch=run.config["batch_size"],
         data=run.config["data"],

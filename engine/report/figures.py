@@ -63,7 +63,7 @@ def curves(columns: Sequence[Column]) -> str:
     """What the trainings logged. SFT and GRPO are apart, as their numbers of steps differ much."""
     parts = []
     for stage in ("sft", "grpo"):
-        some = [column for column in columns if column.run.stage == stage and column.run.metrics]
+        some = [c for c in columns if c.run.config["stage"] == stage and c.run.metrics]
         charts = "".join(_chart(some, *row) for row in (*CURVES, *_part_curves(some)))
         if charts:
             names = "".join(map(key, some)) if len(some) > 1 else ""
@@ -73,7 +73,7 @@ def curves(columns: Sequence[Column]) -> str:
 
 def _part_curves(columns: Sequence[Column]) -> Iterator[tuple[str, str, str, float]]:
     """Rows as in CURVES for each part of the rewards, and for its share in the advantages."""
-    parts = {name: part for c in columns for name, part in c.run.reward_parts.items()}
+    parts = {n: part for c in columns for n, part in c.run.config.get("reward_parts", {}).items()}
     for name, part in parts.items():
         yield f"reward_{name}", f"Reward: {part['title']}", f"at most {part['largest']:g}", 1
     for name, part in parts.items():
@@ -105,14 +105,15 @@ def group(column: Column) -> str:
         return ""
     shown = sorted(row["completions"], key=lambda c: -c["rewards"]["total"])[:GROUP_PICTURES]
     image = stored_image(run, "train", row["file_name"])
-    cards = "".join(_completion(completion, image, run.reward_parts) for completion in shown)
+    parts = run.config["reward_parts"]
+    cards = "".join(_completion(completion, image, parts) for completion in shown)
     title = f"{column.name}, step {row['step']}, {row['file_name']}, "
     title += f"the best {len(shown)} of {len(row['completions'])}"
     return f'<h3>{escape(title)}</h3><div class="answers">{cards}</div>'
 
 
 def _completion(completion: dict, image: Image.Image | None, parts: dict[str, dict]) -> str:
-    """The picture and the text of a completion. parts: of the reward, as in RunRecord."""
+    """The picture and the text of a completion. parts: of the reward, by name."""
     rewards, most = completion["rewards"], sum(part["largest"] for part in parts.values())
     earned = " · ".join(f"{part['title']} {rewards[name]:.2f}" for name, part in parts.items())
     head = f"Advantage {completion['advantage']:+.2f}, reward {rewards['total']:.2f} of {most:g}"

@@ -64,7 +64,7 @@ def page(runs: Sequence[RunRecord]) -> str:
 
 def _fact(column: Column) -> str:
     """One line: the stage of a run, how far it is, and its mean reward."""
-    run, words = column.run, [STAGES[column.run.stage]]
+    run, words = column.run, [STAGES[column.run.config["stage"]]]
     if run.metrics:
         words.append(f"{run.metrics[-1]['step']} of {run.config['steps']} steps")
         if seconds := health.series(run.metrics, "seconds")[1:]:  # the first step compiles

@@ -18,7 +18,7 @@ from engine.scoring.predictions import line_hois, read_lines
 from hicodet import ANSWER_OPEN, HOI, InputError, Sample
 
 DEFAULT_IMAGES = 12
-WIDTHS = (640, 1280)  # of a photograph's picture
+LEAST_WIDTH, MOST_WIDTH = 640, 1280  # of a photograph's picture
 COLUMNS = 96  # of text
 UNREAD_LINES = 15  # shown of a text without a readable instance
 
@@ -47,8 +47,7 @@ def show(
     if file:
         wanted = [sample for sample in wanted if sample.file_name == Path(file).name]
         if not wanted:
-            predicted = " with a prediction" if predictions else ""
-            raise InputError(f"--file {file}: no image of this split{predicted}")
+            raise InputError(f"--file {file}: no image of this split, or none with a prediction")
     if worst:
         wanted.sort(key=lambda s: -drawing.missed_pairs(s.hois, found[s.file_name]))
     wanted = wanted[: worst or images or DEFAULT_IMAGES]
@@ -63,15 +62,13 @@ def show(
 
 
 def read_hois(path: str, names: Collection[str]) -> dict[str, tuple[HOI, ...]]:
-    """The HOIs of each line of predictions.jsonl by file name; some images may be missing.
+    """The HOIs of predictions.jsonl by file name. Some of the names may be missing.
 
-    Raises InputError, naming file and line, for a line that is not a prediction of this split.
+    Raises InputError for a damaged line, and for an image that is not in `names`.
     """
-    found = {}
-    for where, line in read_lines(path):
-        if line["file_name"] not in names:
-            raise InputError(f"{where}: no image of this split (check --data and --split)")
-        found[line["file_name"]] = line_hois(line)
+    found = {line["file_name"]: line_hois(line) for _, line in read_lines(path)}
+    if other := found.keys() - names:
+        raise InputError(f"{path}: {min(other)!r} is not of this split; see --data, --split")
     return found
 
 
@@ -118,7 +115,7 @@ def picture_paths(paths: Sequence[str], out: str) -> list[Path]:
 def draw_photograph(sample: Sample, line: dict) -> Image.Image:
     """The photograph with the pairs of its line of predictions.jsonl, at most 1,280 pixels wide."""
     image, hois = open_image(sample.path, upright=True), line_hois(line)
-    width = min(max(image.width, WIDTHS[0]), WIDTHS[1])
+    width = min(max(image.width, LEAST_WIDTH), MOST_WIDTH)
     caption = "" if hois else "no interaction"
     return drawing.draw_pairs(image, hois, range(len(hois)), width=width, caption=caption)
 

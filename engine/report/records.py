@@ -22,22 +22,12 @@ class RunRecord:
     """The folder of a training or a prediction. A missing file is empty or None here."""
 
     folder: Path
-    config: dict
+    config: dict  # "stage" is "sft", "grpo" or "predict"; "reward_parts" describes the reward
     metrics: tuple[dict, ...] = ()  # one dict per step, in order; a value may be None
     group: dict | None = None  # the last row of rollouts.jsonl whose rewards differ (Fig. 6)
     summary: dict | None = None  # of a prediction
     result: dict | None = None  # of evaluate.py --json
     predictions: tuple[dict, ...] = ()  # one row per image, with "line" and "reward"
-
-    @property
-    def stage(self) -> str:
-        """ "sft", "grpo" or "predict"."""
-        return self.config["stage"]
-
-    @property
-    def reward_parts(self) -> dict[str, dict]:
-        """The parts of this run's reward by name, each with "title" and "largest"."""
-        return self.config.get("reward_parts", {})
 
     @property
     def command(self) -> str:
