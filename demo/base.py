@@ -62,8 +62,8 @@ class BaseConfig(Config):
     FILES, TRAINING = "input and output", "training"
     dir: Path = required("folder that python -m demo.toy wrote", positional=True, group=FILES)
     out: str = required("folder for all that the run writes", group=FILES)
-    resume: bool = option(False, "go on with the run in --out", group=FILES)
-    boxes_only: bool = option(False, "teach boxes alone, without lines of pairs", group=TRAINING)
+    resume: bool = option(False, "continue the run in --out", group=FILES)
+    boxes_only: bool = option(False, "teach only boxes, without lines of pairs", group=TRAINING)
     steps: int = option(3000, "optimizer steps", least=1, group=TRAINING)
     seed: int = option(0, "seed of the data order", least=0, group=TRAINING)
 

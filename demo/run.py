@@ -2,8 +2,8 @@
 
     python hoi_r1.py demo
 
-It starts from the model in demo/base_model, as a real run starts from Qwen2.5-VL. That model lists
-people, objects and pairs in a format of its own, and does not know the format of the task.
+It starts from the model in demo/base_model, as a real run starts from Qwen2.5-VL. The base model
+lists people, objects and pairs in a format of its own. It does not know the format of the task.
 """
 
 import os
@@ -22,7 +22,7 @@ from hicodet import InputError
 ROOT = Path(__file__).resolve().parents[1]
 BASE_MODEL = ROOT / "demo" / "base_model"
 BASE_IMAGES, BASE_STEPS, BASE_SEED = 20000, 3000, 1000  # how it was made
-BASE_ANSWERS = 100  # drawings for the base, which earns nothing on any
+BASE_ANSWERS = 100  # drawings for the base model, whose score is 0
 START = 8  # seconds that a program with torch needs to start
 LEFT_OUT = 0.55  # share of the training half's further pairs that is not annotated
 # A million weights need other learning rates than 3 billion, and another second beta of AdamW. The
@@ -151,9 +151,9 @@ def score_command(out: Path, folder: str, flags: str) -> list[str]:
 
 
 def process_count(seconds: float) -> int:
-    """Processes for work of these seconds: one per GPU, or else per core; at most two.
+    """The number of processes for work that takes one process `seconds`: 1 or 2.
 
-    One for short work, as a second process takes longer to start than it saves.
+    Short work gets one, as a second process takes longer to start than it saves.
     """
     if seconds < 2 * START:
         return 1
@@ -176,38 +176,26 @@ def run_stages(out: Path, stages: list[Stage]) -> None:
         raise InputError(f"--resume: {out} was made with other options: see {log}")
     for number, stage in enumerate(stages[len(done) :], start=len(done)):
         pace = spent / expected if expected > 10 else 1.0  # this machine against two calm cores
-        left, later = (pace * sum(s.seconds for s in stages[n:]) for n in (number, number + 1))
-        print(f"\n[{number + 1} of {len(stages)}] {stage.title}; time left: {clock(left)}")
+        seconds = round(pace * sum(s.seconds for s in stages[number:]))
+        left = "{}:{:02d}".format(*divmod(seconds, 60))
+        print(f"\n[{number + 1} of {len(stages)}] {stage.title}; time left: {left}")
         for name in stage.writes:  # of a command that was interrupted
             remove(out / name)
         started = time.perf_counter()
         processes = process_count(stage.seconds) if stage.parallel else 1
-        run_command(stage.words, processes, later)
+        run_command(stage.words, processes)
         spent, expected = spent + time.perf_counter() - started, expected + stage.seconds
         replace_file(log, "".join(f"{line}\n" for line in lines[: number + 1]))
 
 
-def clock(seconds: float) -> str:
-    """Minutes and seconds: 3:05."""
-    return "{}:{:02d}".format(*divmod(round(seconds), 60))
-
-
-def run_command(words: list[str], processes: int = 1, later: float = 0.0) -> None:
-    """Show and run one of the project's programs. Exits if it fails.
-
-    later: estimated seconds of the commands after it, which its progress bar shows.
-    """
+def run_command(words: list[str], processes: int = 1) -> None:
+    """Show and run one of the project's programs. Exits if it fails."""
     if processes > 1:
         torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"
         words = [*torchrun.split(), *words]
     print(f"$ python {shlex.join(words)}", flush=True)
     # a million weights are too few to share: on a busy machine two threads wait for each other
     settings = {"OMP_NUM_THREADS": "1", **os.environ}
-    if later:  # tqdm reads the format of its bars from this variable
-        settings["TQDM_BAR_FORMAT"] = (
-            "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining} + "
-            f"{clock(later)} for later stages{{postfix}}]"
-        )
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=settings)
     try:
         code = process.wait()

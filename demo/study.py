@@ -1,12 +1,12 @@
 """The paper's tables on the toy, over several seeds: docs/study.md.
 
-    # train and score the models of a section that have no row in demo/study.jsonl: minutes each
+    # train and score the models of a section without a row in demo/study.jsonl
     python -m demo.study run --sections demo
     # write the tables and verdicts of docs/study.md from demo/study.jsonl
     python -m demo.study write
 
-A row holds the scores of one model on 1,000 held-out drawings. Models of one seed share the models
-that they start from. Commands with different seeds may run at the same time.
+A row holds the scores of one model on 1,000 held-out drawings; a model takes minutes. Models of one
+seed share the models that they start from. Commands with different seeds may run at the same time.
 """
 
 import json
@@ -25,7 +25,7 @@ from engine.signals import one_line
 
 RESULTS, PAGE = run.ROOT / "demo" / "study.jsonl", run.ROOT / "docs" / "study.md"
 SIZES = DemoConfig()
-BOXES_STEPS = 1000  # training of a base that learns boxes alone
+BOXES_STEPS = 1000  # training of a base that learns only boxes
 COLUMNS = {  # where a row has the value, its factor, its decimals
     "Full": (("default", "full"), 100, 1), "Rare": (("default", "rare"), 100, 1),
     "Non-Rare": (("default", "non_rare"), 100, 1), "reward": (("reward",), 1, 2),
@@ -40,7 +40,7 @@ class Model:
     """How a model is trained and scored. A row of a table is its mean over seeds."""
 
     label: str
-    base: str = "boxes"  # trained on boxes alone, from random weights; "pairs": demo/base_model
+    base: str = "boxes"  # trained on boxes only, from random weights; "pairs": demo/base_model
     left_out: float = run.LEFT_OUT  # as in demo.toy
     sft: int = 1500  # steps of SFT; 0: the base
     grpo: str | None = None  # options of GRPO, added to the demo's; None: no GRPO
@@ -277,7 +277,7 @@ class StudyConfig(Config):
 def main(argv: list[str] | None = None) -> None:
     """Run models, or write the page; --help lists the options."""
     config = parse_config(StudyConfig, __doc__, argv, prog="python -m demo.study")
-    with one_line("", "run the same command again to go on"):
+    with one_line("", "to continue, run the same command again"):
         if config.task == "write":
             return replace_file(PAGE, filled_page(PAGE.read_text(), read_results(RESULTS)))
         for name in config.sections:

@@ -1,4 +1,4 @@
-"""What the rewards do not see: perfect answers, edited."""
+"""What the rewards do not see, shown by edited perfect answers."""
 
 import numpy as np
 import pytest

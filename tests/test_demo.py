@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def in_this_process(words, processes=1, later=0):
+def in_this_process(words, processes=1):
     """In place of `demo.run.run_command`: no new Python process, and short answers."""
     words = ["9" if word == "96" else word for word in words]
     words = words[1:] if words[0] == "-m" else words
@@ -82,7 +82,7 @@ def test_interrupted_base_goes_on_to_the_same_weights(folder, tmp_path, monkeypa
 
 
 def test_base_model_of_the_repository_sees_held_out_drawings():
-    """It is loaded and decoded by the library: boxes, labels, and lines of pairs."""
+    """The library loads the model and decodes its boxes, labels and lines of pairs."""
     drawn, colours = scenes.make_scenes("test", 50, seed=5), np.random.default_rng(0)
     tokenizer = AutoTokenizer.from_pretrained(run.BASE_MODEL)
     processor = Qwen2VLImageProcessorPil.from_pretrained(run.BASE_MODEL)
@@ -164,10 +164,10 @@ def test_demo_starts_from_the_base_in_the_repository(tmp_path):
 
 
 def test_interrupted_demo_goes_on_after_its_last_finished_command(tmp_path, capsys):
-    """Ctrl-C in SFT; what the SFT had written is removed before it starts again."""
+    """After Ctrl-C in SFT, the files of this SFT are removed before it starts again."""
     out, ran = tmp_path / "demo", []
 
-    def command(words, processes=1, later=0):
+    def command(words, processes=1):
         stage = next(word for word in words if word in ("sft", "grpo") or "." in word)
         ran.append(words[1] if words[0] == "hoi_r1.py" else stage)
         if ran.count("sft") == 1 and ran[-1] == "sft":

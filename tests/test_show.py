@@ -69,7 +69,7 @@ def test_pictures_are_side_by_side_only_with_predictions(data):
     ({"file": "HICO_test2015_00000006.jpg"}, "", "none with a prediction"),
     ({}, '{"file_name": "x.jpg", "instances": []}\n', "'x.jpg' is not of this split"),
 ])  # fmt: skip
-def test_what_cannot_be_shown_is_one_line(data, options, row, words):
+def test_unusable_option_or_line_is_one_line(data, options, row, words):
     with open(data["predictions"], "a") as file:
         file.write(row)
     with pytest.raises(InputError, match=words) as refused:

@@ -15,7 +15,7 @@ LEFT, RIGHT, TOP, BOTTOM = 40, 10, 10, 34  # margins of the plot
 END, FLOOR = WIDTH - RIGHT, HEIGHT - BOTTOM
 DOTS_BELOW = 25  # a line with fewer points shows them
 SMOOTH_ABOVE = 40  # a line with more points is faint, under a line of means
-FAINT_POINTS, SMOOTH_POINTS = 300, 30  # at most, of such a line and of its means
+FAINT_POINTS, SMOOTH_POINTS = 300, 30  # most points of a faint line, and of its means
 
 Place = Callable[[float, float], tuple[float, float]]  # from a value's to the drawing's x and y
 

@@ -137,7 +137,7 @@ def _draw_labels(
 
 
 def _with_lines_below(picture: Image.Image, lines: Iterable[str], font) -> Image.Image:
-    """The picture with different lines of text below it."""
+    """The picture with lines of text below it. Equal lines are written once."""
     columns = max(1, int(picture.width / font.getlength("n")) - 2)
     rows = [row for line in dict.fromkeys(lines) for row in textwrap.wrap(line, columns)]
     step = round(font.size * 1.4)

@@ -20,8 +20,8 @@ from engine.scoring.predictions import line_hois
 from hicodet import HOI
 
 STAGES = {"sft": "SFT", "grpo": "GRPO", "predict": "Prediction"}
-GROUP_PICTURES = 8  # at most, of a group
-EXAMPLES = 4  # at most, of the best answers and of the worst
+GROUP_PICTURES = 8  # most completions shown of a group
+EXAMPLES = 4  # most answers shown of the best, and of the worst
 PICTURE_WIDTH, JPEG_QUALITY = 400, 78  # about 30 KB each
 CURVES = (  # field, title, unit, factor
     ("eval_map", "mAP of greedy answers, first test images", "%", 1),

@@ -35,11 +35,11 @@ def show(
 ) -> Iterator[str]:
     """Draw images of a split into OUT/NAME.png, and yield a line for each picture.
 
-    predictions: predictions.jsonl, of which all images are candidates, or "" for the ground truth
-    alone. images: the first N. file: the one of this name. worst: the N with the most missed
-    interactions, in this order. With none of the three: the first DEFAULT_IMAGES.
+    predictions: predictions.jsonl, to draw only its images; "" draws the ground truth. images: the
+    first N. file: the one of this name. worst: the N with the most missed interactions, in this
+    order. Without these three options: the first DEFAULT_IMAGES.
     Raises InputError naming the option or file that cannot be used, and OSError for a missing
-    file; nothing is drawn if an image is missing.
+    file. If an image is missing, nothing is drawn.
     """
     samples = load_split(data, split)
     found = read_hois(predictions, {sample.file_name for sample in samples}) if predictions else {}
@@ -73,9 +73,9 @@ def read_hois(path: str, names: Collection[str]) -> dict[str, tuple[HOI, ...]]:
 
 
 def draw_sample(sample: Sample, predicted: tuple[HOI, ...] | None) -> tuple[Image.Image, str]:
-    """The ground truth of an image and, unless it is None, the prediction at its right.
+    """The ground truth of an image, with the prediction at its right unless that is None.
 
-    Returns the picture, and in words the number of interactions: pairs with one of their verbs.
+    Returns the picture, and a text with numbers of interactions. A pair has one for each verb.
     """
     image, truth = open_image(sample.path), sample.hois
     true = sum(len(hoi.verbs) for hoi in truth)
@@ -123,7 +123,7 @@ def draw_photograph(sample: Sample, line: dict) -> Image.Image:
 def answer_text(sample: Sample, line: dict) -> str:
     """The reasoning, then a table of interactions with boxes in pixels of the upright image.
 
-    line: of predictions.jsonl. If no instance can be read, the first lines of the whole text.
+    line: of predictions.jsonl. If it has no instances: the first lines of the whole text.
     """
     head = f"{sample.path}, {sample.width} x {sample.height}"
     if not line["instances"]:
