@@ -268,7 +268,7 @@ class StudyConfig(Config):
         group=TASK,
     )
     sections: tuple[Literal[*MODELS], ...] = option(
-        tuple(MODELS), "sections of docs/study.md (default: all)", group=RUN
+        tuple(MODELS), f"sections: {', '.join(MODELS)} (default: all)", metavar="NAME", group=RUN
     )
     seeds: tuple[int, ...] = option(tuple(range(5)), "seeds (default: 0-4)", metavar="N", group=RUN)
     out: Path = option(Path("runs/study"), "folder for models", metavar="DIR", group=RUN)
