@@ -151,7 +151,7 @@ def _each(make):
 
 
 SECTIONS = (  # id, heading, what it shows, its function
-    ("health", "Is this run healthy?", "The last 10 steps against the limits of a sound run.",
+    ("health", "Is this run healthy?", "The last 10 steps compared with the limits of a sound run.",
      _each(_health)),
     ("map", "mAP", "In percent. The paper's Table 1 is for HICO-DET's whole test set and scores by "
      "rank; docs/results.md has its other rows.", _maps),
@@ -163,5 +163,6 @@ SECTIONS = (  # id, heading, what it shows, its function
      "the true pair that it finds; grey finds none. The dot marks the person.",
      _each(figures.examples)),
     ("classes", "AP of each class", "Default, in percent, of classes with true pairs.", _classes),
-    ("options", "Command and options", "As they were given to each run.", _each(_options)),
+    ("options", "Command and options", "The command line and config.json of each run.",
+     _each(_options)),
 )  # fmt: skip
