@@ -57,7 +57,8 @@ def run_demo(config) -> None:
     if out.exists() and not (out / LOG).exists():  # the user may need what it holds
         raise InputError(f"--resume: {out} is not the folder of a demo ({LOG} is missing)")
     if config.base and not any(Path(config.base).glob("*.safetensors")):
-        raise InputError(f"--base {config.base}: no model in this folder (model.safetensors)")
+        hint = f"; is {inside} meant?" if (inside := Path(config.base) / "model").is_dir() else ""
+        raise InputError(f"--base {config.base}: no safetensors in this folder{hint}")
     with one_line("", RESUME):
         run_stages(out, demo_stages(config, out))
         print(results_table(out, ("base", "sft", "grpo")))
@@ -176,26 +177,38 @@ def run_stages(out: Path, stages: list[Stage]) -> None:
         raise InputError(f"--resume: {out} was made with other options: see {log}")
     for number, stage in enumerate(stages[len(done) :], start=len(done)):
         pace = spent / expected if expected > 10 else 1.0  # this machine against two calm cores
-        seconds = round(pace * sum(s.seconds for s in stages[number:]))
-        left = "{}:{:02d}".format(*divmod(seconds, 60))
-        print(f"\n[{number + 1} of {len(stages)}] {stage.title}; time left: {left}")
+        left, later = (pace * sum(s.seconds for s in stages[n:]) for n in (number, number + 1))
+        print(f"\n[{number + 1} of {len(stages)}] {stage.title}; time left: {clock(left)}")
         for name in stage.writes:  # of a command that was interrupted
             remove(out / name)
         started = time.perf_counter()
         processes = process_count(stage.seconds) if stage.parallel else 1
-        run_command(stage.words, processes)
+        run_command(stage.words, processes, later)
         spent, expected = spent + time.perf_counter() - started, expected + stage.seconds
         replace_file(log, "".join(f"{line}\n" for line in lines[: number + 1]))
 
 
-def run_command(words: list[str], processes: int = 1) -> None:
-    """Show and run one of the project's programs. Exits if it fails."""
+def clock(seconds: float) -> str:
+    """Minutes and seconds, as in 3:05."""
+    return "{}:{:02d}".format(*divmod(round(seconds), 60))
+
+
+def run_command(words: list[str], processes: int = 1, later: float = 0.0) -> None:
+    """Show and run one of the project's programs. Exits if it fails.
+
+    later: estimated seconds of all later commands, which the progress bar shows too.
+    """
     if processes > 1:
         torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"
         words = [*torchrun.split(), *words]
     print(f"$ python {shlex.join(words)}", flush=True)
     # a million weights are too few to share: on a busy machine two threads wait for each other
     settings = {"OMP_NUM_THREADS": "1", **os.environ}
+    if later:  # tqdm takes the defaults of its bars from variables of these names
+        settings["TQDM_BAR_FORMAT"] = (
+            "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining} + "
+            f"{clock(later)} for later stages{{postfix}}]"
+        )
     process = subprocess.Popen([sys.executable, *words], cwd=ROOT, env=settings)
     try:
         code = process.wait()

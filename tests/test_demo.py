@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return folder
 
 
-def in_this_process(words, processes=1):
+def in_this_process(words, processes=1, later=0):
     """In place of `demo.run.run_command`: no new Python process, and short answers."""
     words = ["9" if word == "96" else word for word in words]
     words = words[1:] if words[0] == "-m" else words
@@ -167,7 +167,7 @@ def test_interrupted_demo_goes_on_after_its_last_finished_command(tmp_path, caps
     """After Ctrl-C in SFT, the files of this SFT are removed before it starts again."""
     out, ran = tmp_path / "demo", []
 
-    def command(words, processes=1):
+    def command(words, processes=1, later=0):
         stage = next(word for word in words if word in ("sft", "grpo") or "." in word)
         ran.append(words[1] if words[0] == "hoi_r1.py" else stage)
         if ran.count("sft") == 1 and ran[-1] == "sft":
@@ -201,11 +201,16 @@ def test_existing_folder_is_not_overwritten(tmp_path, capsys):
 
 def test_base_without_a_model_is_refused_before_anything_is_drawn(tmp_path, capsys):
     (tmp_path / "run" / "model").mkdir(parents=True)
-    (tmp_path / "run" / "config.json").write_text("{}")
     with pytest.raises(SystemExit):
         run_demo(tmp_path / "demo", "--base", str(tmp_path / "run"))
-    assert "no model in this folder" in capsys.readouterr().err
+    assert f"no safetensors in this folder; is {tmp_path}/run/model meant?" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
+
+
+def test_progress_bars_show_the_time_of_later_stages(capfd):
+    bar = "from tqdm import tqdm; list(tqdm(range(3)))"
+    run.run_command(["-c", bar], later=74)
+    assert "+ 1:14 for later stages" in capfd.readouterr().err
 
 
 def test_failing_command_stops_the_demo():
