@@ -1,4 +1,4 @@
-"""A reward of one's own, as docs/paper.md adds it: a function and a row, then log, page and total."""
+"""The new reward of docs/paper.md, a function and a row: it reaches total, log and page."""
 
 import json
 
