@@ -29,4 +29,5 @@ def test_new_reward_reaches_log_and_page(with_answer_reward, folder, tmp_path):
     completion = json.loads((out / "rollouts.jsonl").read_text())["completions"][0]
     parts = [value for name, value in completion["rewards"].items() if name != "total"]
     assert len(parts) == 5 and completion["rewards"]["total"] == pytest.approx(sum(parts))
-    assert "at most 4.8" in write_page([out]).read_text()
+    page = write_page([out]).read_text()
+    assert "Reward: Answer" in page and " of 4.8</h3>" in page
