@@ -75,10 +75,8 @@ WRONG_IMAGES = {
 @pytest.mark.parametrize("message", WRONG_IMAGES)
 def test_wrong_image_is_named(tmp_path, message):
     root = write(tmp_path, WRONG_IMAGES[message])
-    with pytest.raises(InputError, match=message) as caught:
+    with pytest.raises(InputError, match=rf"^{root}/anno_bbox.mat, bbox_test\(1\): .*{message}"):
         load_split(root, "test")
-    where = f"{tmp_path / 'anno_bbox.mat'}, bbox_test(1): "
-    assert str(caught.value).startswith(where) and "hico_20160224_det" in str(caught.value)
 
 
 def test_wrong_files_are_named(tmp_path):

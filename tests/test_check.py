@@ -10,7 +10,7 @@ from PIL import Image
 
 import hoi_r1
 from engine.data import annotations
-from engine.data.image_check import check, odd_boxes
+from engine.data.image_check import odd_boxes
 from engine.data.loader import batch_order
 from hicodet import HOI, Sample
 from tests.annotation_files import own_line, write_own
@@ -53,13 +53,6 @@ def test_check_lists_every_image_that_cannot_be_used(data, tmp_path, capsys):
     said = printed.err.splitlines()[-1]
     assert said.startswith("error: 3 images cannot be used: fetch them")
     assert said.endswith(f"with --exclude {bad}") and bad.read_text().split() == names
-
-
-def test_check_of_a_good_split(folder, tmp_path):
-    options = {"split": "test", "workers": 2, "out": str(tmp_path / "bad.txt")}
-    said = list(check(data=str(folder / "data"), **options))
-    assert said == ["test: 0 of 6 images cannot be used"]
-    assert (tmp_path / "bad.txt").read_text() == ""
 
 
 # --exclude

@@ -19,7 +19,6 @@ from engine.files import write_json
 from engine.report.page import write_page
 from engine.report.pictures import show
 from engine.runs.run_folder import RunFolder
-from engine.scoring.predictions import write_rows
 from tests.run_folders import write_prediction
 from tests.runs import config_of, refusal, run, same_weights, weights
 
@@ -63,12 +62,6 @@ def test_log_names_its_file(tmp_path, ranks):
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device: '.*/metrics.jsonl'"):
         RunFolder(tmp_path, None, ranks).log("metrics", 1, {"loss": 1.0})
-
-
-def test_predictions_name_their_file(tmp_path):
-    rows = ({"line": "x" * 300} for _ in range(9))
-    with no_file_above(1000), pytest.raises(OSError, match="File too large: .*part-0000.jsonl"):
-        write_rows(tmp_path / "part-0000.jsonl", rows)
 
 
 def test_settings_file_is_replaced_whole_or_not_at_all(tmp_path):

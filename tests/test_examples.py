@@ -1,4 +1,4 @@
-"""Samples as the model reads them, what is supervised, and scores of instances."""
+"""Samples as the model reads them, supervised tokens, and scores of instances."""
 
 import math
 import shutil
@@ -18,7 +18,7 @@ from engine.data import annotations
 from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
 from engine.traces.template import template_trace
-from engine.traces.trace_file import read_traces, traces_of, untraced_line
+from engine.traces.trace_file import read_traces, traces_of
 from tests.runs import config_of, examples_of, refusal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -110,15 +110,6 @@ def test_images_without_a_trace(folder):
         assert ("Thinking Process" in asked) == (opening == "<think>")
 
 
-def test_more_than_5_percent_without_a_trace_need_a_choice():
-    assert "all 100" in untraced_line(0, 100, None)
-    assert "left out" in untraced_line(5, 100, None)
-    with pytest.raises(hicodet.InputError, match="6 of 100 .* --untraced skip"):
-        untraced_line(6, 100, None)
-    assert "left out" in untraced_line(60, 100, "skip")
-    assert "answer alone" in untraced_line(60, 100, "answer")
-
-
 def test_traces_of_other_images_are_refused(folder, tmp_path):
     """With --untraced answer the run would train without any trace."""
     for options in ({"traces": ""}, {"traces": "no.jsonl"}, {"thinking": False}):
@@ -154,22 +145,6 @@ def test_banned_ids(folder):
         assert banned[examples.tokenizer.convert_tokens_to_ids(token)]
     assert not banned[examples.end_id] and banned[-9:].all()
     assert not banned[examples.tokenizer("people ride")["input_ids"]].any()
-
-
-def test_longest_prompt_equals_the_longest_of_all(folder, tmp_path):
-    samples = []
-    for size in ((112, 60), (300, 40), (84, 112)):
-        path = tmp_path / f"{size[0]}.png"
-        Image.new("RGB", size).save(path)
-        samples.append(hicodet.Sample(path.name, path, *size, (), (), frozenset()))
-    for thinking in (True, False):
-        config = config_of("predict", folder, "x", thinking=thinking)
-        examples = examples_of(config, samples)
-        lengths = [len(examples[i].prompt.prompt_ids) for i in range(3)]
-        assert len(set(lengths)) == 3
-        longest_text = max(len(ids) for ids in examples.questions.values())
-        asked = len(examples.questions[thinking])
-        assert examples.longest_prompt() == max(lengths) + longest_text - asked
 
 
 # Scores and means of predictions

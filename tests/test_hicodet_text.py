@@ -86,15 +86,12 @@ def test_real_annotations_survive_as_text(real_samples):
 
 @pytest.mark.parametrize("frame, full", [("model", 0.9966), ("original", 0.9970)])
 def test_map_of_the_ground_truth_as_text(frame, full, real_samples):
-    predictions = {"ones": [], "rank": []}
+    lines = []
     for sample in real_samples:
         size = sample.width, sample.height
         hois, model = in_model_frame(sample) if frame == "model" else (sample.hois, size)
         completion = hicodet.parse_completion(hicodet.format_answer(hois))
-        for name, scores in ("ones", None), ("rank", rank_scores(completion)):
-            instances = predicted_instances(completion, size, model, scores)
-            predictions[name].append({"file_name": sample.file_name, "instances": instances})
-    counts = annotations.training_counts(HICO_DET)
-    for lines in predictions.values():
-        result = evaluate.evaluate(lines, real_samples, counts)
-        assert result["default"]["full"] == pytest.approx(full, abs=0.0005)
+        instances = predicted_instances(completion, size, model, rank_scores(completion))
+        lines.append({"file_name": sample.file_name, "instances": instances})
+    result = evaluate.evaluate(lines, real_samples, annotations.training_counts(HICO_DET))
+    assert result["default"]["full"] == pytest.approx(full, abs=0.0005)

@@ -83,11 +83,6 @@ def cut(model):
     (model / WEIGHTS).write_bytes(half)
 
 
-def pickled(model):
-    torch.save(load_file(model / WEIGHTS), model / "pytorch_model.bin")
-    (model / WEIGHTS).unlink()
-
-
 def adapter(model):
     (model / CONFIG).unlink()
     (model / WEIGHTS).rename(model / "adapter_model.safetensors")
@@ -105,14 +100,13 @@ def all_of(*changes):
 
 REFUSED = {  # a change of the folder, and what the line names
     "adapter": (adapter, "a LoRA adapter of /no/base, which is not there; give that model with --"),
-    "pickle": (pickled, "pytorch_model.bin; convert them to safetensors"),
     "pointer": (write(WEIGHTS, POINTER), f"{WEIGHTS} is a git-lfs pointer; .*git lfs pull"),
     "not tied": (values(CONFIG, tie_word_embeddings=False), "tie_word_embeddings is not true in"),
     "DDP": (prefixed("module."), r"module.model.*: a wrapped model was saved; remove the prefix"),
     "no weights": (without(WEIGHTS), f"no {WEIGHTS} and no {WEIGHTS}.index.json"),
     "cut weights": (cut, "no weights in safetensors that can be read"),
     "shard lost": (
-        lambda m: (sharded(m), without(WEIGHTS)(m), without("model-00002-of-00003.safetensors")(m)),
+        all_of(sharded, without(WEIGHTS), without("model-00002-of-00003.safetensors")),
         "No such file or directory: .*model-00002-of-00003.safetensors"),
     "a weight": (
         tensors(lambda s: s.__delitem__("model.norm.weight")),
@@ -127,7 +121,6 @@ REFUSED = {  # a change of the folder, and what the line names
     "processor": (without(PROCESSOR), "no image processor that can be read"),
     "patch": (values(PROCESSOR, patch_size=7), "patch_size is 7 in .* and 14 in config.json"),
     "no template": (without(TEMPLATE), "no tokenizer with .* chat template"),
-    "template syntax": (write(TEMPLATE, "{% for"), "no chat template that can be read"),
     "template text": (write(TEMPLATE, "no image"), "template makes 0 placeholders"),
 }  # fmt: skip
 

@@ -242,18 +242,6 @@ def test_eq23_total_reward():
     assert (0, 0, 0, 0, 0) == total(replace(answer, has_answer=False), [truth(BOX, BOX)])
 
 
-def test_eq23_total_reward_of_matched_labels():
-    hois = [truth(BOX, BOX, verbs=("ride", "hold")), truth(FAR, FAR, "dog", ("walk",))]
-    answer = completion(predicted(BOX, BOX), predicted(FAR, FAR, "bicycle", ("walk",)))
-    # object (1 + 0) / 2, verb (1/2 + 1) / 2
-    assert (0.8, 0.5, 0.75, 1.0, 3.05) == total(answer, hois, label_reward="matched")
-    # The second one repeats the first one's human box: format 0.2 + 0.6/2, IoU (1 + 1/2) / 2.
-    answer = completion(predicted(BOX, BOX), predicted(BOX, FAR, "dog", ("walk",)))
-    for earn, parts in {"labels": (1.0, 0.75), "nothing": (0.5, 0.25)}.items():
-        options = {"label_reward": "matched", "duplicates_earn": earn}
-        assert (0.5, *parts, 0.75, 1.25 + sum(parts)) == total(answer, hois, **options)
-
-
 def test_eq23_total_reward_without_parts_of_table_3():
     for without, values in {
         (): (0.8, 1, 1, 1, 3.8),
@@ -266,17 +254,6 @@ def test_eq23_total_reward_without_parts_of_table_3():
             assert values == total(completion(predicted()), [truth()], **options)
         largest = [part["largest"] for part in rewards.reward_parts(without=without).values()]
         assert largest == [value for value in values[:4] if value]
-
-
-def test_duplicates_lose_their_labels():
-    first, boxless = predicted(BOX, BOX), predicted(None, BOX)
-    copy = predicted(BOX, BOX, "cat", ("hold",))  # the boxes of the first
-    person = predicted(BOX, FAR, "cat", ("hold",))  # the same person, another object
-    stripped = [replace(one, object_class=None, verbs=()) for one in (copy, person)]
-    instances = [first, copy, person, boxless]
-    assert rewards.without_duplicate_labels(instances) == [first, *stripped, boxless]
-    pair = [first, stripped[0], person, boxless]
-    assert rewards.without_duplicate_labels(instances, "pair") == pair
 
 
 def test_eq23_total_reward_where_duplicates_earn_nothing():

@@ -18,6 +18,9 @@ INSTANCE = {"human": [10, 20, 50, 100], "object": [30, 60, 90, 110],
             "object class": "bicycle", "verb class": "ride, sit on"}
 
 
+MATCHED, NOTHING = {"label_reward": "matched"}, {"duplicates_earn": "nothing"}
+
+
 def written(*instances, think="<think> a </think> "):
     return f"{think}<answer> {json.dumps(list(instances))} </answer>"
 
@@ -40,8 +43,10 @@ def test_a_perfect_answer_with_one_person_and_two_objects():
     assert earned(text, [RIDER, bag]) == pytest.approx(
         {"format": 0.5, "object": 1, "verb": 1, "iou": 1, "total": 3.5})
     assert earned(text, [RIDER, bag], duplicate_rule="pair")["total"] == pytest.approx(3.8)
-    # The bag's labels go with it: 0.5 + 1/2 + 1/2 + 1.
-    assert earned(text, [RIDER, bag], duplicates_earn="nothing")["total"] == pytest.approx(2.5)
+    # Then the bag's labels earn nothing: 0.5 + 1/2 + 1/2 + 1. Under "pair" it is no duplicate.
+    for rule, total in (("printed", 2.5), ("pair", 3.8)):
+        options = NOTHING | {"duplicate_rule": rule}
+        assert earned(text, [RIDER, bag], **options)["total"] == pytest.approx(total)
 
 
 def changed(**values):
@@ -112,7 +117,6 @@ def test_attempts_to_cheat(text, expected):
     assert parts["total"] == pytest.approx(sum(expected))
 
 
-MATCHED, NOTHING = {"label_reward": "matched"}, {"duplicates_earn": "nothing"}
 NO_LABEL, NO_IOU = {"without": ["label"]}, {"without": ["iou"]}
 COPIES = written(*[INSTANCE] * 3)
 LEFT, RIGHT = apart(1), apart(2) | {"object class": "dog", "verb class": "walk"}
@@ -151,6 +155,7 @@ TOTALS = {  # text, ground truth, options -> total
     "three copies that earn nothing": (COPIES, RIDERS, NOTHING, 1.4),
     # The copies are matched with the other pairs.
     "three copies, labels matched": (COPIES, RIDERS, MATCHED, 2.4 + 1 / 3),
+    "three copies, matched, that earn nothing": (COPIES, RIDERS, MATCHED | NOTHING, 1.4),
     # Points have no pair: 0.2 + (0.6 + 0.4 + 0.4)/3 + 1/3 + 1/3 + 1/3.
     "a pair and two points, matched": (
         written(INSTANCE, POINTS, POINTS), RIDERS, MATCHED, 0.2 + 1.4 / 3 + 1),

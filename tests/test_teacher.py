@@ -172,11 +172,3 @@ def test_results_are_collected_in_any_order(tmp_path):
         assert traces[0]["usage"] == USAGE | {"cost": pytest.approx(105e-6)}
         assert teacher.collect_batch(paths, set(names), half, file) == missing
     assert len(out.read_text().splitlines()) == 28
-
-
-@pytest.mark.parametrize("line, said", [("{", "not JSON"), ("{}", "'custom_id' .* a text")])
-def test_invalid_result_line_is_named(line, said, tmp_path):
-    (tmp_path / "r").write_text(result("a.jpg") + line)
-    with TraceFile(tmp_path / "t.jsonl") as file:
-        with pytest.raises(ValueError, match=f"r, line 2: {said}"):
-            teacher.collect_batch([tmp_path / "r"], {"a.jpg"}, make_teacher(), file)
