@@ -1,15 +1,12 @@
-"""The --help of every command, and engine/options.py, which prints it."""
+"""The --help of every command."""
 
 import importlib
 import shlex
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import pytest
 
 import hoi_r1
-from engine.options import Config, option, parse_config, required
+from engine.options import Config, parse_config
 
 PROGRAMS = {  # command: module
     **{"evaluate.py": "evaluate", "teacher.py": "teacher"},
@@ -61,7 +58,7 @@ def parsed(words):
 
 @pytest.mark.parametrize("command", ["hoi_r1.py", *STAGES, *PROGRAMS])
 def test_page_fits_and_its_examples_can_be_parsed(command, page_of, monkeypatch):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a bench asks for one
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # a bench needs one
     page = page_of(command)
     examples = examples_in(page)
     assert any(command in " ".join(words) for words in examples)
@@ -76,50 +73,3 @@ def test_line_of_an_option_has_its_default_and_section(page_of):
                  "or of the whole output as printed (default: token)",
                  "--without {label,iou} [{label,iou} ...] rewards to leave out (Table 3) --"):
         assert line in page
-
-
-# ---- engine/options.py, with a config of its own
-
-
-@dataclass(frozen=True, kw_only=True)
-class Small(Config):
-    """A small config."""
-
-    GROUPS = ("first", "second")
-    FREE = ("second",)
-    where: Path = required("a folder", positional=True, metavar="DIR", group="first")
-    names: tuple[int, ...] = required("some numbers", group="later", on_resume="allow")
-    most: float | None = option(None, "a bound that may be absent", least=1, group="later")
-    kind: Literal["a", "b"] = option("a", "one of two", group="second", on_resume="note")
-    quiet: bool = option(False, "say nothing", group="second", per_host=True)
-    colour: bool | None = option(None, "print in colour", group="second")
-    rate: float = option(2e-5, "above 5 % of it", least=0, below=1, group="first")
-
-
-def small(line):
-    return parse_config(Small, "", line.split(), prog="small")
-
-
-def test_values_have_the_types_of_the_fields():
-    config = small("x --names 1 2 --most 4 --quiet --no-colour")
-    assert config == Small(where=Path("x"), names=(1, 2), most=4.0, quiet=True, colour=False)
-    assert small("x --names 1") == Small(where=Path("x"), names=(1,))
-
-
-def test_groups_of_options_and_what_resume_does():
-    assert small("x --names 1").group("first") == {"where": Path("x"), "rate": 2e-5}
-    assert Small.on_resume("refuse") == {"most", "where", "rate"}
-    assert Small.on_resume("allow") == {"names", "quiet", "colour"}
-    assert Small.on_resume("note") == {"kind"} and Small.per_host() == {"quiet"}
-
-
-@pytest.mark.parametrize("flag, said", [
-    ("--rate -1", "--rate -1.0: must be at least 0"), ("--rate 1", "--rate 1.0: must be below 1"),
-    ("--rate nan", "--rate nan: must be at least"), ("--most inf", "--most inf: must be below inf"),
-    ("--kind c", "--kind: invalid choice"), ("--quite", "unrecognized arguments: --quite"),
-])  # fmt: skip
-def test_values_out_of_bounds_are_refused_with_the_flag(flag, said, capsys):
-    with pytest.raises(SystemExit):
-        small(f"x --names 1 {flag}")
-    error = capsys.readouterr().err
-    assert error.startswith("usage: small") and said in error

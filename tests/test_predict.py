@@ -12,7 +12,7 @@ from tests.runs import config_of, metrics, run
 
 
 def write_held_out(folder, out):
-    """A folder with four test images, the first of which is the one training image."""
+    """A folder with four test images. The first one is also the only training image."""
     (out / "images").mkdir(parents=True)
     samples, lines = annotations.load_split(folder / "data", "train")[:4], []
     for sample in samples:

@@ -126,11 +126,19 @@ RUN = "--model m --data d --out o"
     f"sft {RUN} --max-grad-norm 0", f"sft {RUN} --learning-rate inf", f"sft {RUN} --adam-beta2 1",
     f"sft {RUN} --weight-decay nan", f"grpo {RUN} --kl-coef inf", f"grpo {RUN} --clip-eps nan",
     f"grpo {RUN} --temperature inf", "demo --train-images 0", "demo --steps-scale 0",
+    f"grpo {RUN} --ratio both", f"sft {RUN} --max-stepz 5",
 ])  # fmt: skip
-def test_numbers_are_within_bounds(flag, capsys):
+def test_values_out_of_bounds_are_refused_with_the_flag(flag, capsys):
     with pytest.raises(SystemExit):
         hoi_r1.parse_config(flag.split())
-    assert f"{flag.split()[-2]} " in capsys.readouterr().err
+    assert flag.split()[-2] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_values_have_the_types_of_the_fields():
+    words = "grpo --model m --data d --out o --without label iou --no-thinking --lora-alpha 4"
+    config = hoi_r1.parse_config([*words.split(), "--lora-rank", "2", "--slots", "3"])
+    assert (config.without, config.thinking, config.lora_alpha) == (("label", "iou"), False, 4.0)
+    assert (config.slots, config.task_description, config.resume) == (3, None, False)
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ def test_signal_saves_and_says_how_to_continue(number, code, folder, whole, tmp_
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_image_workers_too(folder, tmp_path):
-    """So does a batch system's SIGTERM. It kills them, and the step is finished without them."""
+    """A batch system's SIGTERM also kills them. The run finishes the step without them."""
     process = start(folder, tmp_path)
     wait_for_step(process, tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
