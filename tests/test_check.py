@@ -10,9 +10,7 @@ from PIL import Image
 
 import hoi_r1
 from engine.data import annotations
-from engine.data.image_check import odd_boxes
 from engine.data.loader import batch_order
-from hicodet import HOI, Sample
 from tests.annotation_files import own_line, write_own
 from tests.runs import config_of, refusal, run, same_weights
 
@@ -126,22 +124,12 @@ def test_prediction_of_bad_images_alone_is_refused(folder, data, tmp_path):
 # Boxes
 
 
-@pytest.mark.parametrize("boxes, counted", [
-    ([(9, 0, 5, 9), (0, 9, 5, 5), (3, 0, 3, 9), (-1, 0, 5, 5), (0, 0, 100, 5), (0, 0, 5, 50)],
-     "2 inverted, 1 without area, 3 out of the image, of 7"),
-    ([(0, 0, 99, 49)], ""),
-])  # fmt: skip
-def test_odd_boxes_are_counted_by_kind(boxes, counted):
-    hois = tuple(HOI(box, (10, 10, 20, 20), "car", ("drive",)) for box in boxes)
-    said = odd_boxes([Sample("a.jpg", Path("a.jpg"), 100, 50, hois, (), frozenset())])
-    assert said.removeprefix("boxes of the ground truth: ") == counted
-
-
 def test_training_counts_odd_boxes(folder, photo, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     shutil.copy(photo, tmp_path / "images")
-    line = own_line(photo.name, "train", [((9, 9, 9, 20), (1, 1, 30, 30), 151)])
-    write_own(tmp_path, line | {"width": 640, "height": 425})
+    good, flat, inverted, outside = (1, 1, 639, 424), (9, 9, 9, 20), (9, 9, 5, 20), (9, 9, 640, 20)
+    pairs = [(flat, good, 151), (inverted, outside, 151)]
+    write_own(tmp_path, own_line(photo.name, "train", pairs) | {"width": 640, "height": 425})
     run(config_of("grpo", folder, tmp_path / "run", data=str(tmp_path), max_steps=1))
-    said = "boxes of the ground truth: 0 inverted, 1 without area, 0 out of the image, of 2"
+    said = "boxes of the ground truth: 1 inverted, 1 without area, 1 out of the image, of 4"
     assert said in capsys.readouterr().out.splitlines()

@@ -84,6 +84,11 @@ def test_options_of_sampling(changed):
     assert len(shown["completions"]) == 3
 
 
+def test_training_without_kl(changed, any_reward):
+    (row,) = metrics(changed("grpo", kl_coef=0.0))
+    assert row["kl"] == 0
+
+
 def test_kl_has_its_weight(changed, any_reward):
     """After the first update pi_theta differs from pi_ref. The loss is -surrogate + beta KL."""
     (row,) = metrics(changed("grpo", kl_coef=1e6))

@@ -30,16 +30,16 @@ def test_averages_by_hand():
     ride, hold, horse = ((BOX, BOX, hoi_id) for hoi_id in (RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE))
     images = {  # true pairs, detections
         "a": ([ride, hold], [ride, (FAR, BOX, HOLD_BICYCLE)]),
-        "b": ([ride], [ride]), "c": ([], [horse]), "d": ([hold], []), "e": ([], []),
+        "b": ([ride], [ride]), "c": ([], [horse, hold]), "d": ([hold], []), "e": ([], []),
     }  # fmt: skip
     samples = [make_sample(name, pairs) for name, (pairs, _) in images.items()]
     lines = [make_line(name, [(*one, 1.0) for one in found]) for name, (_, found) in images.items()]
     result = scores_of(samples, lines)
-    # 2 hits of 4 detections and 4 pairs.
-    assert shares(result, "micro") == [0.5, 0.5, 0.5]
-    # ride 2 of 2 and 2; hold 0 of 1 and 2; horse 0 of 1 and 0. Of 600 classes 597 have neither.
+    # 2 hits of 5 detections and 4 pairs.
+    assert shares(result, "micro") == [0.4, 0.5, pytest.approx(4 / 9)]
+    # ride 2 of 2 and 2; hold 0 of 2 and 2; horse 0 of 1 and 0. The other 597 classes do not count.
     assert shares(result, "macro") == pytest.approx([1 / 3, (1 + 0) / 2, 1 / 3])
-    # a 1 of 2 and 2; b 1 of 1 and 1; c 0 of 1 and 0; d 0 of 0 and 1; e nothing.
+    # a 1 of 2 and 2; b 1 of 1 and 1; c 0 of 2 and 0; d 0 of 0 and 1; e does not count.
     assert shares(result, "image") == pytest.approx([1.5 / 3, 1.5 / 3, 1.5 / 4])
     assert result["image"]["exact"] == pytest.approx(2 / 5)  # b and e
 
