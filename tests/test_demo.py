@@ -203,7 +203,8 @@ def test_base_without_a_model_is_refused_before_anything_is_drawn(tmp_path, caps
     (tmp_path / "run" / "model").mkdir(parents=True)
     with pytest.raises(SystemExit):
         run_demo(tmp_path / "demo", "--base", str(tmp_path / "run"))
-    assert f"no safetensors in this folder; is {tmp_path}/run/model meant?" in capsys.readouterr().err
+    said = f"no safetensors in this folder; is {tmp_path}/run/model meant?"
+    assert said in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
 
 
