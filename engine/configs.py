@@ -23,7 +23,7 @@ DECODING = "decoding and scores"  # with SPEED, the keywords of predict.predict_
 SPEED = "memory and speed"
 
 FULL_RATE = 1e-6  # Sec. 4.2
-DATA = "folder in the layout of hico_20160224_det: anno_bbox.mat, images/"
+DATA = "folder in the layout of hico_20160224_det, or with annotations.jsonl and images/"
 
 
 @dataclass(frozen=True, kw_only=True)
