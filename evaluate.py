@@ -227,7 +227,7 @@ def map_table(result: dict) -> str:
     return "\n".join(lines)
 
 
-FILES, MEASURE = "what to read and write", "what to measure"
+FILES, MEASURE = "input and output", "measures"
 
 
 @dataclass(frozen=True, kw_only=True)

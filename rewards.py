@@ -36,7 +36,7 @@ from hicodet import HOI, OBJECTS, VERBS, Box, Completion, Prediction, iou
 REWARD_WEIGHTS = {"tag": 0.2, "box": 0.2, "object": 0.2, "verb": 0.2}  # w of Eq. 13, Sec. 4.2
 N_KEYS = 4  # N_k of Eq. 12: "human", "object", "object class", "verb class"
 DUPLICATE_IOU = 0.5  # Eq. 7
-# Eq. 7: how the overlap of the human boxes and that of the object boxes make a duplicate
+# Eq. 7: whether overlap of the human boxes and overlap of the object boxes make a duplicate
 DUPLICATE_RULES = {"printed": operator.or_, "pair": operator.and_}
 
 OBJECT_SET = frozenset(OBJECTS)  # C_o of Eq. 9
@@ -94,14 +94,14 @@ def object_format_reward(instance: Prediction) -> float:
 
 
 def verb_format_reward(instance: Prediction) -> float:
-    """Eq. 10: r_kv, the number of distinct valid verbs over that of all verbs; 0 without verbs."""
+    """Eq. 10: r_kv, the number of distinct valid verbs over the number of verbs; 0 without verbs."""
     if not instance.verbs:
         return 0.0
     return len(valid_verbs(instance.verbs)) / len(instance.verbs)
 
 
 def valid_verbs(verbs: Sequence[str]) -> frozenset[str]:
-    """Eq. 11: the distinct labels among `verbs` that are among HICO-DET's 117."""
+    """Eq. 11: the distinct labels in `verbs` that are one of HICO-DET's 117 verbs."""
     return VERB_SET.intersection(verbs)
 
 
@@ -161,8 +161,8 @@ def drop_object_label(remaining: Counter, object_class: str | None) -> Counter:
 def verb_label_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
     """Eq. 16: r_lv, the mean share of an instance's verbs that are left over in the ground truth.
 
-    The ground truth has one occurrence for each verb of each instance, whatever its object. Each
-    share is weighted by alpha (Eq. 12); the sum is divided by max(N_a, N^_a). 0 without ground
+    The ground truth has one occurrence for each verb of each instance, regardless of its object.
+    Each share is weighted by alpha (Eq. 12); the sum is divided by max(N_a, N^_a). 0 without ground
     truth.
     """
     if not hois:
@@ -182,14 +182,14 @@ def drop_verbs(remaining: Counter, matched: Collection[str]) -> Counter:
 
 
 def matched_verbs(verbs: Sequence[str], remaining: Counter) -> frozenset[str]:
-    """Eq. 18: the distinct labels among `verbs` that are left over in the ground truth."""
+    """Eq. 18: the distinct labels in `verbs` that are left over in the ground truth."""
     return frozenset(verbs).intersection(remaining)
 
 
 def without_duplicate_labels(
     instances: Sequence[Prediction], duplicate_rule: str = "printed"
 ) -> list[Prediction]:
-    """The instances, where the duplicates of Eq. 7 have lost their labels."""
+    """The instances, with the labels of duplicates (Eq. 7) removed."""
     rewards = box_rewards(instances, duplicate_rule)
     return [
         replace(a, object_class=None, verbs=()) if a.has_boxes and not r_b else a
@@ -248,7 +248,7 @@ def iou_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
 def matched_object_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
     """Instead of Eq. 14: the share of instances with the object class of their true instance.
 
-    Weighted, divided and 0 as in Eq. 14.
+    Weights, divisor and zero case are those of Eq. 14.
     """
     pairs = matched_pairs(instances, hois)
     total = sum(key_penalty(a.key_count) * (a.object_class == b.object_class) for a, b, _ in pairs)
@@ -258,7 +258,7 @@ def matched_object_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) 
 def matched_verb_reward(instances: Sequence[Prediction], hois: Sequence[HOI]) -> float:
     """Instead of Eq. 16: verbs shared with the true instance, over the larger number of verbs.
 
-    Missing and surplus verbs both lower it. Weighted, divided and 0 as in Eq. 16.
+    Missing and surplus verbs both lower it. Weights, divisor and zero case as in Eq. 16.
     """
     total = 0.0
     for instance, hoi, _ in matched_pairs(instances, hois):

@@ -156,8 +156,7 @@ def collect_batch(
     return {name: reason for name, reason in missing.items() if name not in file.names}
 
 
-FILES, TEACHER, ASKED = "what to read and write", "the teacher (Sec. 3.2)", "what is asked"
-COST = "what may be spent"
+FILES, TEACHER, ASKED, COST = "input and output", "teacher (Sec. 3.2)", "requests", "cost"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,7 +188,7 @@ class TeacherConfig(Config):
         math.inf, "end the run when this sum is spent", least=0, metavar="USD", group=COST
     )
     prices: tuple[float, ...] = option(
-        (), "per million input and output tokens, if unknown", metavar="USD", group=COST
+        (), "prices per million input and output tokens", metavar="USD", group=COST
     )
 
     def __post_init__(self):
@@ -207,7 +206,7 @@ def make_teacher(config: TeacherConfig) -> Teacher:
                          "without user or password; a key goes into OPENAI_API_KEY")
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not re.fullmatch("[!-~]*", key):
-        raise InputError("OPENAI_API_KEY holds characters that no key has: set it again")
+        raise InputError("OPENAI_API_KEY contains characters that no key has: set it again")
     if not isinstance(extra := openai_chat.parse(config.extra_body), dict):
         raise InputError(f"--extra-body {config.extra_body}: expected a JSON object")
     lists = hicodet.TASK_DESCRIPTION if config.lists else ""

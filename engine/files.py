@@ -23,10 +23,8 @@ def lock(file: IO) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= last:
-                raise InputError(
-                    f"{file.name} is being written by another process: let it finish, or give "
-                    "another --out"
-                ) from None
+                said = "is being written by another process: let it finish, or give another --out"
+                raise InputError(f"{file.name} {said}") from None
         time.sleep(0.05)
 
 

@@ -71,10 +71,8 @@ def predicted_instances(
                 first.setdefault(verb, float(value))
         if not (first and instance.has_boxes):
             continue
-        human, object_ = (
-            list(hicodet.to_image_frame(box, image_size, text_size))
-            for box in (instance.human, instance.object)
-        )
+        boxes = instance.human, instance.object
+        human, object_ = (list(hicodet.to_image_frame(box, image_size, text_size)) for box in boxes)
         if hicodet.iou(human, human) > 0 and hicodet.iou(object_, object_) > 0:
             row = {"human": human, "object": object_, "object_class": instance.object_class}
             kept.append(row | {"verbs": list(first), "scores": list(first.values())})
@@ -133,8 +131,8 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, dict]]:
     path = Path(path)
     path = path / "predictions.jsonl" if path.is_dir() else path
     if not path.exists() and any(path.parent.glob("part-*.jsonl")):
-        run = path.parent
-        raise InputError(f"{run} is not finished: predict ... --out {run} --resume")
+        folder = path.parent
+        raise InputError(f"{folder} is not finished: predict ... --out {folder} --resume")
     for where, line in json_lines(path):
         with at(where):
             _check_line(line)
