@@ -94,7 +94,7 @@ def object_format_reward(instance: Prediction) -> float:
 
 
 def verb_format_reward(instance: Prediction) -> float:
-    """Eq. 10: r_kv, the number of distinct valid verbs over the number of verbs; 0 without verbs."""
+    """Eq. 10: r_kv, the distinct valid verbs over all verbs as written; 0 without verbs."""
     if not instance.verbs:
         return 0.0
     return len(valid_verbs(instance.verbs)) / len(instance.verbs)
