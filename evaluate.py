@@ -47,7 +47,7 @@ from engine.signals import one_line
 from hicodet import HOI_CLASSES, InputError, Sample
 
 RARE_BELOW = 10  # a class with fewer training pairs is rare
-# Not decimals, as in the official code: 3 * 0.1 is above 0.3, so a recall of 3/10 is below it.
+# Products, as in the official code: 3 * 0.1 is above 0.3, so a recall of 3/10 does not reach it.
 RECALL_GRID = tuple(k * 0.1 for k in range(11))
 
 
