@@ -197,5 +197,3 @@ def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
     pixels: (patches, patch size). On a CPU it takes a ninth of the convolution's time.
     """
     return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-
-
