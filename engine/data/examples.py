@@ -26,7 +26,6 @@ from hicodet import InputError
 END_OF_TURN = "<|im_end|>"
 PROMPT_FILE = "prompt.json"  # of an exported folder: the prompt options of its training
 BOX_FRAMES = ("model", "original", "thousand")
-THOUSAND = (1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -56,11 +55,8 @@ def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
     trained, files = {}, [Path(folder) / PROMPT_FILE for folder in (adapter, model) if folder]
     if path := next(filter(Path.is_file, files), None):
         trained = read_object(path)
-        try:
-            known = PromptOptions(**trained).box_frame in BOX_FRAMES
-        except TypeError:
-            known = False
-        if not known:
+        unknown = trained.keys() - vars(PromptOptions()).keys()
+        if unknown or trained.get("box_frame", "model") not in BOX_FRAMES:
             raise InputError(f"{path}: not the prompt options of this project")
     given = {name: value for name, value in asked.items() if value is not None}
     for name, value in given.items():
@@ -118,10 +114,7 @@ class Examples(Dataset):
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
         text = prompt_text or options.text
         self.questions = {
-            thinking: question(
-                self.tokenizer, text(thinking), self.image_id, model, options.text_first
-            )
-            for thinking in (True, False)
+            thinking: self.question(text(thinking), model) for thinking in (True, False)
         }
 
     def __len__(self) -> int:
@@ -143,7 +136,7 @@ class Examples(Dataset):
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
         original = (sample.width, sample.height)
-        sizes = {"model": model_size, "original": original, "thousand": THOUSAND}
+        sizes = {"model": model_size, "original": original, "thousand": (1000, 1000)}
         size = sizes[self.options.box_frame]
         hois = tuple(hicodet.in_frame(hoi, original, size) for hoi in sample.hois)
         target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
@@ -159,6 +152,30 @@ class Examples(Dataset):
         image = torch.full((int(grid.prod()) // self.processor.merge_size**2,), self.image_id)
         ids = torch.cat([ids[:place], image, ids[place + 1 :]])
         return Prompt(ids, pixels["pixel_values"], grid)
+
+    def question(self, text: str, model: str) -> Tensor:
+        """(S',) ids of the user turn, with one image placeholder before or after the text.
+
+        Raises InputError if the chat template makes another number of placeholders, or opens
+        <think>.
+        """
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        content = content[::-1] if self.options.text_first else content
+        message, apply = {"role": "user", "content": content}, self.tokenizer.apply_chat_template
+        options = {"add_generation_prompt": True, "tokenize": False}
+        text = read_from_model(lambda _: apply([message], **options), model, "chat template")
+        if text.rstrip().endswith("<think>"):
+            raise InputError(
+                f"--model {model}: its chat template opens <think> itself, as Thinking weights do; "
+                "take the Instruct weights of this model"
+            )
+        ids = self.token_ids(text)
+        if (images := int((ids == self.image_id).sum())) != 1:
+            raise InputError(
+                f"--model {model}: its chat template makes {images} placeholders of image_token_id "
+                f"{self.image_id}"
+            )
+        return ids
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, from the annotated sizes of the images."""
@@ -217,28 +234,3 @@ def require_one_model(model: str, config, tokenizer, processor) -> None:
             f"--model {model}: the tokenizer has {len(tokenizer)} tokens, and vocab_size is {room} "
             "in config.json: they belong to different models"
         )
-
-
-def question(tokenizer, text: str, image_id: int, model: str, text_first: bool) -> Tensor:
-    """(S',) ids of the user turn, with one image placeholder before or after the text.
-
-    Raises InputError if the chat template makes another number of placeholders, or opens <think>.
-    """
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    message = {"role": "user", "content": content[::-1] if text_first else content}
-    template = {"add_generation_prompt": True, "tokenize": False}
-    text = read_from_model(
-        lambda _: tokenizer.apply_chat_template([message], **template), model, "chat template"
-    )
-    if text.rstrip().endswith("<think>"):
-        raise InputError(
-            f"--model {model}: its chat template opens <think> itself, as Thinking weights do; "
-            "take the Instruct weights of this model"
-        )
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-    if (images := int((ids == image_id).sum())) != 1:
-        raise InputError(
-            f"--model {model}: its chat template makes {images} placeholders of image_token_id "
-            f"{image_id}"
-        )
-    return ids

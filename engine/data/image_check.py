@@ -3,8 +3,6 @@
     python hoi_r1.py check --data hico_20160224_det
 """
 
-import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -14,9 +12,7 @@ from tqdm import tqdm
 from engine.data.annotations import load_split, splits
 from engine.data.images import read_image
 from engine.files import replace_file
-from hicodet import Box, InputError, Sample
-
-ODD = ("inverted", "without area", "out of the image")  # faults of a ground-truth box
+from hicodet import InputError, Sample
 
 
 def check(
@@ -29,7 +25,10 @@ def check(
     bad = {}
     for name in [split] if split else splits(data):
         samples = load_split(data, name)
-        found = bad_images(samples, workers or os.cpu_count(), desc=f"images of {name}")
+        with ThreadPool(workers or None) as pool:  # Pillow decodes outside of Python's lock
+            faults = pool.imap(fault, samples)
+            bar = tqdm(faults, f"images of {name}", len(samples), unit="image")
+            found = {sample.file_name: said for said, sample in zip(bar, samples) if said}
         yield from found.values()
         yield f"{name}: {len(found)} of {len(samples)} images cannot be used"
         if odd := odd_boxes(samples):
@@ -60,23 +59,8 @@ def excluded_names(path: str, samples: Sequence[Sample]) -> set[str]:
     return names
 
 
-def bad_images(samples: Sequence[Sample], workers: int, *, desc: str = "images") -> dict[str, str]:
-    """Why images cannot be used, by file name: missing, broken or not of their annotated size.
-
-    Uses threads, as Pillow decodes outside of Python's lock.
-    """
-    bad = {}
-    bar = tqdm(total=len(samples), desc=desc, unit="image")
-    with bar, ThreadPool(max(workers, 1)) as pool:
-        for sample, reason in zip(samples, pool.imap(fault, samples)):
-            if reason:
-                bad[sample.file_name] = reason
-            bar.update()
-    return bad
-
-
 def fault(sample: Sample) -> str:
-    """Why a sample's image cannot be used; "" if it can."""
+    """Why an image cannot be used: missing, broken, too narrow or of another size; "" if it can."""
     try:
         read_image(sample)
     except InputError as error:
@@ -86,22 +70,18 @@ def fault(sample: Sample) -> str:
 
 def odd_boxes(samples: Sequence[Sample]) -> str:
     """Numbers of ground-truth boxes that are inverted, empty or out of the image; "" if none."""
-    found = Counter()
+    total = inverted = empty = out = 0
     for sample in samples:
-        boxes = {box for hoi in sample.hois for box in (hoi.human, hoi.object)}
-        found.update(box_fault(box, sample.width, sample.height) for box in boxes)
-    if found.total() == found[""]:
+        right, bottom = sample.width - 1, sample.height - 1
+        for x1, y1, x2, y2 in {box for hoi in sample.hois for box in (hoi.human, hoi.object)}:
+            total += 1
+            if x2 < x1 or y2 < y1:
+                inverted += 1
+            elif x2 == x1 or y2 == y1:
+                empty += 1
+            elif not (0 <= x1 and 0 <= y1 and x2 <= right and y2 <= bottom):
+                out += 1
+    if not (inverted or empty or out):
         return ""
-    counts = ", ".join(f"{found[kind]} {kind}" for kind in ODD)
-    return f"boxes of the ground truth: {counts}, of {found.total()}"
-
-
-def box_fault(box: Box, width: int, height: int) -> str:
-    """Which of ODD a box is, in 0-based pixels of an image of this size; "" if it is fine."""
-    x1, y1, x2, y2 = box
-    if x2 < x1 or y2 < y1:
-        return ODD[0]
-    if x2 == x1 or y2 == y1:
-        return ODD[1]
-    inside = 0 <= x1 and 0 <= y1 and x2 <= width - 1 and y2 <= height - 1
-    return "" if inside else ODD[2]
+    counts = f"{inverted} inverted, {empty} without area, {out} out of the image"
+    return f"boxes of the ground truth: {counts}, of {total}"
