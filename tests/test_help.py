@@ -10,13 +10,14 @@ import pytest
 
 import hoi_r1
 import teacher
+from engine import configs
 from engine.options import Config, option, parse_config, required
 
 PROGRAMS = {  # command: module
     **{"evaluate.py": "evaluate", "teacher.py": "teacher"},
     **{name: name for name in ("demo.toy", "demo.base", "demo.blind", "demo.study", "tests.bench")},
 }
-STAGES = [f"hoi_r1.py {stage}" for stage in hoi_r1.STAGES]
+STAGES = [f"hoi_r1.py {stage}" for stage in configs.STAGES]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import hoi_r1
+from engine import configs
 from engine.data.examples import read_tokenizer
 from engine.model.model_files import read_from_model, read_model_config
 from engine.model.policy import load_model
@@ -204,7 +204,7 @@ def test_what_is_not_used_is_one_warning(case, stage, spoilt, folder, tmp_path, 
 def test_photograph_of_a_warned_model(spoilt, photo, tmp_path, capsys):
     options = {"out": str(tmp_path), "workers": 0, "max_new_tokens": 2}
     model = spoilt(LOSE["adapter"][0])
-    run(hoi_r1.PredictConfig(model=model, image=(str(photo),), **options))
+    run(configs.PredictConfig(model=model, image=(str(photo),), **options))
     assert f"warning: --model {model}: {LOSE['adapter'][1]}" in capsys.readouterr().out
 
 

@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 import hoi_r1
+from engine import configs
 from engine.data.images import read_image
 from engine.report.pictures import (
     answer_text,
@@ -39,7 +40,7 @@ def sideways(tmp_path):
 def config_of(folder, *images, out, **changes):
     options = {"task_description": False, "max_new_tokens": 4, "workers": 0} | changes
     options |= {"model": str(folder / "model"), "image": tuple(map(str, images))}
-    return hoi_r1.PredictConfig(out=str(out), **options)
+    return configs.PredictConfig(out=str(out), **options)
 
 
 def test_photograph_is_read_and_drawn_upright(sideways):
