@@ -134,10 +134,7 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling, prefix):
 
 
 def _group_attention(module, query, key, value, attention_mask, scaling, layout, **kwargs):
-    """The library's attention call. layout: a GroupLayout or a DecodeStep.
-
-    kwargs: further arguments of the library, not used.
-    """
+    """The library's attention call. layout: a GroupLayout or a DecodeStep."""
     return layout.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 

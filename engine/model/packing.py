@@ -75,6 +75,7 @@ def pack(
             # the prompt's last state predicts token 0, the state of token t - 1 predicts token t
             sources.append(torch.where(steps == 0, last, start + steps - 1))
             start += len(completion)
+    own = tuple(len(prompt.prompt_ids) - prefix for prompt in prompts)
     lengths = tuple(tuple(len(completion) for completion in group) for group in completions)
     device = device or model.device
     to = partial(to_device, device=device)
@@ -84,9 +85,7 @@ def pack(
         # joined on the device: joining 100 MB on the host takes longer than all copies
         pixel_values=torch.cat([to(prompt.pixel_values) for prompt in prompts]),
         image_grid_thw=to(torch.cat([prompt.image_grid_thw for prompt in prompts])),
-        layout=GroupLayout(
-            tuple(len(p.prompt_ids) - prefix for p in prompts), lengths, device, prefix
-        ),
+        layout=GroupLayout(own, lengths, device, prefix),
         predicted_from=to(torch.cat([empty, *sources])),
         completion_ids=to(torch.cat([empty, *sum(completions, [])])),
         completion_mask=to(mask_from_lengths(torch.tensor(sum(lengths, ())))),
