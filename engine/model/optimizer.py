@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from engine.model.lora import trained
 from engine.ranks import Ranks
@@ -84,8 +83,3 @@ def micro_batches(
     extra = int(max(ranks.numbers(len(micros)))) - len(micros)
     weighted = [(indices, [weights[i] for i in indices]) for indices in micros]
     return weighted + [([0], [0.0])] * extra
-
-
-def summed(totals: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
-    """Each total over all ranks. Once per step, as reading a value waits for the GPU."""
-    return {name: ranks.sum(float(value)) for name, value in totals.items()}

@@ -6,13 +6,7 @@ from collections.abc import Iterable, Iterator, Set
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
 from transformers.utils import logging
 
 import engine.model.quantized  # noqa: F401  reads AWQ folders
@@ -84,11 +78,7 @@ def sharded_parts(model, ignored: Set[nn.Parameter] = frozenset()) -> list:
 
 
 def shard(
-    model,
-    device: torch.device,
-    offload: bool,
-    ignored: Set[nn.Parameter] = frozenset(),
-    **options,
+    model, device: torch.device, offload: bool, ignored: Set[nn.Parameter] = frozenset(), **options
 ) -> None:
     """Shard a model over all ranks, part by part. options: of fully_shard.
 
@@ -96,13 +86,13 @@ def shard(
     sharded, and are on the device already.
     """
     options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
+    options["offload_policy"] = fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy()
     for part in [*sharded_parts(model, ignored), model]:
         # also moves it to the device, except offloaded parameters
-        fully_shard(part, ignored_params=ignored, **options)
+        fsdp.fully_shard(part, ignored_params=ignored, **options)
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
     model.token_logprobs = types.MethodType(token_logprobs, model)
-    register_fsdp_forward_method(model, "token_logprobs")
+    fsdp.register_fsdp_forward_method(model, "token_logprobs")
 
 
 def load_policies(
@@ -165,7 +155,7 @@ def shard_policy(
         checkpoint_activations(policy)
     compile_layers(policy, device)
     # a cast of inputs would make the vision tower's rotary angles coarser than pi_old's
-    precision = MixedPrecisionPolicy(
+    precision = fsdp.MixedPrecisionPolicy(
         param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     policy.gathered_once = not gradient_checkpointing and not offload

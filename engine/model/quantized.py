@@ -41,13 +41,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         rows, columns = linear.in_features, linear.out_features
         groups, words = rows // group_size, columns // PER_WORD
-
-        def buffer(name: str, dtype: torch.dtype, *shape: int) -> None:
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=linear.weight.device))
-
-        buffer("qweight", torch.int32, rows, words)
-        buffer("qzeros", torch.int32, groups, words)
-        buffer("scales", torch.float16, groups, columns)
+        packed = {"dtype": torch.int32, "device": linear.weight.device}
+        self.qweight = nn.Buffer(torch.empty(rows, words, **packed))
+        self.qzeros = nn.Buffer(torch.empty(groups, words, **packed))
+        self.scales = nn.Buffer(torch.empty(groups, columns, **packed | {"dtype": torch.float16}))
         self.bias = linear.bias
         self.in_features, self.out_features = rows, columns
 

@@ -55,16 +55,12 @@ class RunFolder:
         if found:
             read_checkpoint(found[-1], policy, optimizer)
         done = steps_of(found[-1]) if found else 0
-        if self.ranks.rank == 0:
-            self._cut_logs(done)
-        return done
-
-    def _cut_logs(self, done: int) -> None:
-        """Remove steps after `done` from the logs, as they will run again."""
-        for path in filter(Path.exists, (self.path / name for name in LOGS)):
+        logs = [self.path / name for name in LOGS] if self.ranks.rank == 0 else []
+        for path in filter(Path.exists, logs):  # without later steps, as they will run again
             rows = [row for _, row in files.json_lines(path, cut_last=True)]
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
             files.replace_file(path, "".join(kept))
+        return done
 
     def save(self, policy, optimizer, done: int, keep: int) -> None:
         """Write a checkpoint, rename it when it is complete, and keep the `keep` newest.
