@@ -37,10 +37,6 @@ class PromptOptions:
     box_frame: str = "model"  # units of boxes in text; one of BOX_FRAMES
     text_first: bool = False  # the image after the text, unlike the authors' prompt
 
-    def text(self, thinking: bool) -> str:
-        """The text of the user turn (Fig. 4). thinking: ask for reasoning."""
-        return hicodet.prompt_text(thinking=thinking, task_description=self.task_description)
-
     def as_file(self) -> str:
         """The content of PROMPT_FILE."""
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -85,9 +81,9 @@ class Examples(Dataset):
 
     model: folder or hub name, for its tokenizer and image processor. thinks: for SFT the trace of
     each file name; the prompt of an image without one asks for the answer alone.
-    target_text(hois, think): the text that SFT supervises; None: no target. prompt_text(thinking):
-    replaces the options' text. upright: rotate images by their EXIF data, which is right for
-    photographs and wrong for HICO-DET, whose boxes are in stored pixels.
+    target_text(hois, think): the text that SFT supervises; None: no target. upright: rotate images
+    by their EXIF data, which is right for photographs and wrong for HICO-DET, whose boxes are in
+    stored pixels.
     """
 
     def __init__(
@@ -98,7 +94,6 @@ class Examples(Dataset):
         *,
         thinks: dict[str, str] | None = None,
         target_text: Callable[[tuple, str | None], str] | None = None,
-        prompt_text: Callable[[bool], str] | None = None,
         upright: bool = False,
     ):
         self.samples, self.options, self.thinks = samples, options, thinks
@@ -112,9 +107,10 @@ class Examples(Dataset):
         require_one_model(model, self.config, self.tokenizer, self.processor)
         self.image_id = self.config.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        text = prompt_text or options.text
+        switch = {"task_description": options.task_description}
         self.questions = {
-            thinking: self.question(text(thinking), model) for thinking in (True, False)
+            thinking: self.question(hicodet.prompt_text(thinking=thinking, **switch), model)
+            for thinking in (True, False)
         }
 
     def __len__(self) -> int:
@@ -144,10 +140,8 @@ class Examples(Dataset):
 
     def prompt(self, sample: hicodet.Sample, thinking: bool) -> Prompt:
         """The prompt of an image, with a placeholder for each image token, and its patches."""
-        image = read_image(sample, self.upright)
-        pixels = self.processor(images=image, return_tensors="pt")
-        grid = pixels["image_grid_thw"]
-        ids = self.questions[thinking]
+        pixels = self.processor(images=read_image(sample, self.upright), return_tensors="pt")
+        grid, ids = pixels["image_grid_thw"], self.questions[thinking]
         place = int((ids == self.image_id).nonzero())
         image = torch.full((int(grid.prod()) // self.processor.merge_size**2,), self.image_id)
         ids = torch.cat([ids[:place], image, ids[place + 1 :]])
@@ -222,8 +216,8 @@ def read_tokenizer(model: str):
 def require_one_model(model: str, config, tokenizer, processor) -> None:
     """Raise InputError if a model's parts do not belong together."""
     vision, room = config.vision_config, config.text_config.vocab_size
-    cuts = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-    for name, takes in cuts.items():
+    sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    for name, takes in sizes.items():
         if (has := getattr(processor, name)) != takes:
             raise InputError(
                 f"--model {model}: {name} is {has} in preprocessor_config.json, and {takes} in "

@@ -1,23 +1,22 @@
-"""Checks of a data set: images that cannot be read, boxes that make no sense.
+"""Which images are used: those that can be read, have ground truth, and are not excluded.
 
     python hoi_r1.py check --data hico_20160224_det
 """
 
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.data.annotations import load_split, splits
+from engine.data.annotations import load_split, require_images, splits
 from engine.data.images import read_image
 from engine.files import replace_file
 from hicodet import InputError, Sample
 
 
-def check(
-    *, data: str, split: str | None = None, out: str = "", workers: int = 0
-) -> Iterator[str]:
+def check(*, data: str, split: str | None = None, out: str = "", workers: int = 0) -> Iterator[str]:
     """Read all images of a split, or of both, and yield a line for each that cannot be used.
 
     out: a file for their names, for --exclude. Raises InputError at the end if there are any.
@@ -47,16 +46,37 @@ def read_names(path: str) -> set[str]:
     return set(Path(path).read_text().split("\n")) - {""} if path else set()
 
 
-def excluded_names(path: str, samples: Sequence[Sample]) -> set[str]:
-    """The samples' names that an --exclude file lists; it may list other images too.
+def excluded_images(exclude: str, samples: list[Sample]) -> set[int]:
+    """The indices of the samples that an --exclude file lists; it may list other images too.
 
-    Raises InputError if no sample is left.
+    Raises InputError if no sample is left, FileNotFoundError if an image of the others is missing.
     """
-    known = {sample.file_name for sample in samples}
-    names = read_names(path) & known
-    if names == known:
-        raise InputError(f"--exclude {path}: no image is left")
-    return names
+    names = read_names(exclude)
+    excluded = {i for i, sample in enumerate(samples) if sample.file_name in names}
+    if len(excluded) == len(samples):
+        raise InputError(f"--exclude {exclude}: no image is left")
+    require_images(sample for i, sample in enumerate(samples) if i not in excluded)
+    return excluded
+
+
+def excluded_fingerprint(excluded: set[int]) -> str:
+    """The number of excluded images and a hash of their indices, for config.json."""
+    digest = hashlib.sha256(repr(sorted(excluded)).encode()).hexdigest()
+    return f"{len(excluded)} images, {digest[:16]}" if excluded else "none"
+
+
+def annotated_samples(data: str) -> list[Sample]:
+    """The training images with ground truth. Raises InputError if there are none."""
+    samples = [sample for sample in load_split(data, "train") if sample.hois]
+    if not samples:
+        raise InputError(f"--data {data}: no training image has ground truth")
+    return samples
+
+
+def notes_on(samples: list[Sample], excluded: set[int], exclude: str) -> list[str]:
+    """Notes on the images for the user. exclude: the --exclude file, or ""."""
+    lines = [f"{len(excluded)} of {len(samples)} images are excluded"] if exclude else []
+    return lines + ([odd] if (odd := odd_boxes(samples)) else [])
 
 
 def fault(sample: Sample) -> str:
@@ -68,7 +88,7 @@ def fault(sample: Sample) -> str:
     return ""
 
 
-def odd_boxes(samples: Sequence[Sample]) -> str:
+def odd_boxes(samples: list[Sample]) -> str:
     """Numbers of ground-truth boxes that are inverted, empty or out of the image; "" if none."""
     total = inverted = empty = out = 0
     for sample in samples:

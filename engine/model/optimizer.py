@@ -27,8 +27,8 @@ class ClippedAdamW:
             # at once: a save would otherwise create it by an extra step
             self.adamw.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
             }
 
     def step(self, lr: float, loss: float) -> float:

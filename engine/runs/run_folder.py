@@ -146,6 +146,7 @@ def open_run(out: str, config, settings: dict, ranks: Ranks) -> RunFolder:
     folder = Path(out)
     require_agreement(settings, config.per_host() | {"command"}, ranks, CONTENTS)
     lock_file = on_first(ranks, lambda: _lock_folder(folder, config.resume))
+    run = RunFolder(folder, lock_file, ranks)
     try:
         if not all(ranks.gather([(folder / "run.lock").exists()])):
             end_all(f"--out {folder} must be one folder that all hosts share", ranks)
@@ -154,17 +155,13 @@ def open_run(out: str, config, settings: dict, ranks: Ranks) -> RunFolder:
             ranks.print(f"{folder}: the run is finished, there is nothing to continue")
             sys.exit(0)
     except (InputError, SystemExit):
-        if lock_file:
-            lock_file.close()
+        run.finish(complete=False)
         raise
-    return RunFolder(folder, lock_file, ranks)
+    return run
 
 
 def _lock_folder(folder: Path, resume: bool) -> TextIO:
-    """Create and lock the folder. On --resume, remove unfinished files of a crash.
-
-    Raises InputError if the folder is in use.
-    """
+    """Create and lock the folder, if it is free. On --resume, remove unfinished files."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / "run.lock").exists():
         raise InputError(f"--out {folder}: holds other files; choose an empty folder")
@@ -176,10 +173,7 @@ def _lock_folder(folder: Path, resume: bool) -> TextIO:
 
 
 def _write_settings(folder: Path, config, settings: dict) -> bool:
-    """Write config.json, unless the run is finished. Returns whether it is finished.
-
-    Raises InputError if the folder holds another run's results, or this run without --resume.
-    """
+    """Write config.json, unless the run is finished. Returns whether it is finished."""
     path, mine = folder / "config.json", json.loads(json.dumps(settings))  # as they are read back
     if Path(mine["model"]).is_dir():
         mine["model"] = os.path.realpath(mine["model"])

@@ -129,15 +129,17 @@ class Sampler:
         prefix, own = batch.layout.prefix, batch.layout.prompt_lengths
         lengths = tuple(prefix + length for length in own)
         if max(lengths) > self.prompt_room:
-            said = f"where prompt_room is {self.prompt_room}"
-            raise ValueError(f"a prompt of {max(lengths)} tokens, {said}")
+            raise ValueError(f"prompt of {max(lengths)} tokens; prompt_room is {self.prompt_room}")
         hidden = hidden_states(self.model, batch, Prefill(self.cache, slots, batch.layout))
         at = torch.tensor(slots, device=hidden.device)
         self.prompt_lengths[at] = torch.tensor(lengths, device=at.device)
         positions = batch.position_ids[:, :, prefix:].split(own, dim=2)
         self.first_positions[at] = torch.stack([of_one.max() for of_one in positions]) + 1
-        if self.temperature:
-            self.uniforms[at] = self.random_numbers(seeds).to(at.device)
+        if self.temperature:  # numbers of a row's own seed do not depend on its slot
+            rows = [torch.Generator().manual_seed(seed) for group in seeds for seed in group]
+            draws = [torch.rand(self.max_new_tokens, generator=row) for row in rows]
+            uniforms = torch.stack(draws).view(len(seeds), self.group_size, -1)
+            self.uniforms[at] = uniforms.to(at.device)
         self.counts[at], self.done[at] = 0, False
         if self.written is not None:
             self.written[at] = False
@@ -147,12 +149,6 @@ class Sampler:
             self.owners[slot] = number
         ends = prefix + torch.tensor(own, device=at.device).cumsum(0) - 1
         self.draw(at, self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0))
-
-    def random_numbers(self, seeds: tuple[list[int], ...]) -> Tensor:
-        """(prompts, G, C) uniforms from each row's own seed, independent of its slot. CPU."""
-        rows = [torch.Generator().manual_seed(seed) for group in seeds for seed in group]
-        draws = [torch.rand(self.max_new_tokens, generator=generator) for generator in rows]
-        return torch.stack(draws).view(len(seeds), self.group_size, -1)
 
     def step(self, room: int) -> None:
         """Feed the last token of every row and sample the next; rows that are done are discarded.
