@@ -19,13 +19,13 @@ from tqdm import tqdm
 from engine import configs
 from engine.data.annotations import training_counts
 from engine.data.examples import PROMPT_FILE, Example, Examples
-from engine.data.loader import batches
-from engine.data.training_images import (
+from engine.data.image_check import (
     annotated_samples,
     excluded_fingerprint,
     excluded_images,
     notes_on,
 )
+from engine.data.loader import batches
 from engine.files import naming, replace_file
 from engine.model.lora import Adapter, read_adapter
 from engine.model.model_files import model_warnings, weights_fingerprint
