@@ -140,4 +140,6 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise InputError(f"{folder}: {name} is more than a plain LoRA adapter has")
         if (has := value.shape[-1 if "lora_B" in name else 0]) != rank:
             raise InputError(f"{folder}: {name} has rank {has}, and {ADAPTER_CONFIG} says {rank}")
+        if (twin := name.replace("lora_A", "lora_B")) not in named:
+            raise InputError(f"{folder}: {twin} is missing")
     return Adapter(rank, alpha, base, named)
