@@ -23,7 +23,7 @@ from torch import Tensor
 import hicodet
 from engine.data.examples import Example, Examples
 from engine.model.attention import to_device
-from engine.model.optimizer import ClippedAdamW, micro_batches, summed
+from engine.model.optimizer import ClippedAdamW, micro_batches
 from engine.model.packing import PackedBatch, pack, shared_prefix
 from engine.model.policy import gathered, refresh
 from engine.ranks import Ranks
@@ -310,7 +310,8 @@ class GRPO:
                 (terms["loss"] * self.ranks.world).backward()  # FSDP takes the mean over ranks
                 totals = {n: totals.get(n, 0.0) + term.detach() for n, term in terms.items()}
                 found.append(logprobs.detach())
-            means = summed(totals, self.ranks)
+            # once per step, as reading a value waits for the GPU
+            means = {n: self.ranks.sum(float(total)) for n, total in totals.items()}
             logged.append(means | {"grad_norm": self.optimizer.step(lr, means["loss"])})
             old_logprobs = old_logprobs if number else found
         gap = max(self.ranks.numbers(logprob_gap(micros, old_logprobs)))

@@ -27,7 +27,7 @@ import hicodet
 from engine.configs import DECODING, PROMPT, SPEED, PredictConfig, StageConfig, TrainConfig
 from engine.data.annotations import load_split, require_images, training_counts
 from engine.data.examples import Example, Examples, PromptOptions, prompt_options
-from engine.data.image_check import excluded_names, read_names
+from engine.data.image_check import excluded_images, read_names
 from engine.data.loader import read_ahead
 from engine.files import aside, write_json
 from engine.model.lora import add_adapters, read_adapter
@@ -50,11 +50,10 @@ def predict(config: PredictConfig) -> None:
     """Write predictions.jsonl and summary.json for a split."""
     ranks, config = start_ranks(), with_base(config)
     samples = load_split(config.data, config.split)[: config.limit or None]
-    names = excluded_names(config.exclude, samples)
-    samples = [sample for sample in samples if sample.file_name not in names]
-    require_images(samples)
+    excluded = excluded_images(config.exclude, samples)
+    samples = [sample for i, sample in enumerate(samples) if i not in excluded]
     if config.exclude:
-        ranks.print(f"{len(names)} images are excluded")
+        ranks.print(f"{len(excluded)} images are excluded")
     examples = Examples(config.model, samples, asked_options(config))
     if config.dry_run:
         return ranks.print(describe(examples, examples[0], text_reward))

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from engine import configs
-from engine.data import training_images
+from engine.data import image_check
 from engine.data.examples import PROMPT_FILE, Example, Examples
 from engine.data.loader import batches
 from engine.files import naming, replace_file
@@ -50,7 +50,7 @@ def sft(config: configs.SFTConfig) -> None:
     ranks = start_ranks(timedelta(minutes=config.timeout))
     config = with_rate(with_base(config))
     options = asked_options(config)
-    samples, thinks, untraced = training_images.annotated_samples(config.data), {}, []
+    samples, thinks, untraced = image_check.annotated_samples(config.data), {}, []
     if options.thinking:
         thinks = traces_of(config.traces, config.data, samples)
         untraced = [sample.file_name for sample in samples if sample.file_name not in thinks]
@@ -60,7 +60,7 @@ def sft(config: configs.SFTConfig) -> None:
     elif config.traces:
         raise InputError("--no-thinking takes no --traces: there is no reasoning to train on")
     examples = Examples(config.model, samples, options, thinks=thinks, target_text=supervised_text)
-    excluded = training_images.excluded_images(config.exclude, samples)
+    excluded = image_check.excluded_images(config.exclude, samples)
     if config.dry_run:
         return ranks.print(describe(examples, first_example(examples, excluded)))
     needs = {"replica": config.eval_every > 0, "reference": False}
@@ -75,9 +75,9 @@ def grpo(config: configs.GRPOConfig) -> None:
     """Reinforcement learning with the HOI rewards (Sec. 3.3)."""
     ranks = start_ranks(timedelta(minutes=config.timeout))
     config = with_rate(with_base(config))
-    samples, rewards = training_images.annotated_samples(config.data), config.group(configs.REWARDS)
+    samples, rewards = image_check.annotated_samples(config.data), config.group(configs.REWARDS)
     examples = Examples(config.model, samples, asked_options(config))
-    excluded = training_images.excluded_images(config.exclude, samples)
+    excluded = image_check.excluded_images(config.exclude, samples)
     if config.dry_run:
         first = first_example(examples, excluded)
         return ranks.print(describe(examples, first, partial(text_reward, **rewards)))
@@ -154,9 +154,9 @@ def set_up(
     steps = config.max_steps or config.epochs * math.ceil(kept / config.batch_size)
     evaluation = Evaluation(config, examples.options, ranks) if config.eval_every else None
     settings = settings_of(config, examples, stage)
-    settings |= {"steps": steps, "excluded": training_images.excluded_fingerprint(excluded)}
+    settings |= {"steps": steps, "excluded": image_check.excluded_fingerprint(excluded)}
     run = open_run(config.out, config, settings, ranks)
-    notes = training_images.notes_on(examples.samples, excluded, config.exclude)
+    notes = image_check.notes_on(examples.samples, excluded, config.exclude)
     notes += model_warnings(config.model, examples.config)
     for line in [*notes, *small_change(steps, config.learning_rate)]:
         ranks.print(line)

@@ -25,7 +25,7 @@ import rewards
 from demo import toy
 from engine.data.examples import Example, Examples
 from engine.model.optimizer import ClippedAdamW
-from engine.model.policy import load_model, load_policy, load_reference
+from engine.model.policy import load_policies
 from engine.ranks import start_ranks
 from engine.sampling.sampler import Rollout
 from tests import bench_cpu
@@ -94,7 +94,8 @@ class PeerExamples(Examples):
     """Examples whose completions never end and are read as one of three answers."""
 
     def __init__(self, model: str, samples: list[hicodet.Sample], task: dict):
-        super().__init__(model, samples, prompt_text=lambda thinking: task["text"])
+        super().__init__(model, samples)
+        self.questions = dict.fromkeys((True, False), self.question(task["text"], model))
         self.end_id, self.refused = -1, torch.tensor(task["banned"])
 
     def banned(self, vocabulary: int) -> Tensor:
@@ -108,11 +109,13 @@ def our_trainer(model: str, examples: Examples, task: dict) -> grpo.GRPO:
     """GRPO as `hoi_r1.py grpo` makes it."""
     ranks = start_ranks()
     checkpointing = task["gradient_checkpointing"]
-    policy = load_policy(model, ranks.device, gradient_checkpointing=checkpointing)
+    policy, replica, reference = load_policies(
+        model, ranks.device, None, replica=True, reference=True,
+        gradient_checkpointing=checkpointing)
     optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
     return grpo.GRPO(
-        policy, optimizer, load_model(model, ranks.device), load_reference(model, ranks.device),
-        examples, ranks, slots=len(examples), group_size=task["group_size"],
+        policy, optimizer, replica, reference, examples, ranks,
+        slots=len(examples), group_size=task["group_size"],
         max_new_tokens=task["new_tokens"], temperature=1.0, seed=0, updates_per_batch=1,
         tokens_per_microbatch=task["tokens_per_microbatch"],
         objective={"kl_coef": task["kl_coef"]}, rewards={})

@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 import grpo
 import hicodet
-from engine.model.policy import load_model, load_reference
+from engine.model.policy import load_model, shard_reference
 from engine.sampling.sampler import Rollout
 from sft import supervised_text
 from tests.runs import config_of, optimizer_of, policy_of, training_examples
@@ -26,7 +26,7 @@ def make_trainer(folder, ranks):
         examples = training_examples(config)
         policy = policy_of(config, ranks)
         replica = load_model(config.model, ranks.device)
-        reference = load_reference(config.model, ranks.device)
+        reference = shard_reference(load_model(config.model, ranks.device), ranks.device)
         values = {
             "slots": 3,
             "group_size": 2,

@@ -144,9 +144,9 @@ FAULTS = {  # changes of adapter_config.json, of the weights, and what is said
     "DoRA": ({"use_dora": True}, {}, "and this one has use_dora"),
     "bias": ({}, {Q.replace("lora_A.weight", "bias"): (64,)}, "q_proj.bias is more than a plain"),
     "other model": ({}, {Q: (2, 128)}, "layers.0.self_attn.q_proj does not fit that layer"),
-    "more layers": ({}, {Q.replace("layers.0", "layers.7"): (2, 64)}, "is of no layer that may"),
+    "more layers": ({}, {Q.replace("layers.0", "layers.7"): (2, 64)}, "is of no linear layer"),
     "vision": ({}, {f"{VISION}A.weight": (2, 32), f"{VISION}B.weight": (48, 2)},
-               "visual.blocks.0.mlp.up_proj.lora_A.weight is of no layer that may have one"),
+               "visual.blocks.0.mlp.up_proj.lora_A.weight is of no linear layer"),
 }  # fmt: skip
 
 

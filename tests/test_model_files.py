@@ -144,6 +144,7 @@ def test_damaged_folder_is_refused_in_one_line(case, damaged, folder, tmp_path, 
     capfd.readouterr()
     said = refusal(config_of("predict", folder, tmp_path / "out", model=model, limit=1))
     assert said.startswith(f"--model {model}: ") and re.search(named, said), said
+    assert said.count(f"--model {model}: ") == 1
     assert "huggingface.co" not in said or case == "processor"
     assert capfd.readouterr().err == ""  # without the library's own report
 

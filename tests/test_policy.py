@@ -6,6 +6,7 @@ import socket
 
 import pytest
 import torch
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -83,8 +84,8 @@ def test_options_for_memory_change_no_gradient(folder, ranks, monkeypatch):
     Parameters are sharded again after each micro-batch. Without checkpointing they stay gathered
     until the last one. There is no pinned memory without a GPU: the CPU is device and host.
     """
-    offload = engine.model.policy.CPUOffloadPolicy
-    monkeypatch.setattr(engine.model.policy, "CPUOffloadPolicy", lambda: offload(pin_memory=False))
+    offload = fsdp.CPUOffloadPolicy
+    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", lambda: offload(pin_memory=False))
     config = config_of("sft", folder, "x")
     examples, found = training_examples(config), []
     for options in ({}, {"gradient_checkpointing": False}, {"offload": True}):

@@ -14,7 +14,13 @@ from demo import toy
 from engine.data import annotations
 from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
-from engine.model.quantized import PackedLinear, is_packed, pack_layers, unpack
+from engine.model.quantized import (
+    PackedLinear,
+    is_packed,
+    pack_layers,
+    unpack,
+    unpacked_weight,
+)
 from tests.runs import config_of, examples_of, refusal, run
 from tests.tiny import sample
 
@@ -176,7 +182,7 @@ def hand_made() -> PackedLinear:
 
 def test_a_packed_layer_is_a_linear_layer():
     """A weight is (value - zero) * scale."""
-    weight = hand_made().weight(torch.float32)
+    weight = unpacked_weight(*hand_made().buffers(), torch.float32)
     # (0..7 - 1) * 0.5, and (1 - 3) * 2 for output 0, (1 - 0) * 2 for the others
     assert weight[0].tolist() == [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     assert weight[1].tolist() == [-4.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
@@ -191,7 +197,7 @@ def test_a_weight_is_rounded_once():
     layer.qweight.fill_(-0x66666667)  # 0x99999999
     layer.qzeros.zero_()
     layer.scales.fill_(0.1)
-    assert layer.weight(torch.bfloat16)[0, 7].item() == 0.8984375
+    assert unpacked_weight(*layer.buffers(), torch.bfloat16)[0, 7].item() == 0.8984375
 
 
 def test_bytes_of_a_layer():

@@ -26,7 +26,6 @@ from hicodet import InputError
 END_OF_TURN = "<|im_end|>"
 PROMPT_FILE = "prompt.json"  # of an exported folder: the prompt options of its training
 BOX_FRAMES = ("model", "original", "thousand")
-THOUSAND = (1000, 1000)
 
 
 @dataclass(frozen=True)
@@ -37,10 +36,6 @@ class PromptOptions:
     task_description: bool = True
     box_frame: str = "model"  # units of boxes in text; one of BOX_FRAMES
     text_first: bool = False  # the image after the text, unlike the authors' prompt
-
-    def text(self, thinking: bool) -> str:
-        """The text of the user turn (Fig. 4). thinking: ask for reasoning."""
-        return hicodet.prompt_text(thinking=thinking, task_description=self.task_description)
 
     def as_file(self) -> str:
         """The content of PROMPT_FILE."""
@@ -56,11 +51,8 @@ def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
     trained, files = {}, [Path(folder) / PROMPT_FILE for folder in (adapter, model) if folder]
     if path := next(filter(Path.is_file, files), None):
         trained = read_object(path)
-        try:
-            known = PromptOptions(**trained).box_frame in BOX_FRAMES
-        except TypeError:
-            known = False
-        if not known:
+        unknown = trained.keys() - vars(PromptOptions()).keys()
+        if unknown or trained.get("box_frame", "model") not in BOX_FRAMES:
             raise InputError(f"{path}: not the prompt options of this project")
     given = {name: value for name, value in asked.items() if value is not None}
     for name, value in given.items():
@@ -89,9 +81,9 @@ class Examples(Dataset):
 
     model: folder or hub name, for its tokenizer and image processor. thinks: for SFT the trace of
     each file name; the prompt of an image without one asks for the answer alone.
-    target_text(hois, think): the text that SFT supervises; None: no target. prompt_text(thinking):
-    replaces the options' text. upright: rotate images by their EXIF data, which is right for
-    photographs and wrong for HICO-DET, whose boxes are in stored pixels.
+    target_text(hois, think): the text that SFT supervises; None: no target. upright: rotate images
+    by their EXIF data, which is right for photographs and wrong for HICO-DET, whose boxes are in
+    stored pixels.
     """
 
     def __init__(
@@ -102,7 +94,6 @@ class Examples(Dataset):
         *,
         thinks: dict[str, str] | None = None,
         target_text: Callable[[tuple, str | None], str] | None = None,
-        prompt_text: Callable[[bool], str] | None = None,
         upright: bool = False,
     ):
         self.samples, self.options, self.thinks = samples, options, thinks
@@ -116,11 +107,9 @@ class Examples(Dataset):
         require_one_model(model, self.config, self.tokenizer, self.processor)
         self.image_id = self.config.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        text = prompt_text or options.text
+        switch = {"task_description": options.task_description}
         self.questions = {
-            thinking: question(
-                self.tokenizer, text(thinking), self.image_id, model, options.text_first
-            )
+            thinking: self.question(hicodet.prompt_text(thinking=thinking, **switch), model)
             for thinking in (True, False)
         }
 
@@ -143,7 +132,7 @@ class Examples(Dataset):
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
         original = (sample.width, sample.height)
-        sizes = {"model": model_size, "original": original, "thousand": THOUSAND}
+        sizes = {"model": model_size, "original": original, "thousand": (1000, 1000)}
         size = sizes[self.options.box_frame]
         hois = tuple(hicodet.in_frame(hoi, original, size) for hoi in sample.hois)
         target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
@@ -151,14 +140,36 @@ class Examples(Dataset):
 
     def prompt(self, sample: hicodet.Sample, thinking: bool) -> Prompt:
         """The prompt of an image, with a placeholder for each image token, and its patches."""
-        image = read_image(sample, self.upright)
-        pixels = self.processor(images=image, return_tensors="pt")
-        grid = pixels["image_grid_thw"]
-        ids = self.questions[thinking]
+        pixels = self.processor(images=read_image(sample, self.upright), return_tensors="pt")
+        grid, ids = pixels["image_grid_thw"], self.questions[thinking]
         place = int((ids == self.image_id).nonzero())
         image = torch.full((int(grid.prod()) // self.processor.merge_size**2,), self.image_id)
         ids = torch.cat([ids[:place], image, ids[place + 1 :]])
         return Prompt(ids, pixels["pixel_values"], grid)
+
+    def question(self, text: str, model: str) -> Tensor:
+        """(S',) ids of the user turn, with one image placeholder before or after the text.
+
+        Raises InputError if the chat template makes another number of placeholders, or opens
+        <think>.
+        """
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        content = content[::-1] if self.options.text_first else content
+        message, apply = {"role": "user", "content": content}, self.tokenizer.apply_chat_template
+        options = {"add_generation_prompt": True, "tokenize": False}
+        text = read_from_model(lambda _: apply([message], **options), model, "chat template")
+        if text.rstrip().endswith("<think>"):
+            raise InputError(
+                f"--model {model}: its chat template opens <think> itself, as Thinking weights do; "
+                "take the Instruct weights of this model"
+            )
+        ids = self.token_ids(text)
+        if (images := int((ids == self.image_id).sum())) != 1:
+            raise InputError(
+                f"--model {model}: its chat template makes {images} placeholders of image_token_id "
+                f"{self.image_id}"
+            )
+        return ids
 
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt, from the annotated sizes of the images."""
@@ -205,8 +216,8 @@ def read_tokenizer(model: str):
 def require_one_model(model: str, config, tokenizer, processor) -> None:
     """Raise InputError if a model's parts do not belong together."""
     vision, room = config.vision_config, config.text_config.vocab_size
-    cuts = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-    for name, takes in cuts.items():
+    sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    for name, takes in sizes.items():
         if (has := getattr(processor, name)) != takes:
             raise InputError(
                 f"--model {model}: {name} is {has} in preprocessor_config.json, and {takes} in "
@@ -217,28 +228,3 @@ def require_one_model(model: str, config, tokenizer, processor) -> None:
             f"--model {model}: the tokenizer has {len(tokenizer)} tokens, and vocab_size is {room} "
             "in config.json: they belong to different models"
         )
-
-
-def question(tokenizer, text: str, image_id: int, model: str, text_first: bool) -> Tensor:
-    """(S',) ids of the user turn, with one image placeholder before or after the text.
-
-    Raises InputError if the chat template makes another number of placeholders, or opens <think>.
-    """
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    message = {"role": "user", "content": content[::-1] if text_first else content}
-    template = {"add_generation_prompt": True, "tokenize": False}
-    text = read_from_model(
-        lambda _: tokenizer.apply_chat_template([message], **template), model, "chat template"
-    )
-    if text.rstrip().endswith("<think>"):
-        raise InputError(
-            f"--model {model}: its chat template opens <think> itself, as Thinking weights do; "
-            "take the Instruct weights of this model"
-        )
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-    if (images := int((ids == image_id).sum())) != 1:
-        raise InputError(
-            f"--model {model}: its chat template makes {images} placeholders of image_token_id "
-            f"{image_id}"
-        )
-    return ids

@@ -83,16 +83,6 @@ def read_ahead(
         yield example
 
 
-def usable(example: Example | InputError) -> Example:
-    """The example. Raises InputError for an image that cannot be used, naming the way out."""
-    if isinstance(example, InputError):
-        raise InputError(
-            f"{example}; `hoi_r1.py check --out bad.txt` lists all such images, and --resume with "
-            "--exclude bad.txt leaves them out"
-        )
-    return example
-
-
 def batches(
     examples: Examples,
     ranks: Ranks,
@@ -107,12 +97,17 @@ def batches(
     """This rank's share of each batch, from step `done` on.
 
     Yields step, share, weights, and the seconds spent waiting for images. Raises InputError naming
-    an image that cannot be used.
+    an image that cannot be used, and the way out.
     """
     order = batch_order(len(examples), batch_size, steps, seed, excluded)
     shares = [ranks.share(batch) for batch in order[done:]]
     stream = read_ahead(examples, [i for share, _ in shares for i in share], workers)
     for step, (share, weights) in enumerate(shares, start=done):
         started = time.perf_counter()
-        batch = [usable(next(stream)) for _ in share]
+        batch = [next(stream) for _ in share]
+        if error := next((e for e in batch if isinstance(e, InputError)), None):
+            raise InputError(
+                f"{error}; `hoi_r1.py check --out bad.txt` lists all such images, and --resume "
+                "with --exclude bad.txt leaves them out"
+            )
         yield step, batch, weights, time.perf_counter() - started

@@ -115,10 +115,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
 
 
 def _attend_group(q, k, v, prompt_length, completion_lengths, scaling, prefix):
-    """Attention of one group, (1, heads, S + C_1 + .. + C_G, D).
-
-    prefix: queries, keys and values of the shared prefix; None without one.
-    """
+    """Attention of one group, (1, heads, S + C_1 + .. + C_G, D). prefix: its q, k, v, or None."""
     lengths = (prompt_length, *completion_lengths)
     if len(lengths) == 2:  # one completion, as in SFT: one causal sequence is 6 % faster
         lengths = (sum(lengths),)
@@ -134,10 +131,7 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling, prefix):
 
 
 def _group_attention(module, query, key, value, attention_mask, scaling, layout, **kwargs):
-    """The library's attention call. layout: a GroupLayout or a DecodeStep.
-
-    kwargs: further arguments of the library, not used.
-    """
+    """The library's attention call. layout: a GroupLayout or a DecodeStep."""
     return layout.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
@@ -154,24 +148,20 @@ def _window_attention(
         ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         return varlen_attn(q, k, v, *ends, scale=scaling)[None], None
     q, k, v = (x[0] for x in (query, key, value))
-    return _windows_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
-
-
-def _windows_by_length(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scaling: float) -> Tensor:
-    """Attention within windows, those of one length in one call. (H, L, D) -> (L, H, D)"""
-    lengths = ends.diff().long()
+    lengths = cu_seq_lens_q.diff().long()
     counts, outputs, start = Counter(lengths.tolist()), [], 0
     # patches of short windows first; the patches of a window stay together and in order
     order = lengths.repeat_interleave(lengths, output_size=q.shape[1]).argsort(stable=True)
     if len(counts) > 1:
         q, k, v = (x.index_select(1, order) for x in (q, k, v))
-    for length, count in sorted(counts.items()):
+    for length, count in sorted(counts.items()):  # one call for all windows of a length
         cut = (x[:, start : start + length * count] for x in (q, k, v))
         windows = (x.unflatten(1, (count, length)).transpose(0, 1) for x in cut)
         output = F.scaled_dot_product_attention(*windows, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (patches, H, D)
         start += length * count
-    return outputs[0] if len(counts) == 1 else torch.cat(outputs)[order.argsort()]
+    output = outputs[0] if len(counts) == 1 else torch.cat(outputs)[order.argsort()]
+    return output[None], None
 
 
 AttentionInterface.register(GROUP_ATTENTION, _group_attention)
@@ -197,5 +187,3 @@ def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
     pixels: (patches, patch size). On a CPU it takes a ninth of the convolution's time.
     """
     return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-
-

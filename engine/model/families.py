@@ -3,31 +3,25 @@
 from dataclasses import dataclass
 from inspect import signature
 
-from transformers import (
-    PreTrainedModel,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLTextModel,
-    Qwen2VLForConditionalGeneration,
-    Qwen3VLForConditionalGeneration,
-)
+import transformers
 
 
 @dataclass(frozen=True)
 class Family:
     """A model family: all models with one model_type."""
 
-    model: type[PreTrainedModel]
+    model: type[transformers.PreTrainedModel]
     box_frame: str  # in which the family was trained to write boxes
     packed: bool = False  # whether its AWQ weights are supported
 
 
 FAMILIES = {
-    "qwen2_5_vl": Family(Qwen2_5_VLForConditionalGeneration, "model", packed=True),
-    "qwen2_vl": Family(Qwen2VLForConditionalGeneration, "thousand"),
-    "qwen3_vl": Family(Qwen3VLForConditionalGeneration, "thousand"),
+    "qwen2_5_vl": Family(transformers.Qwen2_5_VLForConditionalGeneration, "model", packed=True),
+    "qwen2_vl": Family(transformers.Qwen2VLForConditionalGeneration, "thousand"),
+    "qwen3_vl": Family(transformers.Qwen3VLForConditionalGeneration, "thousand"),
 }
 # transformers 5.24 renames the argument for the cache of keys and values
-NAMES = signature(Qwen2_5_VLTextModel.forward).parameters
+NAMES = signature(transformers.Qwen2_5_VLTextModel.forward).parameters
 CACHE = "cache" if "cache" in NAMES else "past_key_values"
 
 

@@ -49,11 +49,6 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def adapted(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that have an adapter, by name."""
-    return {name: m for name, m in model.named_modules() if "lora_A" in m._modules}
-
-
 def add_adapters(model: nn.Module, adapter: Adapter, dtype: torch.dtype, seed: int) -> nn.Module:
     """Freeze a model, add adapters to its language model's linear layers, and return it.
 
@@ -66,9 +61,12 @@ def add_adapters(model: nn.Module, adapter: Adapter, dtype: torch.dtype, seed: i
         named = f"{name}.lora_A.weight" in left
         if not is_target or (adapter.weights and not named):
             continue
-        a, b = first_weights(layer, adapter.rank, generator)
         if named:
             a, b = (left.pop(f"{name}.lora_{part}.weight") for part in "AB")
+        else:  # as in peft
+            bound = 1 / math.sqrt(layer.in_features)
+            a = torch.rand(adapter.rank, layer.in_features, generator=generator) * 2 * bound - bound
+            b = torch.zeros(layer.out_features, adapter.rank)
         if a.shape != (len(a), layer.in_features) or b.shape != (layer.out_features, len(a)):
             raise InputError(f"--adapter: {name} does not fit that layer of the model")
         for part, value in (("lora_A", a), ("lora_B", b)):
@@ -78,18 +76,8 @@ def add_adapters(model: nn.Module, adapter: Adapter, dtype: torch.dtype, seed: i
         layer.lora_scale = adapter.alpha / adapter.rank
         layer.register_forward_hook(_add_low_rank)
     if left:
-        raise InputError(
-            f"--adapter: {min(left)} is of no layer that may have one: no linear layer of the "
-            "language model"
-        )
+        raise InputError(f"--adapter: {min(left)} is of no linear layer of the language model")
     return model
-
-
-def first_weights(layer: nn.Module, rank: int, generator) -> tuple[Tensor, Tensor]:
-    """A, initialised as in peft, and B = 0."""
-    bound = 1 / math.sqrt(layer.in_features)
-    a = torch.rand(rank, layer.in_features, generator=generator) * 2 * bound - bound
-    return a, torch.zeros(layer.out_features, rank)
 
 
 def _add_low_rank(layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -103,12 +91,12 @@ def whole(parameter: Tensor) -> Tensor:
 
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Name and fp32 value of each parameter, adapters merged; a collective call."""
-    layers = adapted(model)
     for name, parameter in model.named_parameters():
         if ".lora_" in name:
             continue
-        weight, layer = whole(parameter).float(), layers.get(name.removesuffix(".weight"))
-        if layer is not None and name.endswith(".weight"):
+        weight, (owner, _, kind) = whole(parameter).float(), name.rpartition(".")
+        layer = model.get_submodule(owner)
+        if kind == "weight" and "lora_A" in layer._modules:
             a, b = (whole(part.weight).float() for part in (layer.lora_A, layer.lora_B))
             weight = weight + layer.lora_scale * b @ a
         yield name, weight
@@ -152,4 +140,6 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise InputError(f"{folder}: {name} is more than a plain LoRA adapter has")
         if (has := value.shape[-1 if "lora_B" in name else 0]) != rank:
             raise InputError(f"{folder}: {name} has rank {has}, and {ADAPTER_CONFIG} says {rank}")
+        if (twin := name.replace("lora_A", "lora_B")) not in named:
+            raise InputError(f"{folder}: {twin} is missing")
     return Adapter(rank, alpha, base, named)

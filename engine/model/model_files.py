@@ -10,14 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from transformers import AutoConfig
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-    logging,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from engine.files import read_object
@@ -32,10 +28,10 @@ WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.
 
 def read_from_model(read: Callable, model: str, what: str):
     """read(model), a reader of the library. Raises InputError naming the folder if it cannot."""
-    require_folder(model)
     try:
+        require_folder(model)
         return read(model)
-    except InputError as error:  # from quantized.py, which does not know the folder
+    except InputError as error:  # these do not name the folder
         raise InputError(f"--model {model}: {error}") from None
     except Exception as error:  # the libraries raise about twenty kinds for broken files
         cause = textwrap.shorten(str(error), 200) or type(error).__name__
@@ -49,27 +45,21 @@ def require_folder(model: str) -> None:
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise InputError(f"--model {model}: there is no such folder")
+            raise InputError("there is no such folder")
         return  # a hub name
-    if fault := folder_fault(folder):
-        raise InputError(f"--model {model}: {fault}")
-
-
-def folder_fault(folder: Path) -> str:
-    """Why no model can be loaded from a folder; "" if no fault is found."""
     weights = [*folder.glob("*.safetensors")]
     for file in [*weights, *folder.glob("*.json")]:
         with open(file, "rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
-                return f"{file.name} is a git-lfs pointer; fetch the file with `git lfs pull`"
+                said = "is a git-lfs pointer; fetch the file with `git lfs pull`"
+                raise InputError(f"{file.name} {said}")
     full = [file for file in weights if file.name != ADAPTER_WEIGHTS]
     if not full and [*folder.glob("pytorch_model*.bin")]:
-        return "weights in pytorch_model.bin; convert them to safetensors"
+        raise InputError("weights in pytorch_model.bin; convert them to safetensors")
     if not (folder / "config.json").is_file():
         inside = folder / "model"
         hint = f"; is {inside} meant?" if inside.is_dir() else ""
-        return f"no config.json in this folder{hint}"
-    return ""
+        raise InputError(f"no config.json in this folder{hint}")
 
 
 def model_and_adapter(model: str, adapter: str) -> tuple[str, str]:
@@ -94,32 +84,27 @@ def model_and_adapter(model: str, adapter: str) -> tuple[str, str]:
 def model_warnings(model: str, config) -> list[str]:
     """Warnings about files in a model's folder that are not used."""
     folder, lines = Path(model), []
-    if not folder.is_dir():
-        return lines
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() and index.is_file():
         lines.append(f"{single.name} is read, and the shards of {index.name} are not")
     if (folder / ADAPTER_CONFIG).is_file():
         lines.append("the LoRA adapter in this folder is not used; the full weights are")
-    if config.tie_word_embeddings and heads_differ(weight_files(model)):
+    if config.tie_word_embeddings and heads_differ(model):
         lines.append(
             "lm_head.weight is not used: config.json ties it to the embedding, which differs"
         )
     return [f"warning: --model {model}: {line}" for line in lines]
 
 
-def heads_differ(files: list[str]) -> bool:
+def heads_differ(model: str) -> bool:
     """Whether lm_head and the embedding are both stored, with different first rows."""
-    rows = {}
-    for file in files:
+    found = []
+    for file in weight_files(model):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 if name.endswith(("lm_head.weight", "embed_tokens.weight")):
-                    rows[name.split(".")[-2]] = tensors.get_slice(name)[:64]
-    if len(rows) < 2:
-        return False
-    head, embedding = rows["lm_head"], rows["embed_tokens"]
-    return head.shape != embedding.shape or bool((head != embedding).any())
+                    found.append(tensors.get_slice(name)[:64].float())
+    return len(found) == 2 and not torch.equal(*found)
 
 
 @contextmanager
@@ -147,9 +132,9 @@ def read_model_config(model: str):
 
 def weight_files(model: str) -> list[str]:
     """The safetensors files of a folder or of a hub's model. Raises InputError without any."""
-    names = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
-    if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in names):
-        raise InputError(f"--model {model}: no {names[0]} and no {names[1]} in this folder")
+    folder, names = Path(model), (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
+        raise InputError(f"no {names[0]} and no {names[1]} in this folder")
     try:
         return [cached_file(model, SAFE_WEIGHTS_NAME)]
     except OSError:  # there are several files, listed in an index
@@ -162,12 +147,10 @@ def weights_fingerprint(model: str, adapter: str = "") -> str:
 
     adapter: folder of a LoRA adapter, or "". Raises InputError if there are no weights.
     """
-    files = read_from_model(weight_files, model, "weights in safetensors")
-    files += [str(Path(adapter) / ADAPTER_WEIGHTS)] if adapter else []
 
-    def first_values(_: str) -> str:
-        digest = hashlib.sha256()
-        for file in files:
+    def first_values(model: str) -> str:
+        digest, adapters = hashlib.sha256(), [Path(adapter) / ADAPTER_WEIGHTS] if adapter else []
+        for file in [*weight_files(model), *adapters]:
             with safe_open(file, "pt") as tensors:
                 for name in tensors.keys():
                     values = tensors.get_slice(name)[:1].float().flatten()

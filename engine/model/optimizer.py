@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch import Tensor
 
 from engine.model.lora import trained
 from engine.ranks import Ranks
@@ -28,8 +27,8 @@ class ClippedAdamW:
             # at once: a save would otherwise create it by an extra step
             self.adamw.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
             }
 
     def step(self, lr: float, loss: float) -> float:
@@ -84,8 +83,3 @@ def micro_batches(
     extra = int(max(ranks.numbers(len(micros)))) - len(micros)
     weighted = [(indices, [weights[i] for i in indices]) for indices in micros]
     return weighted + [([0], [0.0])] * extra
-
-
-def summed(totals: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
-    """Each total over all ranks. Once per step, as reading a value waits for the GPU."""
-    return {name: ranks.sum(float(value)) for name, value in totals.items()}

@@ -1,18 +1,12 @@
 """The three policies: loading, sharding over the ranks with FSDP2, and pi_old's refresh."""
 
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
 from transformers.utils import logging
 
 import engine.model.quantized  # noqa: F401  reads AWQ folders
@@ -71,7 +65,7 @@ def compile_layers(model, device: torch.device) -> None:
             layer.compile(fullgraph=True)  # checkpointing forbids graph breaks
 
 
-def sharded_parts(model, ignored: Collection[nn.Parameter] = ()) -> list:
+def sharded_parts(model, ignored: Set[nn.Parameter] = frozenset()) -> list:
     """The parts that FSDP gathers one by one: the vision tower, and each layer of the text model.
 
     Smaller parts, such as a block of the tower, would wait for their gathering. Parts of fewer than
@@ -84,7 +78,7 @@ def sharded_parts(model, ignored: Collection[nn.Parameter] = ()) -> list:
 
 
 def shard(
-    model, device: torch.device, offload: bool, ignored: Collection[nn.Parameter] = (), **options
+    model, device: torch.device, offload: bool, ignored: Set[nn.Parameter] = frozenset(), **options
 ) -> None:
     """Shard a model over all ranks, part by part. options: of fully_shard.
 
@@ -92,14 +86,13 @@ def shard(
     sharded, and are on the device already.
     """
     options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
-    ignored = set(ignored)
+    options["offload_policy"] = fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy()
     for part in [*sharded_parts(model, ignored), model]:
         # also moves it to the device, except offloaded parameters
-        fully_shard(part, ignored_params=ignored, **options)
+        fsdp.fully_shard(part, ignored_params=ignored, **options)
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
     model.token_logprobs = types.MethodType(token_logprobs, model)
-    register_fsdp_forward_method(model, "token_logprobs")
+    fsdp.register_fsdp_forward_method(model, "token_logprobs")
 
 
 def load_policies(
@@ -118,13 +111,16 @@ def load_policies(
     adapter: what to train, initialised from `seed` if it has no weights; the policies then share
     one base. None: all weights are trained.
     """
+    dtype, pi_old, pi_ref = compute_dtype(device), None, None
     memory = {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
     if adapter is None:
         policy = load_policy(path, device, **memory)
         pi_old = load_model(path, device) if replica else None
-        return policy, pi_old, load_reference(path, device, offload=offload) if reference else None
-    base, dtype, pi_old, pi_ref = load_model(path, device), compute_dtype(device), None, None
-    base.requires_grad_(False)
+        if reference:
+            pi_ref = load_model(path, torch.device("cpu"), dtype)
+            shard_reference(pi_ref, device, offload=offload)
+        return policy, pi_old, pi_ref
+    base = load_model(path, device).requires_grad_(False)
     if replica:
         pi_old = add_adapters(share(base), adapter, dtype, seed)
     if reference:
@@ -159,24 +155,18 @@ def shard_policy(
         checkpoint_activations(policy)
     compile_layers(policy, device)
     # a cast of inputs would make the vision tower's rotary angles coarser than pi_old's
-    precision = MixedPrecisionPolicy(
+    precision = fsdp.MixedPrecisionPolicy(
         param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     policy.gathered_once = not gradient_checkpointing and not offload
     reshard = False if policy.gathered_once else None  # None: all parts but the root
-    frozen = [p for p in policy.parameters() if not p.requires_grad]  # all but LoRA's adapters
+    frozen = {p for p in policy.parameters() if not p.requires_grad}  # all but LoRA's adapters
     shard(policy, device, offload, frozen, mp_policy=precision, reshard_after_forward=reshard)
     return policy.train()
 
 
-def load_reference(path: str, device: torch.device, *, offload: bool = False):
-    """pi_ref, the policy that RL starts from: frozen, in compute_dtype, sharded over all ranks."""
-    model = load_model(path, torch.device("cpu"), compute_dtype(device))
-    return shard_reference(model, device, offload=offload)
-
-
 def shard_reference(reference, device: torch.device, *, offload: bool = False):
-    """pi_ref from a model, which it changes: frozen, sharded, on the device."""
+    """pi_ref, the policy that RL starts from: a model, which is frozen and sharded in place."""
     compile_layers(reference.requires_grad_(False), device)
     # True: the root too, as no backward would free it
     shard(reference, device, offload, reshard_after_forward=True)

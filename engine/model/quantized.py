@@ -19,12 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hicodet import InputError
 
 PER_WORD = 8  # values of 4 bits in an int32
-SUPPORTED = {  # of quantization_config
-    "quant_method": "awq",
-    "version": "gemm",
-    "bits": "4",
-    "zero_point": "true",
-}
+# of quantization_config
+SUPPORTED = {"quant_method": "awq", "version": "gemm", "bits": "4", "zero_point": "true"}
 
 
 def unpack(words: Tensor) -> Tensor:
@@ -45,24 +41,18 @@ class PackedLinear(nn.Module):
         super().__init__()
         rows, columns = linear.in_features, linear.out_features
         groups, words = rows // group_size, columns // PER_WORD
-
-        def buffer(name: str, dtype: torch.dtype, *shape: int) -> None:
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=linear.weight.device))
-
-        buffer("qweight", torch.int32, rows, words)
-        buffer("qzeros", torch.int32, groups, words)
-        buffer("scales", torch.float16, groups, columns)
+        packed = {"dtype": torch.int32, "device": linear.weight.device}
+        self.qweight = nn.Buffer(torch.empty(rows, words, **packed))
+        self.qzeros = nn.Buffer(torch.empty(groups, words, **packed))
+        self.scales = nn.Buffer(torch.empty(groups, columns, **packed | {"dtype": torch.float16}))
         self.bias = linear.bias
         self.in_features, self.out_features = rows, columns
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """(in, out): exact in fp32, then rounded once."""
-        return unpacked_weight(self.qweight, self.qzeros, self.scales, dtype)
-
     def forward(self, x: Tensor) -> Tensor:
+        packed = self.qweight, self.qzeros, self.scales
         if not x.requires_grad:
-            return F.linear(x, self.weight(x.dtype).T, self.bias)
-        product = _PackedProduct.apply(x, self.qweight, self.qzeros, self.scales)
+            return F.linear(x, unpacked_weight(*packed, x.dtype).T, self.bias)
+        product = _PackedProduct.apply(x, *packed)
         return product if self.bias is None else product + self.bias
 
 
@@ -135,7 +125,6 @@ class PackedQuantizer(HfQuantizer):
         return False
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        """kwargs: further arguments of the library, not used."""
         pack_layers(model, self.quantization_config.group_size)
 
     def _process_model_after_weight_loading(self, model, **kwargs):

@@ -67,16 +67,12 @@ def rollout_metrics(groups: list[dict], seconds: dict[str, float]) -> dict[str, 
     lengths = [len(ids) for group in groups for ids in group["ids"]]
     logged["completion_length"] = np.mean(lengths)
     logged["entropy"] = sum(sum(group["entropies"]) for group in groups) / sum(lengths)
-    logged |= _written([one for group in groups for one in group["written"]], "")
-    logged |= _written([group["true"] for group in groups], "_true")
+    written = [one for group in groups for one in group["written"]]
+    for suffix, rows in (("", written), ("_true", [group["true"] for group in groups])):
+        instances, verbs = (sum(row[name] for row in rows) for name in ("instances", "verbs"))
+        logged[f"instances{suffix}"] = instances / len(rows)
+        logged[f"verbs_per_instance{suffix}"] = verbs / max(instances, 1)
     logged["truncated"] = np.mean([not done for group in groups for done in group["finished"]])
     for name in ("sample", "update"):
         logged[f"{name}_tokens_per_second"] = sum(lengths) / seconds[name]
     return {name: float(value) for name, value in logged.items()}
-
-
-def _written(rows: list[dict[str, int]], suffix: str) -> dict[str, float]:
-    """Instances per answer and verbs per instance, 0 without instances. rows: from `counts`."""
-    instances, verbs = (sum(row[name] for row in rows) for name in ("instances", "verbs"))
-    means = instances / len(rows), verbs / max(instances, 1)
-    return {f"instances{suffix}": means[0], f"verbs_per_instance{suffix}": means[1]}

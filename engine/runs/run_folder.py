@@ -16,12 +16,7 @@ from engine.model.lora import Adapter, adapter_weights, merged_weights, write_ad
 from engine.model.quantized import is_packed
 from engine.options import flag_of
 from engine.ranks import Ranks, end_all, on_first, require_agreement
-from engine.runs.checkpoints import (
-    checkpoints,
-    read_checkpoint,
-    steps_of,
-    write_checkpoint,
-)
+from engine.runs.checkpoints import checkpoints, read_checkpoint, steps_of, write_checkpoint
 from hicodet import InputError
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
@@ -60,16 +55,12 @@ class RunFolder:
         if found:
             read_checkpoint(found[-1], policy, optimizer)
         done = steps_of(found[-1]) if found else 0
-        if self.ranks.rank == 0:
-            self._cut_logs(done)
-        return done
-
-    def _cut_logs(self, done: int) -> None:
-        """Remove steps after `done` from the logs, as they will run again."""
-        for path in filter(Path.exists, (self.path / name for name in LOGS)):
+        logs = [self.path / name for name in LOGS] if self.ranks.rank == 0 else []
+        for path in filter(Path.exists, logs):  # without later steps, as they will run again
             rows = [row for _, row in files.json_lines(path, cut_last=True)]
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
             files.replace_file(path, "".join(kept))
+        return done
 
     def save(self, policy, optimizer, done: int, keep: int) -> None:
         """Write a checkpoint, rename it when it is complete, and keep the `keep` newest.
@@ -93,7 +84,10 @@ class RunFolder:
     def log(self, name: str, step: int, values: dict) -> None:
         """Append a line to metrics.jsonl or rollouts.jsonl; non-finite numbers become null."""
         if self.ranks.rank == 0:
-            row = {"step": step} | {name: _finite_or_none(value) for name, value in values.items()}
+            row = {"step": step}
+            for key, value in values.items():
+                odd = isinstance(value, float) and not math.isfinite(value)
+                row[key] = None if odd else value
             path = self.path / f"{name}.jsonl"
             with files.naming(path), open(path, "a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -115,7 +109,14 @@ class RunFolder:
 
         def write() -> None:
             if not is_packed(policy.config):
-                self._write_model(policy, state, name, parts, notes)
+                with files.aside(self.path / name) as new:
+                    try:
+                        policy.save_pretrained(new, state_dict=state)
+                    except SafetensorError as error:
+                        raise OSError(f"{new}: {error}") from None
+                    for part in parts:
+                        part.save_pretrained(new)
+                    _write_texts(new, notes)
             if trained:
                 with files.aside(self.path / name.replace("model", "adapter", 1)) as new:
                     write_adapter(new, trained)
@@ -128,24 +129,10 @@ class RunFolder:
         model = self.path / "model"
         return model if model.is_dir() else self.path / "adapter"
 
-    def _write_model(self, policy, state: dict, name: str, parts: list, notes: dict) -> None:
-        with files.aside(self.path / name) as new:
-            try:
-                policy.save_pretrained(new, state_dict=state)
-            except SafetensorError as error:
-                raise OSError(f"{new}: {error}") from None
-            for part in parts:
-                part.save_pretrained(new)
-            _write_texts(new, notes)
-
 
 def _write_texts(folder: Path, texts: dict[str, str]) -> None:
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")
-
-
-def _finite_or_none(value):
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def open_run(out: str, config, settings: dict, ranks: Ranks) -> RunFolder:
@@ -156,10 +143,10 @@ def open_run(out: str, config, settings: dict, ranks: Ranks) -> RunFolder:
     ranks disagree, another process writes to the folder, or it holds other files or a run without
     --resume. Resuming a finished run ends the program.
     """
-    folder, found = Path(out), []
+    folder = Path(out)
     require_agreement(settings, config.per_host() | {"command"}, ranks, CONTENTS)
-    on_first(ranks, lambda: found.append(_lock_folder(folder, config.resume)))
-    lock_file = found[0] if found else None
+    lock_file = on_first(ranks, lambda: _lock_folder(folder, config.resume))
+    run = RunFolder(folder, lock_file, ranks)
     try:
         if not all(ranks.gather([(folder / "run.lock").exists()])):
             end_all(f"--out {folder} must be one folder that all hosts share", ranks)
@@ -168,17 +155,13 @@ def open_run(out: str, config, settings: dict, ranks: Ranks) -> RunFolder:
             ranks.print(f"{folder}: the run is finished, there is nothing to continue")
             sys.exit(0)
     except (InputError, SystemExit):
-        if lock_file:
-            lock_file.close()
+        run.finish(complete=False)
         raise
-    return RunFolder(folder, lock_file, ranks)
+    return run
 
 
 def _lock_folder(folder: Path, resume: bool) -> TextIO:
-    """Create and lock the folder. On --resume, remove unfinished files of a crash.
-
-    Raises InputError if the folder is in use.
-    """
+    """Create and lock the folder, if it is free. On --resume, remove unfinished files."""
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not (folder / "run.lock").exists():
         raise InputError(f"--out {folder}: holds other files; choose an empty folder")
@@ -190,10 +173,7 @@ def _lock_folder(folder: Path, resume: bool) -> TextIO:
 
 
 def _write_settings(folder: Path, config, settings: dict) -> bool:
-    """Write config.json, unless the run is finished. Returns whether it is finished.
-
-    Raises InputError if the folder holds another run's results, or this run without --resume.
-    """
+    """Write config.json, unless the run is finished. Returns whether it is finished."""
     path, mine = folder / "config.json", json.loads(json.dumps(settings))  # as they are read back
     if Path(mine["model"]).is_dir():
         mine["model"] = os.path.realpath(mine["model"])
@@ -201,7 +181,8 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
         if not config.resume:
             raise InputError(f"--out {folder}: holds a run; --resume it, or choose another folder")
         stored = files.read_object(path)
-        require_same_run(stored, mine, config)
+        changed = {n: [stored.get(n), mine[n]] for n in mine if stored.get(n) != mine[n]}
+        require_same_run(changed, config)
         # "finished" was removed if a longer run has begun; the older result is still there
         done = max(map(steps_of, checkpoints(folder)), default=0)
         if stored.get("finished") and any((folder / name).exists() for name in FINAL):
@@ -211,26 +192,21 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
             done = max(done, stored.get("steps", 0))
         if mine.get("steps", done) < done:
             raise InputError(f"{folder}: the run has done {done} steps, more than {mine['steps']}")
-        if changes := stored.get("changes", []) + noted_changes(stored, mine, config, done):
+        names = changed.keys() & (config.on_resume("note") | NOTED)
+        noted = [{"step": done} | {n: changed[n] for n in sorted(names)}] if names else []
+        if changes := stored.get("changes", []) + noted:
             mine["changes"] = changes
     files.write_json(path, mine)
     return False
 
 
-def require_same_run(stored: dict, mine: dict, config) -> None:
-    """Raise InputError naming all options that differ from the run in the folder."""
+def require_same_run(changed: dict[str, list], config) -> None:
+    """Raise InputError naming all settings that may not change. changed: old and new values."""
     may_change = config.on_resume("allow") | config.on_resume("note") | KEPT
     different = [
-        f"{CONTENTS.get(name, flag_of(name))} was {stored.get(name)}, is {mine[name]}"
-        for name in mine
-        if name not in may_change and stored.get(name) != mine[name]
+        f"{CONTENTS.get(name, flag_of(name))} was {old}, is {new}"
+        for name, (old, new) in changed.items()
+        if name not in may_change
     ]
     if different:
         raise InputError(f"--resume: the run in --out differs: {'; '.join(different)}")
-
-
-def noted_changes(stored: dict, mine: dict, config, done: int) -> list[dict]:
-    """Changed options that affect results: the step, old and new values."""
-    names = (config.on_resume("note") | NOTED) & mine.keys()
-    changed = {n: [stored.get(n), mine[n]] for n in sorted(names) if stored.get(n) != mine[n]}
-    return [{"step": done} | changed] if changed else []

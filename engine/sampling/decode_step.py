@@ -101,13 +101,8 @@ class DecodeStep:
         self.places = slots[:, None, None], heads[:, None], places[:, None]
         self.mask = self._block_mask() if cache.as_blocks else None
 
-    def update(
-        self, key: Tensor, value: Tensor, layer: int, kwargs: dict | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Called by the library in each layer: write the new tokens' (1, K, B, D) to their rows.
-
-        kwargs: from transformers 5.24 on, not used.
-        """
+    def update(self, key, value, layer, kwargs=None):
+        """Called as `Prefill.update`: write the new tokens' keys and values, (1, K, B, D)."""
         for buffer, new in ((self.cache.own_keys, key), (self.cache.own_values, value)):
             new = new[0].unflatten(1, (self.slots, -1)).transpose(0, 1)
             buffer[layer][self.places] = new.to(buffer[layer].dtype)

@@ -12,12 +12,7 @@ from torch import Tensor, nn
 
 from engine.model.families import CACHE
 from engine.model.packing import Prompt, hidden_states, pack
-from engine.sampling.decode_step import (
-    DecodeStep,
-    GroupCache,
-    Prefill,
-    prepare_for_decoding,
-)
+from engine.sampling.decode_step import DecodeStep, GroupCache, Prefill, prepare_for_decoding
 from engine.sampling.draw import draw_tokens, penalise
 from hicodet import InputError
 
@@ -134,16 +129,17 @@ class Sampler:
         prefix, own = batch.layout.prefix, batch.layout.prompt_lengths
         lengths = tuple(prefix + length for length in own)
         if max(lengths) > self.prompt_room:
-            said = f"where prompt_room is {self.prompt_room}"
-            raise ValueError(f"a prompt of {max(lengths)} tokens, {said}")
+            raise ValueError(f"prompt of {max(lengths)} tokens; prompt_room is {self.prompt_room}")
         hidden = hidden_states(self.model, batch, Prefill(self.cache, slots, batch.layout))
         at = torch.tensor(slots, device=hidden.device)
         self.prompt_lengths[at] = torch.tensor(lengths, device=at.device)
         positions = batch.position_ids[:, :, prefix:].split(own, dim=2)
-        last = [of_one.max() for of_one in positions]
-        self.first_positions[at] = torch.stack(last) + 1
-        if self.temperature:
-            self.uniforms[at] = self.random_numbers(seeds).to(at.device)
+        self.first_positions[at] = torch.stack([of_one.max() for of_one in positions]) + 1
+        if self.temperature:  # numbers of a row's own seed do not depend on its slot
+            rows = [torch.Generator().manual_seed(seed) for group in seeds for seed in group]
+            draws = [torch.rand(self.max_new_tokens, generator=row) for row in rows]
+            uniforms = torch.stack(draws).view(len(seeds), self.group_size, -1)
+            self.uniforms[at] = uniforms.to(at.device)
         self.counts[at], self.done[at] = 0, False
         if self.written is not None:
             self.written[at] = False
@@ -153,12 +149,6 @@ class Sampler:
             self.owners[slot] = number
         ends = prefix + torch.tensor(own, device=at.device).cumsum(0) - 1
         self.draw(at, self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0))
-
-    def random_numbers(self, seeds: tuple[list[int], ...]) -> Tensor:
-        """(prompts, G, C) uniforms from each row's own seed, independent of its slot. CPU."""
-        rows = [torch.Generator().manual_seed(seed) for group in seeds for seed in group]
-        draws = [torch.rand(self.max_new_tokens, generator=generator) for generator in rows]
-        return torch.stack(draws).view(len(seeds), self.group_size, -1)
 
     def step(self, room: int) -> None:
         """Feed the last token of every row and sample the next; rows that are done are discarded.
@@ -205,15 +195,14 @@ class Sampler:
 
     def decode(self, compact: bool) -> None:
         """One step for every row; on a GPU LOOK_EVERY steps."""
-        cuda = self.model.device.type == "cuda"
-        if compact and not cuda and len(self.slots(busy=True)) * 2 <= self.active:
-            self.compact()
-        for _ in range(LOOK_EVERY if cuda else 1):
-            if cuda:
-                self.graph = self.graph or self.capture()
+        if self.model.device.type == "cuda":
+            self.graph = self.graph or self.capture()
+            for _ in range(LOOK_EVERY):
                 self.graph.replay()
-            else:
-                self.step(int(self.counts[self.slots(busy=True)].max()))
+        else:
+            if compact and len(self.slots(busy=True)) * 2 <= self.active:
+                self.compact()
+            self.step(int(self.counts[self.slots(busy=True)].max()))
 
     def compact(self) -> None:
         """Move the busy slots to the front and compute no others, as a CPU pays for each row."""
@@ -253,21 +242,15 @@ class Sampler:
         for slot in self.slots(busy=True):
             if done[slot]:
                 number, self.owners[slot] = self.owners[slot], None
-                yield number, self.rollout(slot)
+                lengths = self.counts[slot].tolist()
+                ids, logprobs, entropies = (
+                    [row[:length].clone() for row, length in zip(rows[slot].cpu(), lengths)]
+                    for rows in (self.ids, self.logprobs, self.entropies)
+                )
+                finished = torch.stack([row[-1] == self.end_id for row in ids])
+                yield number, Rollout(ids, logprobs, finished, entropies)
 
-    def rollout(self, slot: int) -> Rollout:
-        """The G completions of a slot."""
-        lengths = self.counts[slot].tolist()
-        ids, logprobs, entropies = (
-            [row[:length].clone() for row, length in zip(rows[slot].cpu(), lengths)]
-            for rows in (self.ids, self.logprobs, self.entropies)
-        )
-        finished = torch.stack([row[-1] == self.end_id for row in ids])
-        return Rollout(ids, logprobs, finished, entropies)
-
-    def collect(
-        self, prompts: list[Prompt], seeds: list[list[int]] | None = None
-    ) -> list[Rollout]:
+    def collect(self, prompts: list[Prompt], seeds: list[list[int]] | None = None) -> list[Rollout]:
         """The G completions of each prompt, in order. seeds: G per prompt; None when greedy."""
         seeds = [None] * len(prompts) if seeds is None else seeds
         found = dict(self.run(zip(prompts, seeds, strict=True)))
