@@ -45,14 +45,17 @@ def base_examples(folder: Path, boxes_only: bool) -> Examples:
     def target_text(hois: tuple[HOI, ...], grounding: str) -> str:
         return grounding + ("" if boxes_only else f"\n{pair_lines(hois)}") + END_OF_TURN
 
-    return Examples(
-        str(folder / "model"),
+    model = str(folder / "model")
+    examples = Examples(
+        model,
         load_split(folder / "data", "train"),
         PromptOptions(task_description=False),  # as in the demo's SFT and GRPO
         thinks=read_traces(folder / "grounding.jsonl"),
         target_text=target_text,
-        prompt_text=lambda thinking: PROMPT if boxes_only else PAIRS_PROMPT,
     )
+    question = examples.question(PROMPT if boxes_only else PAIRS_PROMPT, model)
+    examples.questions = dict.fromkeys(examples.questions, question)
+    return examples
 
 
 @dataclass(frozen=True, kw_only=True)

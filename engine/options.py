@@ -91,7 +91,8 @@ def parse_config(
 
     page: text that --help prints above the options.
     """
-    parser = argparse.ArgumentParser(prog=prog, argument_default=argparse.SUPPRESS, **_layout(page))
+    common = {"argument_default": argparse.SUPPRESS, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog=prog, **common, **_layout(page))
     add_options(parser, config_class)
     values = vars(parser.parse_args(argv)).items()
     try:
