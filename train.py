@@ -29,8 +29,7 @@ from engine.model.policy import load_policies
 from engine.model.quantized import is_packed
 from engine.ranks import Ranks, start_ranks, use_all_cores
 from engine.report.dry_run import describe, picture
-from engine.report.events import Events
-from engine.report.run_view import model_card, update_page, verdicts
+from engine.report.run_view import Events, model_card, update_page, verdicts
 from engine.runs.run_folder import RunFolder, open_run
 from engine.sampling.slots import choose_slots
 from engine.signals import RESUME, StopSignal

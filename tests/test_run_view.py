@@ -6,8 +6,7 @@ import sys
 
 import pytest
 
-from engine.report.events import Events
-from engine.report.run_view import model_card, update_page, verdicts
+from engine.report.run_view import Events, model_card, update_page, verdicts
 from tests.run_folders import write_training
 from tests.runs import config_of, run
 

@@ -1,8 +1,9 @@
-"""What a run writes for people: its page, its health and its model's card.
+"""What a run writes for people: page, health, model card and TensorBoard events.
 
 A failure here is one line of warning. It does not stop a training.
 """
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,3 +35,31 @@ def attempt(make: Callable[[], object], what: str, otherwise: object):
     except Exception as error:
         print(f"warning: {what} could not be made: {error!r}", file=sys.stderr, flush=True)
         return otherwise
+
+
+class Events:
+    """A run's TensorBoard file. It does nothing without TensorBoard, and after a failure."""
+
+    def __init__(self, folder: Path, first_step: int):
+        """first_step: the next step of the run. TensorBoard drops later steps of older files."""
+        self.writer = attempt(lambda: _writer(folder, first_step), "the TensorBoard file", None)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write the finite values of a step."""
+        if self.writer and not attempt(lambda: self._write(step, values), "an event", False):
+            self.writer = None
+
+    def _write(self, step: int, values: dict[str, float]) -> bool:
+        for name, value in values.items():
+            if math.isfinite(value):
+                self.writer.add_scalar(f"train/{name}", value, step)
+        self.writer.flush()
+        return True
+
+
+def _writer(folder: Path, first_step: int):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=first_step)
