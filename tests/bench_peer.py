@@ -1,8 +1,8 @@
 """A step of GRPO by TRL's GRPOTrainer and by ours: same model folder, prompts, lengths, rewards.
 
-TRL has an environment of its own, made here, that takes torch and transformers from ours, so that
-both run on the same libraries. Completions are as long as they may be: the end of the turn is not
-drawn in either. The gradient of TRL's first step is computed by ours again.
+TRL is installed into an environment of its own, which uses our torch and transformers. Neither side
+samples the end token, so all completions have the full length. Our code computes the gradient of
+TRL's first step again.
 """
 
 import json
@@ -35,17 +35,17 @@ from tests.bench_models import Size
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "peer"  # git ignores runs/
 VERSION = "1.16.0"
-AROUND = 13  # tokens of the chat template around the text, image not counted
+AROUND = 13  # tokens of the chat template around the text, without the image
 OPTIONS = {"lr": 1e-6, "kl_coef": 0.04, "gradient_checkpointing": False,
            "tokens_per_microbatch": 16384}
 
 
 class Unavailable(Exception):
-    """TRL cannot be installed here; the message says why."""
+    """TRL cannot be installed; the message says why."""
 
 
 def environment(folder: Path) -> Path:
-    """The python of an environment with TRL, made if it is not there. Raises Unavailable."""
+    """The python of an environment with TRL, which is made if missing. Raises Unavailable."""
     python = folder / "bin" / "python"
     check = [python, "-c", f"import trl; assert trl.__version__ == '{VERSION}'"]
     if python.exists() and subprocess.run(check, capture_output=True).returncode == 0:
@@ -62,7 +62,7 @@ def environment(folder: Path) -> Path:
 
 
 def write_task(folder: Path, size: Size, repeats: int) -> list[hicodet.Sample]:
-    """Model, images and task.json of both sides. Returns the samples."""
+    """Write model, images and task.json for both sides. Returns the samples."""
     tokenizer, (rows, columns) = toy.toy_tokenizer(), size.grid
     config = toy.model_config(tokenizer, {"text": size.text, "vision": size.vision})
     config.text_config.vocab_size = max(config.text_config.vocab_size, size.text["vocab_size"])
@@ -91,7 +91,7 @@ def write_task(folder: Path, size: Size, repeats: int) -> list[hicodet.Sample]:
 
 
 class PeerExamples(Examples):
-    """Examples whose completions never end and are read as one of three answers."""
+    """Examples whose completions never end, each decoded as one of three answers."""
 
     def __init__(self, model: str, samples: list[hicodet.Sample], task: dict):
         super().__init__(model, samples, prompt_text=lambda thinking: task["text"])
@@ -119,9 +119,9 @@ def our_trainer(model: str, examples: Examples, task: dict) -> grpo.GRPO:
 
 
 def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -> float:
-    """Of a step, which is taken, on TRL's completions: pairs of a place in the batch and ids.
+    """Take a step on TRL's completions, pairs of a place in the batch and ids.
 
-    TRL takes log-probs over the whole vocabulary, so here no id is excluded.
+    TRL's log-probs are over the whole vocabulary, so no id is banned here.
     """
     groups = []
     for place in range(len(batch)):
@@ -142,8 +142,8 @@ def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -
 def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
     """A step of GRPO by ours against one of TRL's. Raises Unavailable without TRL.
 
-    On a CPU it counts the CPU seconds of each process, as others may share the machine, and takes
-    4 prompts and G = 4: TRL needs minutes for the size's own.
+    On a CPU it counts CPU seconds of each process, as other programs may share the machine. There
+    it uses 4 prompts and G = 4, as TRL needs minutes for more.
     """
     if device.type == "cpu":
         size = replace(size, prompts=4, group_size=4)
