@@ -1,10 +1,11 @@
-"""What must be the same on all ranks is compared before anything is written."""
+"""Ranks must agree before anything is written, and how long they wait for each other."""
 
 import os
 import shutil
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hoi_r1
 from engine.model.model_files import weights_fingerprint
 from engine.ranks import Ranks, on_first, require_agreement
-from engine.runs.run_folder import open_run
+from engine.runs.run_folder import RunFolder, open_run
 from hicodet import InputError
-from tests.runs import config_of, free_port
+from tests.runs import SFT_LINE, config_of, free_port, on_two_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass(frozen=True)
 class Thread(Ranks):
-    """One of two ranks in threads of this process, which exchange what they gather."""
+    """One of two ranks, which are threads of this process and gather through a list."""
 
     barrier: threading.Barrier
     parts: list
@@ -38,7 +40,7 @@ class Thread(Ranks):
 
 
 def on_both(act) -> list:
-    """What act(ranks) returns on each of two ranks, or the exception that ends it."""
+    """The result of act(ranks) on each of two ranks, or the exception that ended it."""
     shared = torch.device("cpu"), threading.Barrier(2, timeout=30), [None, None]
 
     def one(rank):
@@ -52,7 +54,7 @@ def on_both(act) -> list:
 
 
 def refusal(ends: list) -> str:
-    """The line of the first rank. The other one ends in silence."""
+    """The error line of the first rank. The other one ends without any."""
     first, second = ends
     assert type(first) is InputError and type(second) is SystemExit and second.code == 1, ends
     return str(first)
@@ -84,7 +86,7 @@ def test_fault_of_the_first_rank_ends_all():
 
 
 def test_folder_of_each_host_is_refused(folder, tmp_path):
-    """As where --out is on a disk of each host."""
+    """Each host has its own disk at --out."""
     config = config_of("sft", folder, tmp_path)
     settings = {"model": config.model, "stage": "sft"}
 
@@ -99,8 +101,8 @@ def test_folder_of_each_host_is_refused(folder, tmp_path):
     assert (tmp_path / "one" / "config.json").exists()
 
 
-def test_first_values_of_all_weights_count(folder, tmp_path):
-    """Here those of one bias."""
+def test_fingerprint_reads_all_weights(folder, tmp_path):
+    """Another first value of one bias changes it."""
     shutil.copytree(folder / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     before = weights_fingerprint(str(tmp_path / "model"))
@@ -113,16 +115,37 @@ def test_first_values_of_all_weights_count(folder, tmp_path):
 
 
 def test_options_in_which_hosts_may_differ(folder):
-    """Where files are and how they are read; nothing that changes the result."""
+    """Paths and the number of workers; nothing that changes the result."""
     for stage in ("sft", "grpo", "predict"):
         differ = config_of(stage, folder, "x").per_host()
         traces = {"traces"} if stage == "sft" else set()
         assert differ == {"model", "adapter", "data", "exclude", "out", "workers"} | traces
 
 
+def export_slowly(words: list[str]) -> None:
+    """Run a command that takes 4 seconds to write its model."""
+    write_model = RunFolder._write_model
+
+    def slowly(*arguments):
+        time.sleep(4)
+        write_model(*arguments)
+
+    RunFolder._write_model = slowly
+    hoi_r1.main(words)
+
+
+@pytest.mark.slow
+def test_export_may_take_longer_than_timeout(folder, tmp_path):
+    """--timeout is 2 seconds. The other rank waits in `patient_group` for the first."""
+    line = SFT_LINE.format(folder=folder).removeprefix("hoi_r1.py ")
+    line += f" --out {tmp_path} --max-steps 1 --workers 0 --timeout 0.0334"
+    on_two_ranks(export_slowly, line.split())
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
 @pytest.mark.slow
 def test_rank_that_waits_in_vain_ends_with_the_reason():
-    """The other one has joined and then stops, like a host whose link is cut."""
+    """The other rank joins and then stops, like a host whose link is cut."""
     code = (
         "import sys; from datetime import timedelta; from engine.ranks import start_ranks; "
         "ranks = start_ranks(timedelta(seconds=2)); print('joined', flush=True); "
