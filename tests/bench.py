@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
-from unittest.mock import patch
 
 import hoi_r1
 
@@ -25,19 +24,13 @@ if __name__ == "__main__":
 
 import torch
 
-import engine.model.policy
 import engine.sampling.decode_step
-import grpo
 import hicodet
-from engine.configs import GRPOConfig
 from engine.data.examples import Example
 from engine.model.attention import use_group_attention
-from engine.model.lora import Adapter
-from engine.model.optimizer import ClippedAdamW
 from engine.model.packing import pack, token_logprobs
-from engine.model.policy import compute_dtype, load_policies, refresh
+from engine.model.policy import compute_dtype, refresh
 from engine.options import Config, flag_of, option, parse_config, required
-from engine.ranks import start_ranks
 from engine.sampling.sampler import Sampler
 from tests import bench_cpu
 from tests.bench_fits import bench_fits
@@ -59,6 +52,7 @@ from tests.bench_models import (
 )
 from tests.bench_peer import Unavailable, bench_peer
 from tests.bench_text_first import bench_text_first
+from tests.bench_trainer import BenchExamples, make_trainer, random_weights
 
 TEST_IMAGES = 9658
 
@@ -137,53 +131,14 @@ def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
     return result(device, measured, what, floor, **details)
 
 
-class BenchExamples:
-    """The part of Examples that GRPO uses."""
-
-    def __init__(self, size: Size):
-        self.size, self.end_id = size, -1  # no completion ends early
-
-    def banned(self, vocabulary: int) -> torch.Tensor:
-        return torch.arange(vocabulary) >= ORDINARY
-
-    def longest_prompt(self) -> int:
-        return self.size.prompt_length
-
-    def decode(self, ids: torch.Tensor) -> str:
-        return bench_cpu.ANSWERS[int(ids[0]) % len(bench_cpu.ANSWERS)]
-
-
-def random_trainer(size: Size, device: torch.device) -> grpo.GRPO:
-    """GRPO with random weights and the size's options of a step."""
-    ranks = start_ranks()
-    options = {"batch_size": size.prompts, "group_size": size.group_size,
-               "max_new_tokens": size.sampled, **size.step}
-    config = GRPOConfig(model="random", data="", out="", **options)
-
-    def random_weights(path, host, dtype=None):
-        return random_model(size, device, dtype or compute_dtype(device))
-
-    adapter = Adapter(config.lora_rank, 2 * config.lora_rank, "") if config.lora_rank else None
-    with patch.object(engine.model.policy, "load_model", random_weights):
-        policy, *others = load_policies(
-            "", device, adapter, replica=True, reference=config.kl_coef > 0,
-            gradient_checkpointing=config.gradient_checkpointing, offload=config.offload)
-    optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
-    same = ("group_size", "max_new_tokens", "temperature", "seed", "updates_per_batch",
-            "tokens_per_microbatch")
-    return grpo.GRPO(
-        policy, optimizer, *others, BenchExamples(size), ranks,
-        objective={"kl_coef": config.kl_coef}, rewards={}, slots=min(config.slots, size.prompts),
-        **{name: getattr(config, name) for name in same})
-
-
 def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     """A whole step of GRPO: sample, reward, pi_ref, update, AdamW, refresh.
 
     The baseline is generate(), separate rows in pi_ref and pi_theta, and the same AdamW and
     refresh. It computes no rewards, which take milliseconds.
     """
-    trainer = random_trainer(size, device)
+    with random_weights(size, device):
+        trainer = make_trainer("", BenchExamples(size), size)
     policy, replica, reference = trainer.policy, trainer.replica, trainer.reference
     name, hois = "random.jpg", bench_cpu.HOIS
     sample = hicodet.Sample(name, Path(name), 640, 480, hois, (), frozenset())
@@ -294,6 +249,8 @@ class BenchConfig(Config):
                               ("lora_rank", ["step", "fits"])):  # fmt: skip
             if (value := getattr(self, name)) and self.what not in benches:
                 raise ValueError(f"{flag_of(name)} {value}: only of {' and '.join(benches)}")
+        if self.peer and self.lora_rank:
+            raise ValueError("--peer trains all weights: leave --lora-rank out")
 
     def size(self) -> Size:
         """The size with the options of the step."""

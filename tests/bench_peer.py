@@ -24,20 +24,18 @@ import hicodet
 import rewards
 from demo import toy
 from engine.data.examples import Example, Examples
-from engine.model.optimizer import ClippedAdamW
-from engine.model.policy import load_model, load_policy, load_reference
-from engine.ranks import start_ranks
 from engine.sampling.sampler import Rollout
 from tests import bench_cpu
 from tests.bench_measure import Result, Runs, measure, result
 from tests.bench_models import Size
+from tests.bench_trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "peer"  # git ignores runs/
 VERSION = "1.16.0"
 AROUND = 13  # tokens of the chat template around the text, without the image
-OPTIONS = {"lr": 1e-6, "kl_coef": 0.04, "gradient_checkpointing": False,
-           "tokens_per_microbatch": 16384}
+LEARNING_RATE = 1e-6
+OPTIONS = {"kl_coef": 0.04, "gradient_checkpointing": False, "tokens_per_microbatch": 16384}
 
 
 class Unavailable(Exception):
@@ -80,9 +78,10 @@ def write_task(folder: Path, size: Size, repeats: int) -> list[hicodet.Sample]:
             hicodet.Sample(path.name, path, *sides, bench_cpu.HOIS, (), frozenset()))
     ids = tokenizer(hicodet.prompt_text())["input_ids"][: size.text_tokens - AROUND]
     parsed = [hicodet.parse_completion(answer) for answer in bench_cpu.ANSWERS]
-    task = OPTIONS | size.step | {
-        "text": tokenizer.decode(ids), "images": [sample.file_name for sample in samples],
-        "group_size": size.group_size, "new_tokens": size.sampled, "repeats": repeats,
+    task = size.step | {
+        "lr": LEARNING_RATE, "text": tokenizer.decode(ids),
+        "images": [sample.file_name for sample in samples], "group_size": size.group_size,
+        "new_tokens": size.sampled, "repeats": repeats,
         "rewards": [rewards.total_reward(one, bench_cpu.HOIS)["total"] for one in parsed],
         "banned": [*tokenizer.convert_tokens_to_ids(list(toy.SPECIAL_TOKENS)),
                    *range(len(tokenizer), config.text_config.vocab_size)]}
@@ -104,20 +103,6 @@ class PeerExamples(Examples):
         return bench_cpu.ANSWERS[int(ids[0]) % len(bench_cpu.ANSWERS)]
 
 
-def our_trainer(model: str, examples: Examples, task: dict) -> grpo.GRPO:
-    """GRPO as `hoi_r1.py grpo` makes it."""
-    ranks = start_ranks()
-    checkpointing = task["gradient_checkpointing"]
-    policy = load_policy(model, ranks.device, gradient_checkpointing=checkpointing)
-    optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
-    return grpo.GRPO(
-        policy, optimizer, load_model(model, ranks.device), load_reference(model, ranks.device),
-        examples, ranks, slots=len(examples), group_size=task["group_size"],
-        max_new_tokens=task["new_tokens"], temperature=1.0, seed=0, updates_per_batch=1,
-        tokens_per_microbatch=task["tokens_per_microbatch"],
-        objective={"kl_coef": task["kl_coef"]}, rewards={})
-
-
 def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -> float:
     """Take a step on TRL's completions, pairs of a place in the batch and ids.
 
@@ -134,7 +119,7 @@ def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -
     sampled = trainer.distribution
     trainer.distribution = {"temperature": 1.0, "banned": None}
     micros = trainer.micro_batches(batch, [1.0] * len(batch), groups, advantages)
-    norm = trainer.optimize(micros, len(completions), OPTIONS["lr"])["grad_norm"]
+    norm = trainer.optimize(micros, len(completions), LEARNING_RATE)["grad_norm"]
     trainer.distribution = sampled
     return norm
 
@@ -145,6 +130,7 @@ def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
     On a CPU it counts CPU seconds of each process, as other programs may share the machine. There
     it uses 4 prompts and G = 4, as TRL needs minutes for more.
     """
+    size = replace(size, step=OPTIONS | size.step)
     if device.type == "cpu":
         size = replace(size, prompts=4, group_size=4)
     python = environment(FOLDER / "trl")
@@ -155,7 +141,7 @@ def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
     task = json.loads((FOLDER / "task.json").read_text())
     examples = PeerExamples(str(FOLDER / "model"), samples, task)
     batch = [examples[i] for i in range(len(examples))]
-    trainer = our_trainer(str(FOLDER / "model"), examples, task)
+    trainer = make_trainer(str(FOLDER / "model"), examples, size)
     details = {
         "prompt": len(batch[0].prompt.prompt_ids), "peak_memory_of_trl": theirs["peak_memory"],
         "grad_norm_of_trl": theirs["grad_norm"],
@@ -163,6 +149,6 @@ def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     measured = measure(
         device, replace(runs, baseline=False, clock=clock),
-        ours=lambda: trainer.update(0, batch, [1.0] * len(batch), task["lr"]))
+        ours=lambda: trainer.update(0, batch, [1.0] * len(batch), LEARNING_RATE))
     measured["baseline"] = (min(theirs["seconds"][1:]), theirs["peak_memory"])
     return result(device, measured, f"GRPO step / TRL {VERSION}", **details)

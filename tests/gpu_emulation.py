@@ -44,7 +44,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "gpu_emulation"  # git ignores runs/
-TORCH, TRITON = "2.13", "3.7.1"  # with CUDA this torch asks for this Triton
+TORCH, TRITON = "2.13", "3.7.1"  # with CUDA, this torch requires this Triton
 LIBRARY = FOLDER / f"fake_cuda-{version('torch')}.so"
 FAKE_CUDA = """
 #include <ATen/detail/CUDAHooksInterface.h>

@@ -68,7 +68,7 @@ def test_floors_by_hand():
     # keys and values of 4 layers, one head of 128, 2 bytes each
     cached = (2 * 26 + 4 * 2) * 4 * 2 * 128 * 2
     assert decode_bytes(model, SMALL) == 2 * (layers + head) + cached
-    # of each prompt: 26 + 10 tokens, of which 10 reach the head; 24 patches; forward and backward
+    # each prompt: 26 + 10 tokens, 10 of them in the head, 24 patches; forward and backward
     seen = 26**2 / 2 + 10 * (26 + 2.5)
     each = 2 * (36 * layers + 10 * head + 24 * vision) + 4 * seen * 256 * 4
     assert floors(model, SMALL, (1e3, 1e3))["update"] == pytest.approx(3 * 2 * each / 1e3)

@@ -60,7 +60,7 @@ USERS = [{"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "
 @pytest.mark.parametrize("release, environ, expected", [
     ("2.13.0+cu130", {}, EXACT),
     ("3.0.1", {}, EXACT),
-    ("2.12.1", {}, {}),  # it stops at the unknown name
+    ("2.12.1", {}, {}),  # it rejects the unknown name
     *[("2.13.0", chosen, chosen) for chosen in USERS],
 ])  # fmt: skip
 def test_pinned_memory_is_exact_unless_the_user_chose(release, environ, expected, monkeypatch):

@@ -38,7 +38,7 @@ def test_eq3_policy_ratio():
     # per token 0.75 / 0.5 and 0.125 / 0.25; whole output 1.5 * 0.5
     assert grpo.policy_ratio(new, old, mask)[0].tolist() == pytest.approx([1.5, 0.5])
     assert grpo.policy_ratio(new, old, mask, "sequence")[0].tolist() == pytest.approx([0.75, 0.75])
-    # a masked token does not count, whatever its value
+    # a masked token does not count
     mask = torch.tensor([[True, False]])
     assert grpo.policy_ratio(new, old, mask, "sequence")[0].tolist() == pytest.approx([1.5, 1.0])
     with pytest.raises(ValueError, match="tokens"):

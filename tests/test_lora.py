@@ -113,7 +113,7 @@ def peft():
 @pytest.mark.slow
 @pytest.mark.parametrize("writer", ["ours", "peft"])
 def test_adapter_equals_peft(writer, peft, model, reference, prompts, completions, tmp_path):
-    """Names, log-probs and gradients are equal, whoever wrote the file."""
+    """Names, log-probs and gradients are equal, for files written by either side."""
     adapter, plain = Adapter(4, 32, "x"), copy.deepcopy(reference)
     ours = adapted_copy(model, adapter, shift=0.05)
     lora.write_adapter(tmp_path, replace(adapter, weights=lora.adapter_weights(ours)))
@@ -197,7 +197,7 @@ def test_bf16_keeps_a_small_update_only_where_adapters_are_fused(model):
         a = layer.lora_A.weight.detach().float()
         layer.lora_B.weight.data = (size / (2 * direction @ a).std() * direction).bfloat16()
         fused, merged = copy.deepcopy(hooks), copy.deepcopy(model).bfloat16()
-        merged.load_state_dict(dict(lora.merged_weights(hooks)), strict=False)  # a tied head
+        merged.load_state_dict(dict(lora.merged_weights(hooks)), strict=False)  # the head is tied
         prepare_for_decoding(fused)
         forms = [m.model.language_model.layers[0].mlp.gate_proj for m in (fused, hooks, merged)]
         with torch.no_grad():
@@ -228,7 +228,7 @@ def test_packed_base_trains_as_its_twin_and_keeps_no_unpacked_weight(twins, prom
         policy, kept = adapted_copy(base, Adapter(4, 32, "x"), shift=0.05), {}
 
         def note(tensor, kept=kept):
-            kept[tensor.untyped_storage().data_ptr()] = tensor  # held: no other takes its place
+            kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so its address is not reused
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):

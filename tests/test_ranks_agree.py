@@ -114,14 +114,6 @@ def test_fingerprint_reads_all_weights(folder, tmp_path):
     assert weights_fingerprint(str(tmp_path / "model")) != before
 
 
-def test_options_in_which_hosts_may_differ(folder):
-    """Paths and the number of workers; nothing that changes the result."""
-    for stage in ("sft", "grpo", "predict"):
-        differ = config_of(stage, folder, "x").per_host()
-        traces = {"traces"} if stage == "sft" else set()
-        assert differ == {"model", "adapter", "data", "exclude", "out", "workers"} | traces
-
-
 def export_slowly(words: list[str]) -> None:
     """Run a command that takes 4 seconds to write its model."""
     write_model = RunFolder._write_model
