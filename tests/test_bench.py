@@ -8,7 +8,7 @@ import torch
 
 from engine.configs import GRPOConfig
 from tests import bench, bench_cpu, bench_fits, bench_peer
-from tests.bench_fits import GIGABYTES, Options, Parameters, choose, kept_bytes, row, step_bytes
+from tests.bench_fits import GIGABYTES, Options, Parameters, choose, kept_bytes, step_bytes
 from tests.bench_measure import Runs
 from tests.bench_models import SIZES, decode_bytes, floors, model_config, random_model
 
@@ -74,19 +74,6 @@ def test_floors_by_hand():
     assert floors(model, SMALL, (1e3, 1e3))["update"] == pytest.approx(3 * 2 * each / 1e3)
 
 
-# Against TRL
-
-
-def test_without_trl_the_bench_is_skipped(monkeypatch, capsys):
-    def refuse(folder):
-        raise bench_peer.Unavailable("No matching distribution found for trl")
-
-    monkeypatch.setattr(bench_peer, "environment", refuse)
-    bench.main(["step", "--peer", "trl"])
-    said = "skipped: TRL cannot be installed here (No matching distribution found for trl)\n"
-    assert capsys.readouterr().out == said
-
-
 @pytest.mark.slow
 def test_gradient_of_trl_is_ours(process_group):
     """On TRL's completions. Its log has four digits."""
@@ -98,9 +85,6 @@ def test_gradient_of_trl_is_ours(process_group):
     assert details["prompt"] == 33 + 6
     ours, theirs = details["grad_norm_on_its_completions"], details["grad_norm_of_trl"]
     assert ours == pytest.approx(theirs, rel=1e-3)
-
-
-# What fits: Qwen2.5-VL-3B by hand, and against measurements
 
 
 def test_parameters_of_the_3b():
@@ -145,15 +129,6 @@ def test_memory_of_a_step_by_hand():
     kept = 8192 * (36 * 4096 + 133_120) + 16 * 1024 * 151_936
     keys = 16 * 52 * 128 * 36_864
     assert sum(found.values()) == 2 * COUNT.total + 18 * 10**6 + keys + kept
-
-
-def test_first_options_that_fit_are_taken():
-    slow, slower = Options(0.04, False, True, 8192), Options(0.0, True, True, 8192)
-    needs = {slow: {"a": 60 * 10**9, "b": 16 * 10**9}, slower: {"a": 19 * 10**9}}
-    assert choose(needs, 80) == slow  # 95 % of it are 76 GB
-    assert choose(needs, 79.9) == slower and choose(needs, 19.9) is None
-    assert row(needs, 19, 1) == "1 x 19 GB: none fit"
-    assert row(needs, 48, 1).startswith("1 x 48 GB: --offload --kl-coef 0 --tokens")
 
 
 def test_sizes_of_the_bench_have_options_that_fit():

@@ -79,15 +79,3 @@ def test_micro_batches(ranks):
     for budget, expected in ((370, [[1, 2, 0]]), (369, [[1, 2], [0]])):
         parts = micro_batches([180, 200, 190], [1.0] * 3, budget, ranks, 100)
         assert [part for part, _ in parts] == expected
-
-
-class OneOfTwo:
-    """One of two ranks; the other one has three micro-batches."""
-
-    def numbers(self, value):
-        return [value, 3.0]
-
-
-def test_rank_with_fewer_micro_batches_adds_some_of_weight_0():
-    parts = micro_batches([3, 4], [1.0, 1.0], 10, OneOfTwo())
-    assert parts == [([1, 0], [1.0, 1.0]), ([0], [0.0]), ([0], [0.0])]

@@ -7,7 +7,6 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import engine.model.packing
-from engine.model.attention import GroupLayout
 from engine.model.packing import pack, token_logprobs
 from engine.model.policy import checkpoint_activations
 from tests.tiny import make_prompt, plain_logprobs
@@ -58,17 +57,6 @@ def test_gradient_checkpointing_changes_only_memory(model, prompts, completions)
         kept.append(len(saved))
     torch.testing.assert_close(*gradients)
     assert kept[1] < kept[0] / 2
-
-
-def test_sequences_of_a_row_by_hand():
-    """Two completions after a prompt of 3, one after a prompt of 2, a prompt alone."""
-    layout = GroupLayout((3, 2, 1), ((2, 1), (4,), ()))
-    keys, ends_q, ends_k, longest_q, longest_k = layout.sequences
-    expected = [[0, 1, 2], [0, 1, 2, 3, 4], [0, 1, 2, 5], [6, 7, 8, 9, 10, 11], [12]]
-    assert keys.tolist() == sum(expected, [])
-    assert ends_q.tolist() == [0, 3, 5, 6, 12, 13]
-    assert ends_k.tolist() == [0, 3, 8, 12, 18, 19]
-    assert (longest_q, longest_k) == (6, 6)
 
 
 def test_windows_of_the_vision_tower_equal_the_library(model, reference):

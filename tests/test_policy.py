@@ -9,13 +9,7 @@ import engine.model.policy
 from demo.toy import tiny_model
 from engine.model.attention import use_group_attention
 from engine.model.packing import pack, token_logprobs
-from engine.model.policy import (
-    gathered,
-    load_model,
-    load_policy,
-    shard_policy,
-    shard_reference,
-)
+from engine.model.policy import gathered, load_model, load_policy, shard_policy, shard_reference
 from engine.ranks import start_ranks
 from tests.runs import config_of, on_two_ranks, optimizer_of, policy_of, training_examples
 from tests.tiny import make_prompt, text_ids

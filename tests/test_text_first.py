@@ -10,13 +10,13 @@ import engine.model.attention
 import engine.sampling.decode_step
 from engine.data import annotations
 from engine.data.examples import Examples, PromptOptions
-from engine.model.packing import Prompt, pack, shared_prefix, token_logprobs
+from engine.model.packing import pack
 from tests.runs import config_of, metrics, refusal, run
 from tests.test_end_to_end import assert_equal_metrics, difference, stage
 from tests.test_flash import masked_varlen
-from tests.test_lora import assert_near
+from tests.test_lora import assert_near, backward, plainly_scored, scored
 from tests.test_lora_runs import assert_same_results, stopped_copy
-from tests.tiny import generate, make_prompt, plain_logprobs, sample, text_ids
+from tests.tiny import generate, make_prompt, sample, text_ids
 
 TEXT = 140  # tokens; a text of 128 or more is shared
 TASK = {"task_description": True, "text_first": True}  # 3,287 tokens of text
@@ -44,13 +44,11 @@ def test_shared_row_equals_separate_forwards(path, model, reference, prompts, co
     batch = pack(model, prompts, completions)
     apart = sum(len(p.prompt_ids) + sum(map(len, c)) for p, c in zip(prompts, completions))
     assert batch.layout.prefix == TEXT and batch.input_ids.shape[1] == apart - 2 * TEXT
-    found = token_logprobs(model, batch)[batch.completion_mask]
-    rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
-    expected = torch.cat([plain_logprobs(reference, *row) for row in rows])
+    found = scored(model, prompts, completions)
+    expected = plainly_scored(reference, prompts, completions)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     model.zero_grad(), reference.zero_grad()
-    factors = torch.linspace(-1, 1, len(found))
-    (found * factors).sum().backward(), (expected * factors).sum().backward()
+    backward(found, expected)
     for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
         assert_near(mine.grad, other.grad, 1e-4)
     model.zero_grad(), reference.zero_grad()
@@ -64,21 +62,6 @@ def test_greedy_ids_equal_generate(path, model, reference, prompts, slots):
     found = sample(model, prompts, slots=slots, **options)
     for prompt, ids in zip(prompts, found.completion_ids, strict=True):
         assert ids.tolist() == generate(reference, prompt, 12, -1).tolist()
-
-
-def test_length_of_the_shared_text():
-    image = torch.tensor([9])
-
-    def shared(*texts):
-        prompts = [Prompt(torch.tensor([*text]), torch.zeros(0), torch.zeros(0)) for text in texts]
-        return shared_prefix(prompts, int(image))
-
-    text = [1] * 128
-    assert shared(text + [9, 2], text + [9, 9, 2]) == 128  # no image token
-    assert shared(text + [3, 9], text + [4, 9]) == 128  # up to the first difference
-    assert shared(text + [3, 9], text + [3, 9], text[:-1] + [9]) == 0  # 127 are too few
-    assert shared(text + [9]) == 0  # one prompt has nothing to share
-    assert shared([9] + text, [9] + text) == 0  # the image first
 
 
 # Whole runs on the toy, with a text long enough to be shared

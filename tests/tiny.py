@@ -1,6 +1,7 @@
 """Tiny models and random prompts, and slow references: plain forwards, the library's decoding."""
 
 import json
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig
@@ -10,6 +11,7 @@ import engine.model.packing
 import engine.sampling.sampler
 from demo import toy
 from engine.model.families import FAMILIES
+from tests.bench_models import library_inputs
 
 VISION = {"depth": 4, "num_heads": 2, "initializer_range": 0.08}
 FAMILY_SIZES = {  # by model type: fields of the language model and of the vision tower
@@ -88,8 +90,8 @@ def plain_logprobs(reference, prompt, completion, *options, **named):
 
 def plain_distributions(reference, prompt, completion, temperature=1.0, banned=None):
     """(C, V) log-probs of all ids by one ordinary forward over prompt + completion."""
-    ids = torch.cat([prompt.prompt_ids, completion])[None]
-    logits = reference(**library_inputs(reference, prompt, ids)).logits
+    row = replace(prompt, prompt_ids=torch.cat([prompt.prompt_ids, completion]))
+    logits = reference(**library_inputs(reference, [row], copies=1)).logits
     logits = logits[0, len(prompt.prompt_ids) - 1 : -1]
     if banned is not None:
         logits = logits.masked_fill(banned, -torch.inf)
@@ -98,21 +100,10 @@ def plain_distributions(reference, prompt, completion, temperature=1.0, banned=N
 
 def generate(reference, prompt, max_new_tokens, end_id, **options):
     """The library's own greedy decoding of one prompt. options: of its generate()."""
-    ids = prompt.prompt_ids[None]
     options |= {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": end_id}
-    inputs = library_inputs(reference, prompt, ids)
-    return reference.generate(**inputs, pad_token_id=0, **options)[0, ids.shape[1] :]
-
-
-def library_inputs(reference, prompt, ids):
-    """Arguments of the library's forward and generate() for one row of ids with its image."""
-    return {
-        "input_ids": ids,
-        "attention_mask": torch.ones_like(ids),
-        "pixel_values": prompt.pixel_values,
-        "image_grid_thw": prompt.image_grid_thw,
-        "mm_token_type_ids": (ids == reference.config.image_token_id).int(),
-    }
+    inputs = library_inputs(reference, [prompt], copies=1)
+    output = reference.generate(**inputs, pad_token_id=0, **options)
+    return output[0, len(prompt.prompt_ids) :]
 
 
 def collect(sampler, prompts, seeds=None):
