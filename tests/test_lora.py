@@ -111,21 +111,15 @@ def peft():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("writer", ["ours", "peft"])
-def test_adapter_equals_peft(writer, peft, model, reference, prompts, completions, tmp_path):
-    """Names, log-probs and gradients are equal, for files written by either side."""
-    adapter, plain = Adapter(4, 32, "x"), copy.deepcopy(reference)
+def test_written_adapter_equals_itself_in_peft(
+    peft, model, reference, prompts, completions, tmp_path
+):
+    """Names, log-probs and gradients are equal when the peft library loads our adapter."""
+    adapter = Adapter(4, 32, "x")
     ours = adapted_copy(model, adapter, shift=0.05)
     lora.write_adapter(tmp_path, replace(adapter, weights=lora.adapter_weights(ours)))
-    if writer == "ours":
-        theirs = peft.PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
-    else:
-        layers = json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]
-        config = peft.LoraConfig(r=4, lora_alpha=12, target_modules=layers)
-        theirs = peft.get_peft_model(plain, config)
-        move((p for name, p in theirs.named_parameters() if "lora_" in name), 0.05)
-        theirs.save_pretrained(tmp_path)
-        ours = adapted_copy(model, read_adapter(tmp_path))
+    plain = copy.deepcopy(reference)
+    theirs = peft.PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)
     mine, other = scored(ours, prompts, completions), plainly_scored(theirs, prompts, completions)
     torch.testing.assert_close(mine, other, atol=2e-6, rtol=2e-6)
     backward(mine, other)
