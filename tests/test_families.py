@@ -1,7 +1,6 @@
 """engine/model/families.py: each family equals the library's model and runs all commands."""
 
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -34,9 +33,6 @@ from tests.tiny import family_config, family_model, write_family
 def model(request, seed):
     """A tiny model of each family; the imported tests use it too."""
     return use_group_attention(family_model(request.param, seed))
-
-
-# Boxes in thousandths
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +71,6 @@ def test_boxes_in_thousandths_come_back_to_the_image(folder, samples):
     assert sample.width != sample.height
 
 
-# Folders
-
-
 @pytest.mark.parametrize("family, frame", [
     ("qwen2_5_vl", "model"), ("qwen2_vl", "thousand"), ("qwen3_vl", "thousand")
 ])  # fmt: skip
@@ -87,42 +80,22 @@ def test_default_frame_of_boxes_is_that_of_the_family(family, frame, tmp_path):
     assert prompt_options(str(tmp_path), "", box_frame="original").box_frame == "original"
 
 
-@pytest.fixture(scope="module")
-def qwen3(tmp_path_factory):
-    """A folder with a tiny Qwen3-VL."""
-    folder = tmp_path_factory.mktemp("qwen3")
-    write_family(folder, "qwen3_vl")
-    return folder
-
-
-def thinking_template(path):
+def test_folder_that_does_not_fit_is_refused(folder, tmp_path):
+    """Packed weights of a family that has none, and weights that open <think> themselves."""
+    path = tmp_path / "model"
+    write_family(path, "qwen3_vl")
+    config = config_of("predict", folder, tmp_path / "out", model=str(path))
+    values = json.loads((path / "config.json").read_text())
+    packed = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
+    packed = {"quantization_config": packed | {"group_size": 32}}
+    (path / "config.json").write_text(json.dumps(values | packed))
+    said = f"--model {path}: no quantised weights of a qwen3_vl are read"
+    assert refusal(config).startswith(said)
+    (path / "config.json").write_text(json.dumps(values))
     opens = toy.CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%")
     (path / "chat_template.jinja").write_text(opens)
-
-
-def change_config(**changes):
-    def change(path):
-        config = json.loads((path / "config.json").read_text()) | changes
-        (path / "config.json").write_text(json.dumps(config))
-
-    return change
-
-
-@pytest.mark.parametrize("change, said", [
-    (thinking_template, "its chat template opens <think> itself, as Thinking weights do; take the"),
-    (change_config(model_type="llama"), "a llama; the known kinds are qwen2_5_vl, qwen2_vl, qwen3"),
-    (change_config(quantization_config={"quant_method": "awq", "version": "gemm", "bits": 4,
-                                        "zero_point": True, "group_size": 32}),
-     "no quantised weights of a qwen3_vl are read"),
-], ids=["thinking", "llama", "awq"])  # fmt: skip
-def test_folder_that_does_not_fit_is_refused(change, said, qwen3, folder, tmp_path):
-    path = shutil.copytree(qwen3, tmp_path / "model")
-    change(path)
-    line = refusal(config_of("predict", folder, tmp_path / "out", model=str(path)))
-    assert line.startswith(f"--model {path}: {said}")
-
-
-# Whole runs
+    said = f"--model {path}: its chat template opens <think> itself, as Thinking weights do"
+    assert refusal(config).startswith(said)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
