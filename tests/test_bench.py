@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+import hoi_r1
 from engine.configs import GRPOConfig
 from tests import bench, bench_cpu, bench_fits, bench_peer
 from tests.bench_fits import GIGABYTES, Options, Parameters, choose, kept_bytes, step_bytes
@@ -23,8 +24,7 @@ COUNT = Parameters(layer=77_076_992, layers=36, vision=668_684_288, root=311_166
 @pytest.fixture
 def process_group():
     yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    hoi_r1.leave_ranks(failed=False)
 
 
 @pytest.mark.slow
