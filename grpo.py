@@ -2,14 +2,14 @@
 
 Axes: P prompts, G completions per prompt, B = P * G completions, C completion length.
 
-Departures from the paper, or readings of it:
+Departures from the paper, and readings of it:
 
 1. Eqs. 2-4 use a ratio per token, averaged over the completion and then over the group, as GRPO
    [21] does; `ratio="sequence"` is the ratio of whole outputs, as printed.
 2. Eq. 5 divides by the sample standard deviation plus 1e-4.
 3. The KL divergence is the estimator of [21]: ref/theta - log(ref/theta) - 1, per token.
-4. At the first update on a batch pi_old's log-probs are pi_theta's own, detached; what the sampler
-   reported is logged against them and never used in the loss.
+4. At the first update on a batch, pi_old's log-probs are pi_theta's own, detached. The sampler's
+   log-probs are only compared with them (`logprob_gap`); the loss does not use them.
 """
 
 import time
@@ -23,7 +23,7 @@ from torch import Tensor
 import hicodet
 from engine.data.examples import Example, Examples
 from engine.model.attention import to_device
-from engine.model.optimizer import ClippedAdamW, micro_batches, summed
+from engine.model.optimizer import ClippedAdamW, micro_batches
 from engine.model.packing import PackedBatch, pack, shared_prefix
 from engine.model.policy import gathered, refresh
 from engine.ranks import Ranks
@@ -32,7 +32,7 @@ from engine.sampling.sampler import Rollout, Sampler
 from engine.scoring.predictions import predicted_instances
 from rewards import total_reward
 
-LOG_RATIO_LIMIT = 20.0  # e^20 is half a billion; more would overflow or take over all gradients
+LOG_RATIO_LIMIT = 20.0  # e^20 is half a billion; more would overflow or dominate all gradients
 
 
 # Eqs. 2-5: the objective
@@ -58,7 +58,7 @@ def policy_ratio(
 
     logprobs, old_logprobs, completion_mask: (B, C). Returns (B, C): a ratio per token, or with
     kind="sequence" the ratio of whole outputs, repeated along the row. Padding has ratio 1. The
-    log-ratio is held within +-20: that of 1,000 tokens would overflow.
+    log-ratio is clamped to +-20, as the sum over 1,000 tokens would overflow.
     """
     log_ratio = (logprobs - old_logprobs) * completion_mask
     if kind == "sequence":
@@ -69,12 +69,12 @@ def policy_ratio(
 
 
 def clipped_ratio(ratio: Tensor, clip_eps: float) -> Tensor:
-    """The ratio held within [1 - eps, 1 + eps], s_2 (Eq. 4). Any shape."""
+    """The ratio clamped to [1 - eps, 1 + eps], s_2 (Eq. 4). Any shape."""
     return ratio.clamp(1 - clip_eps, 1 + clip_eps)
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_eps: float) -> Tensor:
-    """min[s_1 A, s_2 A], the first term of Eq. 2, with Eqs. 3-4 inside.
+    """min[s_1 A, s_2 A], the first term of Eq. 2, which contains Eqs. 3-4.
 
     ratio: (B, C). advantages: (B,). Returns (B, C), to be maximised.
     """
@@ -85,8 +85,8 @@ def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_eps: float) -> Ten
 def kl_estimate(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """Per-token estimate of D_KL[pi_theta || pi_ref], the second term of Eq. 2 (estimator of [21]).
 
-    Any equal shapes. Never negative, and 0 exactly where the policies agree. The log-ratio is held
-    within +-20, where exp would take over the whole gradient.
+    Any equal shapes. Never negative, and exactly 0 where the policies agree. The log-ratio is
+    clamped to +-20, or one token could dominate the whole gradient.
     """
     log_ratio = (ref_logprobs - logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return log_ratio.exp() - log_ratio - 1
@@ -108,7 +108,7 @@ def grpo_objective(
     kl_coef: float = 0.04,
     ratio: str = "token",
 ) -> dict[str, Tensor]:
-    """What each output adds to the GRPO objective: the braces of Eq. 2, which are maximised.
+    """Each output's term of the GRPO objective: the braces of Eq. 2, to be maximised.
 
     logprobs, old_logprobs, ref_logprobs, completion_mask: (B, C); without ref_logprobs no KL term.
     advantages: (B,). Returns (B,) tensors: "objective", which carries the gradient, and for the log
@@ -135,12 +135,12 @@ def grpo_loss(
     num_outputs: float,
     **options,
 ) -> dict[str, Tensor]:
-    """The loss (Eq. 2): minus the objective's mean; here, this micro-batch's share of it.
+    """This micro-batch's share of the loss (Eq. 2), which is minus the mean of the objective.
 
-    old_logprobs: (B, C), or None where pi_old is pi_theta: then its own, detached. weights: (B,),
-    0 for an output not to count. num_outputs: of the global batch, so that a sum over micro-batches
-    and ranks is the mean. options: of `grpo_objective`. Returns scalars: "loss", which carries the
-    gradient, and the means "kl" and "clip_fraction".
+    old_logprobs: (B, C), or None where pi_old is pi_theta: then pi_theta's own, detached.
+    weights: (B,), 0 for an output that does not count. num_outputs: of the global batch; the sum
+    over micro-batches and ranks is then the mean. options: of `grpo_objective`. Returns scalars:
+    "loss", which carries the gradient, and the means "kl" and "clip_fraction".
     """
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     terms = grpo_objective(
@@ -176,7 +176,7 @@ class MicroBatch:
     advantages: Tensor  # (B,)
     weights: Tensor  # (B,)
     ref_logprobs: Tensor | None  # (B, C)
-    sampled_logprobs: Tensor  # (N,) what the sampler reported
+    sampled_logprobs: Tensor  # (N,) from the sampler
 
 
 class GRPO:
@@ -203,8 +203,8 @@ class GRPO:
         objective: dict,
         rewards: dict,
     ):
-        """replica: pi_old. reference: pi_ref, or None if there is no KL term. objective: options
-        of `grpo_objective`. rewards: of `rewards.total_reward`."""
+        """replica: pi_old. reference: pi_ref, or None without a KL term. objective: options of
+        `grpo_objective`. rewards: options of `rewards.total_reward`."""
         self.policy, self.optimizer, self.replica = policy, optimizer, replica
         self.reference, self.examples, self.ranks = reference, examples, ranks
         self.group_size, self.seed, self.updates_per_batch = group_size, seed, updates_per_batch
@@ -212,7 +212,7 @@ class GRPO:
         self.objective, self.rewards = objective, rewards
         banned = examples.banned(policy.config.text_config.vocab_size).to(ranks.device)
         self.distribution = {"temperature": temperature, "banned": banned}
-        self.sampler = Sampler(  # one for all steps: a GPU compiles its step once
+        self.sampler = Sampler(  # one for all steps, so that a GPU compiles its step once
             replica,
             slots=slots,
             group_size=group_size,
@@ -226,7 +226,7 @@ class GRPO:
     def update(
         self, step: int, batch: list[Example], weights: list[float], lr: float
     ) -> tuple[dict, dict]:
-        """One batch. Returns what is logged, and the completions of its first image."""
+        """Train on one batch. Returns metrics, and the completions of its first image."""
         times = [time.perf_counter()]
         rollouts = self.sample(step, batch)
         times.append(time.perf_counter())
@@ -266,7 +266,7 @@ class GRPO:
         rollouts: list[Rollout],
         advantages: Tensor,
     ) -> list[MicroBatch]:
-        """The batch in micro-batches, with pi_ref's log-probs. advantages: (P, G)."""
+        """Cut the batch into micro-batches, with pi_ref's log-probs. advantages: (P, G)."""
         lengths = [
             len(example.prompt.prompt_ids) + sum(map(len, rollout.completion_ids))
             for example, rollout in zip(batch, rollouts)
@@ -296,7 +296,7 @@ class GRPO:
     def optimize(self, micros: list[MicroBatch], num_outputs: float, lr: float) -> dict:
         """`updates_per_batch` optimizer steps on one batch of completions (Eqs. 2-5).
 
-        num_outputs: of all ranks. Returns the means over the steps of what is logged.
+        num_outputs: of all ranks. Returns metrics, each a mean over the steps.
         """
         old_logprobs, logged = [None] * len(micros), []  # before the first step pi_old is pi_theta
         for number in range(self.updates_per_batch):
@@ -311,7 +311,8 @@ class GRPO:
                 (terms["loss"] * self.ranks.world).backward()  # FSDP takes the mean over ranks
                 totals = {n: totals.get(n, 0.0) + term.detach() for n, term in terms.items()}
                 found.append(logprobs.detach())
-            means = summed(totals, self.ranks)
+            # once per step, as reading a value waits for the GPU
+            means = {n: self.ranks.sum(float(total)) for n, total in totals.items()}
             logged.append(means | {"grad_norm": self.optimizer.step(lr, means["loss"])})
             old_logprobs = old_logprobs if number else found
         gap = max(self.ranks.numbers(logprob_gap(micros, old_logprobs)))
@@ -325,7 +326,7 @@ def records(scored: list[Scored]) -> tuple[list[dict], list[tuple]]:
 
 
 def logprob_gap(micros: list[MicroBatch], logprobs: list[Tensor]) -> float:
-    """The largest difference of a token's log-prob as sampled and as trained. logprobs: (B, C)."""
+    """Largest difference between a token's log-prob in sampling and in training. (B, C) each."""
     return max(
         (found[micro.packed.completion_mask] - micro.sampled_logprobs).abs().max().item()
         for micro, found in zip(micros, logprobs)
@@ -333,7 +334,7 @@ def logprob_gap(micros: list[MicroBatch], logprobs: list[Tensor]) -> float:
 
 
 def shown_group(example: Example, scored: list[Scored], advantages: list[float]) -> dict:
-    """The completions of one image as rollouts.jsonl has them, with boxes in the original image."""
+    """An image's completions for rollouts.jsonl; boxes in pixels of the original image."""
     sizes = (example.sample.width, example.sample.height), example.text_size
     completions = [
         {

@@ -30,22 +30,13 @@ import os
 import sys
 from importlib.metadata import version
 
-from engine.configs import (
-    STAGES,
-    CheckConfig,
-    DemoConfig,
-    PredictConfig,
-    ReportConfig,
-    SFTConfig,
-    ShowConfig,
-    StageConfig,
-)
+from engine import configs
 from engine.options import parse_stage
 
 
 def parse_config(argv: list[str] | None = None):
     """The config of the stage that the command line names. Exits on --help and on a typo."""
-    return parse_stage(STAGES, "\n\n".join(__doc__.split("\n\n")[:2]), argv)
+    return parse_stage(configs.STAGES, "\n\n".join(__doc__.split("\n\n")[:2]), argv)
 
 
 def pin_exact_sizes() -> None:
@@ -62,32 +53,32 @@ def pin_exact_sizes() -> None:
 def run_stage(config) -> None:
     """Run the stage of a config. Its module is imported here: torch takes seconds."""
     pin_exact_sizes()
-    if isinstance(config, DemoConfig):
+    if isinstance(config, configs.DemoConfig):
         from demo.run import run_demo
 
         run_demo(config)
-    elif isinstance(config, ReportConfig):
+    elif isinstance(config, configs.ReportConfig):
         from engine.report.page import write_page
 
         print(write_page(config.runs, config.out))
-    elif isinstance(config, ShowConfig):
+    elif isinstance(config, configs.ShowConfig):
         from engine.report.pictures import show
 
         for line in show(**dataclasses.asdict(config)):
             print(line, flush=True)
-    elif isinstance(config, CheckConfig):
+    elif isinstance(config, configs.CheckConfig):
         from engine.data.image_check import check
 
         for line in check(**dataclasses.asdict(config)):
             print(line, flush=True)
-    elif isinstance(config, PredictConfig):
+    elif isinstance(config, configs.PredictConfig):
         from predict import predict, predict_photographs
 
         (predict_photographs if config.image else predict)(config)
     else:
         import train
 
-        (train.sft if isinstance(config, SFTConfig) else train.grpo)(config)
+        (train.sft if isinstance(config, configs.SFTConfig) else train.grpo)(config)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -95,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_config(argv)
     from engine.signals import RESUME, one_line
 
-    resumable = isinstance(config, StageConfig) and not config.dry_run
+    resumable = isinstance(config, configs.StageConfig) and not config.dry_run
     resumable = resumable and not getattr(config, "image", ())
     with one_line("", RESUME if resumable else ""):
         try:

@@ -1,7 +1,7 @@
 """Greedy prediction for a split of HICO-DET (Sec. 4.1), or for any photographs.
 
-`predict` and `predict_photographs` take the options of the stage and unpack them; what they call
-takes plain arguments.
+`predict` and `predict_photographs` unpack the options of the stage. What they call takes plain
+arguments.
 """
 
 import codecs
@@ -22,46 +22,47 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+import evaluate
 import hicodet
-from engine.configs import PredictConfig, StageConfig
+from engine.configs import PredictConfig, StageConfig, TrainConfig
 from engine.data.annotations import load_split, require_images
 from engine.data.examples import Example, Examples, PromptOptions, prompt_options
-from engine.data.image_check import excluded_names
+from engine.data.image_check import excluded_images, read_names
 from engine.data.loader import read_ahead
 from engine.files import aside, write_json
 from engine.model.lora import add_adapters, read_adapter
-from engine.model.model_files import model_and_adapter, model_warnings, weights_fingerprint
-from engine.model.policy import load_model
+from engine.model.model_files import (
+    model_and_adapter,
+    model_warnings,
+    weights_fingerprint,
+)
+from engine.model.policy import load_model, refresh
 from engine.ranks import Ranks, start_ranks
 from engine.report.dry_run import describe
-from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths
+from engine.report.pictures import (
+    answer_text,
+    draw_photograph,
+    photographs,
+    picture_paths,
+)
 from engine.report.run_view import update_page
 from engine.runs.run_folder import open_run
 from engine.sampling.sampler import Sampler
 from engine.sampling.slots import choose_slots
-from engine.scoring.predictions import (
-    part_file,
-    predicted_instances,
-    prediction_line,
-    rank_scores,
-    stored_rows,
-    write_predictions,
-    write_rows,
-)
+from engine.scoring import predictions
 from rewards import reward_parts, total_reward
 
-MANY = 0.5  # share of cut or unreadable answers that is worth a warning
+MANY = 0.5  # a larger share of cut or unreadable answers brings a warning
 
 
 def predict(config: PredictConfig) -> None:
     """Write predictions.jsonl and summary.json for a split."""
     ranks, config = start_ranks(), with_base(config)
     samples = load_split(config.data, config.split)[: config.limit or None]
-    names = excluded_names(config.exclude, samples)
-    samples = [sample for sample in samples if sample.file_name not in names]
-    require_images(samples)
+    excluded = excluded_images(config.exclude, samples)
+    samples = [sample for i, sample in enumerate(samples) if i not in excluded]
     if config.exclude:
-        ranks.print(f"{len(names)} images are excluded")
+        ranks.print(f"{len(excluded)} images are excluded")
     examples = Examples(config.model, samples, asked_options(config))
     if config.dry_run:
         return ranks.print(describe(examples, examples[0], text_reward))
@@ -77,13 +78,13 @@ def predict(config: PredictConfig) -> None:
     run = open_run(config.out, config, settings, ranks)
     for line in model_warnings(config.model, examples.config):
         ranks.print(line)
-    stored, number = stored_rows(run.path)
+    stored, number = predictions.stored_rows(run.path)
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
-    dist.barrier()  # every rank has listed the parts before one is added
+    dist.barrier()  # every rank has listed the part files before any rank adds one
     todo = [index for index in range(len(samples)) if index not in stored]
     model, started = load_adapted(config, ranks), time.perf_counter()
     rows = predict_rows(model, examples, todo, ranks, **row_options(config))
-    mine = write_rows(part_file(run.path, number + ranks.rank), rows)
+    mine = predictions.write_rows(predictions.part_file(run.path, number + ranks.rank), rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     rows = [stored[index] for index in range(len(samples))]
     unread = [row["unread"] for row in rows if "unread" in row]
@@ -96,14 +97,14 @@ def predict(config: PredictConfig) -> None:
         summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
     if ranks.rank == 0 and (todo or not (run.path / "predictions.jsonl").exists()):
         write_json(run.path / "summary.json", summary)
-        write_predictions(run.path / "predictions.jsonl", (row["line"] for row in rows))
+        predictions.write_predictions(run.path / "predictions.jsonl", (row["line"] for row in rows))
         update_page(run.path)
     ranks.print("\n".join([json.dumps(summary, indent=2), *warnings_of(summary)]))
-    run.finish(complete=not unread)  # an image that could not be read may be replaced
+    run.finish(complete=not unread)  # --resume predicts the others once they can be read
 
 
 def predict_photographs(config: PredictConfig) -> None:
-    """Print what the model says of photographs, and draw it."""
+    """Print the answers for photographs, and draw them."""
     ranks, config = start_ranks(), with_base(config)
     samples, paths = photographs(config.image), picture_paths(config.image, config.out)
     examples = Examples(config.model, samples, asked_options(config), upright=True)
@@ -116,7 +117,7 @@ def predict_photographs(config: PredictConfig) -> None:
     rows = predict_rows(model, examples, indices, ranks, **row_options(config))
     mine = []
     with closing(rows):
-        for row in rows:  # drawn as it comes: a crash leaves the pictures before it
+        for row in rows:  # drawn at once, so that finished pictures survive a crash
             with aside(paths[row["index"]]) as new:
                 draw_photograph(samples[row["index"]], row["line"]).save(new, format="PNG")
             mine.append(row)
@@ -138,7 +139,7 @@ def with_base(config: StageConfig) -> StageConfig:
 
 
 def load_adapted(config: PredictConfig, ranks: Ranks):
-    """The model that predicts, with its adapter if there is one."""
+    """The model, with its LoRA adapter if there is one."""
     model = load_model(config.model, ranks.device)
     if not config.adapter:
         return model
@@ -146,14 +147,14 @@ def load_adapted(config: PredictConfig, ranks: Ranks):
 
 
 def asked_options(config: StageConfig) -> PromptOptions:
-    """How the model is asked: the ablations of Table 2, and the frame of boxes."""
+    """The prompt options: ablations of Table 2, frame of boxes, order of image and text."""
     names = [field.name for field in dataclasses.fields(PromptOptions)]
     asked = {name: getattr(config, name) for name in names}
     return prompt_options(config.model, config.adapter, **asked)
 
 
 def row_options(config: PredictConfig) -> dict:
-    """What `predict_rows` takes of the options as it is."""
+    """The options that `predict_rows` takes under the same names."""
     names = ("max_new_tokens", "slots", "workers", "scores", "repetition_penalty")
     return {name: getattr(config, name) for name in names}
 
@@ -177,9 +178,10 @@ def predict_rows(
 ) -> Iterator[dict]:
     """Greedy predictions of this rank's share of the images, in the order in which they end.
 
-    slots: most images decoded at once, 0 for as many as fit. A row holds the image's index, its
-    line of predictions.jsonl, its rewards (None without ground truth), its length in tokens and
-    whether it ended by itself. If an image cannot be used its line is empty, and "unread" says why.
+    slots: most images decoded at once, 0 for as many as fit. Yields a dict for each image: its
+    "index", its "line" of predictions.jsonl, its "reward" (None without ground truth), its "length"
+    in tokens, and "finished", whether the model ended it. If an image cannot be used, its line is
+    empty, and "unread" says why.
     """
     mine, under_way, unread = indices[ranks.rank :: ranks.world], {}, {}
     room = {"group_size": 1, "prompt_room": examples.longest_prompt()}
@@ -217,8 +219,8 @@ def predict_rows(
 
 
 def unread_row(index: int, sample: hicodet.Sample, reason: str) -> dict:
-    """The row of an image that cannot be used, for which nothing is predicted."""
-    line = prediction_line(sample.file_name, "", [])
+    """The row of an image that cannot be used; it has no prediction."""
+    line = predictions.prediction_line(sample.file_name, "", [])
     reward = text_reward("", sample.hois) if sample.hois else None
     row = {"index": index, "length": 0, "finished": True, "line": line, "reward": reward}
     return row | {"unread": reason}
@@ -232,12 +234,12 @@ def prediction(
     completion = hicodet.parse_completion(text)
     given = None
     if scores == "rank":
-        given = rank_scores(completion)
+        given = predictions.rank_scores(completion)
     elif scores == "likelihood":
         given = instance_scores(examples.tokenizer, completion, ids, logprobs)
     size = (example.sample.width, example.sample.height)
-    instances = predicted_instances(completion, size, example.text_size, given)
-    line = prediction_line(example.sample.file_name, text, instances)
+    instances = predictions.predicted_instances(completion, size, example.text_size, given)
+    line = predictions.prediction_line(example.sample.file_name, text, instances)
     reward = total_reward(completion, example.text_hois) if example.text_hois else None
     return {"line": line, "reward": reward}
 
@@ -245,9 +247,9 @@ def prediction(
 def instance_scores(tokenizer, completion, ids: Tensor, logprobs: Tensor) -> list[float]:
     """The probability that the model gave to the tokens of each instance.
 
-    A byte-level token has a symbol for each byte, so its place in the text is known without
-    encoding the text again, which might cut it elsewhere. The bytes are decoded as the tokenizer
-    does: those that are no UTF-8 become a character too.
+    A byte-level token has one symbol per byte, which gives its place in the text. Encoding the text
+    again could cut it into other tokens. Bytes that are not UTF-8 become one character, as in the
+    tokenizer's own decoding.
     """
     special, symbols = set(tokenizer.all_special_ids), tokenizer.convert_ids_to_tokens(ids)
     byte_of = {symbol: byte for byte, symbol in bytes_to_unicode().items()}
@@ -275,7 +277,7 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def warnings_of(summary: dict) -> list[str]:
-    """What in a prediction's summary is hardly what the user wanted, a line each."""
+    """Warnings about results that a user hardly wants."""
     lines = []
     if summary["truncated"] > MANY:
         lines.append("most answers were cut at --max-new-tokens")
@@ -283,3 +285,35 @@ def warnings_of(summary: dict) -> list[str]:
         lines.append("most answers hold no interaction that can be read")
     hint = "was the model trained, and with these prompt options?"
     return [f"warning: {line}; {hint}" for line in lines]
+
+
+def held_out_examples(config: TrainConfig, options: PromptOptions) -> Examples:
+    """The first test images, for --eval-every; --exclude applies here too."""
+    names = read_names(config.exclude)
+    samples = [s for s in load_split(config.data, "test") if s.file_name not in names]
+    samples = samples[: config.eval_images]
+    require_images(samples)
+    return Examples(config.model, samples, options)
+
+
+class Evaluation:
+    """--eval-every: mean greedy reward and mAP on held-out images, over the classes they show."""
+
+    def __init__(self, examples: Examples, replica, counts, ranks: Ranks, *, max_new_tokens: int):
+        self.examples, self.replica, self.counts = examples, replica, counts
+        self.ranks, self.max_new_tokens = ranks, max_new_tokens
+
+    def __call__(self, policy) -> dict[str, float]:
+        refresh(self.replica, policy)
+        samples = self.examples.samples
+        indices, limit = list(range(len(samples))), self.max_new_tokens
+        options = {"max_new_tokens": limit, "slots": 32}  # few, as training holds most memory
+        mine = predict_rows(self.replica, self.examples, indices, self.ranks, **options)
+        rows = sorted(self.ranks.gather(list(mine)), key=lambda row: row["index"])
+        lines, summary = [row["line"] for row in rows], summarise(rows)
+        result = evaluate.evaluate(lines, samples, self.counts, classes="present")
+        return {
+            "eval_reward": summary["reward"].get("total", 0.0),
+            "eval_map": 100 * (result["default"]["full"] or 0.0),
+            "eval_length": summary["completion_length"],
+        }

@@ -17,7 +17,7 @@ from hicodet import HOI, Sample, format_completion
 
 
 def supervised_text(hois: tuple[HOI, ...], think: str | None) -> str:
-    """What SFT supervises (Sec. 3.2): `<think>` to the closing end of the turn.
+    """The supervised text (Sec. 3.2), from `<think>` to the end-of-turn token.
 
     hois: in the text's frame. think: None for an image without a trace. No token of the prompt or
     the image is supervised.
@@ -28,9 +28,9 @@ def supervised_text(hois: tuple[HOI, ...], think: str | None) -> str:
 def sft_loss(logprobs: Tensor, weights: Tensor, num_tokens: float) -> Tensor:
     """Negative log-likelihood of trace and answer (Eq. 1), per supervised token of the batch.
 
-    logprobs: (B, C), zeros after each target's end. weights: (B,), 0 for a row not to count.
-    num_tokens: supervised tokens of the global batch, so that a sum over micro-batches and ranks is
-    the loss.
+    logprobs: (B, C), zeros after each target's end. weights: (B,), 0 for a row that does not count.
+    num_tokens: supervised tokens of the global batch; the sum of these losses over micro-batches
+    and ranks is then the loss of the batch.
     """
     return -(logprobs.sum(1) * weights).sum() / num_tokens
 
@@ -73,5 +73,5 @@ class SFT:
 def traced_samples(
     samples: list[Sample], thinks: dict[str, str], untraced: str
 ) -> list[Sample]:
-    """The samples to train on: untraced "skip" leaves out those without a trace."""
+    """The samples to train on; untraced="skip" leaves out those without a trace."""
     return [s for s in samples if untraced != "skip" or s.file_name in thinks]

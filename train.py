@@ -1,6 +1,6 @@
-"""Both trainings (Secs. 3.2, 3.3, 4.2): their parts are made here, and they share one loop.
+"""Set-up of both trainings, and the loop that they share (Secs. 3.2, 3.3, 4.2).
 
-`sft` and `grpo` take the options of a stage and unpack them; what they call takes plain arguments.
+`sft` and `grpo` unpack the options of their stage. What they call takes plain arguments.
 """
 
 import dataclasses
@@ -16,31 +16,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import evaluate
-from engine.configs import (
-    CHECKPOINTS,
-    FULL_RATE,
-    OBJECTIVE,
-    REWARDS,
-    GRPOConfig,
-    SFTConfig,
-    TrainConfig,
-)
-from engine.data.annotations import load_split, require_images, training_counts
-from engine.data.examples import PROMPT_FILE, Example, Examples, PromptOptions
-from engine.data.image_check import read_names
-from engine.data.loader import batches
-from engine.data.training_images import (
+from engine import configs
+from engine.data.annotations import training_counts
+from engine.data.examples import PROMPT_FILE, Example, Examples
+from engine.data.image_check import (
     annotated_samples,
     excluded_fingerprint,
     excluded_images,
     notes_on,
 )
+from engine.data.loader import batches
 from engine.files import naming, replace_file
 from engine.model.lora import Adapter, read_adapter
 from engine.model.model_files import model_warnings, weights_fingerprint
 from engine.model.optimizer import ClippedAdamW, learning_rate
-from engine.model.policy import load_policies, refresh
+from engine.model.policy import load_policies
 from engine.model.quantized import is_packed
 from engine.ranks import Ranks, start_ranks, use_all_cores
 from engine.report.dry_run import describe, picture
@@ -52,16 +42,16 @@ from engine.signals import RESUME, StopSignal, exit_code
 from engine.traces.trace_file import traces_of, untraced_line
 from grpo import GRPO
 from hicodet import InputError
-from predict import asked_options, predict_rows, summarise, text_reward, with_base
+from predict import Evaluation, asked_options, held_out_examples, text_reward, with_base
 from rewards import reward_parts
 from sft import SFT, supervised_text, traced_samples
 
 SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
-FOR_SLOTS = 0.25  # of the memory that is free before the first step
-FEW_STEPS, PAPER_RATE = 100, 1e-6  # a training below both changes little
+FOR_SLOTS = 0.25  # share of the memory that is free before the first step
+FEW_STEPS, PAPER_RATE = 100, 1e-6  # a training with fewer steps at this rate changes little
 
 
-def sft(config: SFTConfig) -> None:
+def sft(config: configs.SFTConfig) -> None:
     """Thinking distillation and answer supervision (Sec. 3.2)."""
     ranks = start_ranks(timedelta(minutes=config.timeout))
     config = with_rate(with_base(config))
@@ -87,11 +77,11 @@ def sft(config: SFTConfig) -> None:
     train(config, stage, parts, ranks)
 
 
-def grpo(config: GRPOConfig) -> None:
+def grpo(config: configs.GRPOConfig) -> None:
     """Reinforcement learning with the HOI rewards (Sec. 3.3)."""
     ranks = start_ranks(timedelta(minutes=config.timeout))
     config = with_rate(with_base(config))
-    samples, rewards = annotated_samples(config.data), config.group(REWARDS)
+    samples, rewards = annotated_samples(config.data), config.group(configs.REWARDS)
     examples = Examples(config.model, samples, asked_options(config))
     excluded = excluded_images(config.exclude, samples)
     if config.dry_run:
@@ -99,6 +89,8 @@ def grpo(config: GRPOConfig) -> None:
         return ranks.print(describe(examples, first, partial(text_reward, **rewards)))
     needs = {"replica": True, "reference": config.kl_coef > 0}
     parts = set_up(config, examples, excluded, ranks, GRPO.name, needs)
+    sizes = {"group_size": config.group_size, "new": config.max_new_tokens}
+    sizes["prompt_room"], images = examples.longest_prompt(), config.batch_size / ranks.world
     stage = GRPO(
         parts.policy,
         parts.optimizer,
@@ -106,24 +98,26 @@ def grpo(config: GRPOConfig) -> None:
         parts.reference,
         examples,
         ranks,
-        slots=sampling_slots(config, parts, ranks),
+        slots=choose_slots(
+            parts.replica, ranks, config.slots, math.ceil(images), share=FOR_SLOTS, **sizes
+        ),
         group_size=config.group_size,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
         seed=config.seed,
         updates_per_batch=config.updates_per_batch,
         tokens_per_microbatch=config.tokens_per_microbatch,
-        objective=config.group(OBJECTIVE),
+        objective=config.group(configs.OBJECTIVE),
         rewards=rewards,
     )
     train(config, stage, parts, ranks)
 
 
-def with_rate(config: TrainConfig) -> TrainConfig:
-    """The config with a learning rate: the given one, or the default of what is trained."""
+def with_rate(config: configs.TrainConfig) -> configs.TrainConfig:
+    """The config with its learning rate: as given, or the default for all weights or LoRA."""
     if config.learning_rate is not None:
         return config
-    rate = config.LORA_RATE if config.lora_rank or config.adapter else FULL_RATE
+    rate = config.LORA_RATE if config.lora_rank or config.adapter else configs.FULL_RATE
     return dataclasses.replace(config, learning_rate=rate)
 
 
@@ -134,32 +128,32 @@ def first_example(examples: Examples, excluded: Collection[int]) -> Example:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a training works with."""
+    """Everything that a training works with."""
 
     run: RunFolder
     examples: Examples
-    excluded: Collection[int]  # places of examples that are left out
+    excluded: Collection[int]  # indices of examples that are left out
     policy: object  # pi_theta
     optimizer: ClippedAdamW
     replica: object | None  # pi_old, which samples
     reference: object | None  # pi_ref
-    adapter: Adapter | None  # what alone is trained with LoRA
-    evaluation: "Evaluation | None"
+    adapter: Adapter | None  # with LoRA, the only part that is trained
+    evaluation: Evaluation | None
     steps: int  # of the whole run
-    done: int  # of them, before this process
+    done: int  # steps done before this process started
 
 
 def set_up(
-    config: TrainConfig,
+    config: configs.TrainConfig,
     examples: Examples,
     excluded: Collection[int],
     ranks: Ranks,
     stage: str,
     needs: dict[str, bool],
 ) -> Parts:
-    """The run's folder, the policies and the optimizer, restored if a run is resumed.
+    """Open the run's folder, load the policies and the optimizer; restore a resumed run.
 
-    needs: whether there is a "replica", pi_old, and a "reference", pi_ref.
+    needs: whether to load a "replica", pi_old, and a "reference", pi_ref.
     """
     require_trainable(config, examples, ranks)
     adapter = adapter_of(config)
@@ -197,49 +191,45 @@ def set_up(
     )  # fmt: skip
 
 
-def adapter_of(config: TrainConfig) -> Adapter | None:
-    """The LoRA adapter that is trained; None: all weights are.
+def adapter_of(config: configs.TrainConfig) -> Adapter | None:
+    """The LoRA adapter to train; None trains all weights.
 
-    Raises InputError if the options contradict the adapter that they continue.
+    Raises InputError if --lora-rank or --lora-alpha contradict the adapter of --adapter.
     """
     base = os.path.realpath(config.model) if Path(config.model).is_dir() else config.model
-    if config.adapter:
-        found = read_adapter(config.adapter)
-        if config.lora_rank not in (0, found.rank):
-            raise InputError(f"--lora-rank {config.lora_rank}: the adapter has rank {found.rank}")
-        if config.lora_alpha not in (None, found.alpha):
-            asked = f"--lora-alpha {config.lora_alpha:g}"
-            raise InputError(f"{asked}: the adapter has alpha {found.alpha:g}")
-        return dataclasses.replace(found, base=base)
-    alpha = config.lora_alpha or 2 * config.lora_rank
-    return Adapter(config.lora_rank, alpha, base) if config.lora_rank else None
+    if not config.adapter:
+        alpha = config.lora_alpha or 2 * config.lora_rank
+        return Adapter(config.lora_rank, alpha, base) if config.lora_rank else None
+    found = read_adapter(config.adapter)
+    if config.lora_rank not in (0, found.rank):
+        raise InputError(f"--lora-rank {config.lora_rank}: the adapter has rank {found.rank}")
+    if config.lora_alpha not in (None, found.alpha):
+        asked = f"--lora-alpha {config.lora_alpha:g}"
+        raise InputError(f"{asked}: the adapter has alpha {found.alpha:g}")
+    return dataclasses.replace(found, base=base)
 
 
-def sampling_slots(config: GRPOConfig, parts: Parts, ranks: Ranks) -> int:
-    """The number of groups that a rank samples at a time."""
-    images = math.ceil(config.batch_size / ranks.world)
-    sizes = {"group_size": config.group_size, "new": config.max_new_tokens}
-    sizes["prompt_room"] = parts.examples.longest_prompt()
-    return choose_slots(parts.replica, ranks, config.slots, images, share=FOR_SLOTS, **sizes)
-
-
-def require_trainable(config: TrainConfig, examples: Examples, ranks: Ranks) -> None:
-    """Raise InputError for quantised weights without adapters, and for --offload on a CPU."""
+def require_trainable(config: configs.TrainConfig, examples: Examples, ranks: Ranks) -> None:
+    """Raise InputError for quantised weights without LoRA, and for --offload without a GPU."""
     if is_packed(examples.config) and not (config.lora_rank or config.adapter):
         raise InputError(
-            f"--model {config.model}: its weights are quantised (quantization_config of "
-            "config.json), and cannot be trained; train adapters on them with --lora-rank 16"
+            f"--model {config.model}: its weights are quantised and cannot be trained; train "
+            "adapters on them with --lora-rank 16"
         )
     if config.offload and ranks.device.type == "cpu":
-        raise InputError("--offload: it spares a GPU's memory, and torch finds no GPU here")
+        raise InputError("--offload saves GPU memory, and torch finds no GPU here")
     if config.offload:
         use_all_cores()
 
 
 def settings_of(
-    config: TrainConfig, examples: Examples, excluded: Collection[int], stage: str, steps: int
+    config: configs.TrainConfig,
+    examples: Examples,
+    excluded: Collection[int],
+    stage: str,
+    steps: int,
 ) -> dict:
-    """What config.json says of a training: its options, and what they name."""
+    """The content of config.json: all options, and hashes of the files that they name."""
     return {
         **dataclasses.asdict(config),
         **dataclasses.asdict(examples.options),
@@ -254,15 +244,15 @@ def settings_of(
 
 
 def small_change(steps: int, rate: float) -> list[str]:
-    """A line on a training that hardly changes its model."""
+    """A warning that this training will hardly change its model; [] if it will."""
     if steps >= FEW_STEPS or rate > PAPER_RATE:
         return []
     most = steps * rate  # a step of Adam moves a weight by about the learning rate
     return [f"{steps} steps at --learning-rate {rate:g} move a weight by at most {most:.0e}"]
 
 
-def train(config: TrainConfig, stage, parts: Parts, ranks: Ranks) -> None:
-    """Run the loop with a config's options. stage: SFT or GRPO."""
+def train(config: configs.TrainConfig, stage, parts: Parts, ranks: Ranks) -> None:
+    """Run the training loop with the options of a config. stage: SFT or GRPO."""
     stream = batches(
         parts.examples,
         ranks,
@@ -280,7 +270,7 @@ def train(config: TrainConfig, stage, parts: Parts, ranks: Ranks) -> None:
         warmup=config.warmup_steps,
         schedule=stage.schedule,
     )
-    saving = config.group(CHECKPOINTS) | {"eval_every": config.eval_every}
+    saving = config.group(configs.CHECKPOINTS) | {"eval_every": config.eval_every}
     with StopSignal() as stop:
         fit(stage, parts, stream, rate, ranks, stop, **saving)
 
@@ -298,9 +288,10 @@ def fit(
     export_every: int = 0,
     eval_every: int = 0,
 ) -> None:
-    """The training loop. stage: SFT or GRPO, whose `update` does one batch. stream: of `batches`.
+    """The training loop.
 
-    rate: the learning rate of a step.
+    stage: SFT or GRPO, whose `update` trains on one batch. stream: from `batches`. rate: maps a
+    step to its learning rate.
     """
     run, optimizer, log = parts.run, parts.optimizer, StepLog(parts, stage.name, ranks)
     for step, batch, weights, waited in stream:
@@ -308,21 +299,21 @@ def fit(
         values, rollout = stage.update(step, batch, weights, rate(step))
         seconds = time.perf_counter() - started
         values |= {"seconds": seconds, "seconds_waiting": waited}
-        values |= {"share_waiting": waited / seconds}  # for images: more --workers if large
+        values |= {"share_waiting": waited / seconds}  # if large, raise --workers
         values |= {"learning_rate": rate(step), "skipped": optimizer.bad_in_a_row > 0}
         if eval_every and done % eval_every == 0:
             values |= parts.evaluation(parts.policy)
         log(done, values, rollout)
-        # before the checkpoint: a run that is killed here comes to this step again
+        # before the checkpoint, so that a run killed here exports again when it is resumed
         if export_every and done % export_every == 0:
             export(parts, f"model-{done:06d}")
         asked = stop.on_any(ranks)
         due = save_every and done % save_every == 0
-        # a policy whose loss is not finite must not replace one before
+        # a policy whose loss is not finite must not replace an earlier one
         if (asked or due) and not values["skipped"]:
             run.save(parts.policy, optimizer.adamw, done, keep)
             log.update_page()
-            # a signal that came meanwhile has ended the image workers: no further step
+            # a signal during the save has ended the image workers, so no further step can run
             asked = asked or stop.on_any(ranks)
         if asked:
             log.close()
@@ -338,7 +329,7 @@ def fit(
 
 
 class StepLog:
-    """What is written and shown of each step: logs, TensorBoard events, the bar, the page."""
+    """Writes and shows each step: logs, TensorBoard events, progress bar, page."""
 
     def __init__(self, parts: Parts, name: str, ranks: Ranks):
         self.run, self.first = parts.run, ranks.rank == 0
@@ -348,7 +339,7 @@ class StepLog:
         )
 
     def __call__(self, step: int, values: dict, rollout: dict | None) -> None:
-        """One step. rollout: completions of an image; None in SFT."""
+        """Log one step. rollout: completions of one image; None in SFT."""
         if rollout:
             self.run.log("rollouts", step, rollout)
         self.run.log("metrics", step, values)
@@ -358,50 +349,18 @@ class StepLog:
         self.bar.update()
 
     def update_page(self) -> None:
-        """Write the run's page anew."""
+        """Write the run's page again."""
         if self.first:
             update_page(self.run.path)
 
     def close(self) -> None:
-        """End the bar."""
+        """Close the progress bar."""
         self.bar.close()
 
 
 def export(parts: Parts, name: str) -> None:
-    """Write a folder that `from_pretrained` reads, and that knows how its model was asked."""
+    """Export a folder that `from_pretrained` reads; it also records the prompt options."""
     notes = {PROMPT_FILE: parts.examples.options.as_file()}
     notes["README.md"] = model_card(parts.run.path) if parts.run.ranks.rank == 0 else ""
     processors = [parts.examples.tokenizer, parts.examples.processor]
     parts.run.export(parts.policy, name, processors, notes, parts.adapter)
-
-
-def held_out_examples(config: TrainConfig, options: PromptOptions) -> Examples:
-    """The test images of --eval-every, from the first; --exclude leaves images out here too."""
-    names = read_names(config.exclude)
-    samples = [s for s in load_split(config.data, "test") if s.file_name not in names]
-    samples = samples[: config.eval_images]
-    require_images(samples)
-    return Examples(config.model, samples, options)
-
-
-class Evaluation:
-    """Held-out images for --eval-every: mean greedy reward, and mAP over the classes they show."""
-
-    def __init__(self, examples: Examples, replica, counts, ranks: Ranks, *, max_new_tokens: int):
-        self.examples, self.replica, self.counts = examples, replica, counts
-        self.ranks, self.max_new_tokens = ranks, max_new_tokens
-
-    def __call__(self, policy) -> dict[str, float]:
-        refresh(self.replica, policy)
-        samples = self.examples.samples
-        indices, limit = list(range(len(samples))), self.max_new_tokens
-        options = {"max_new_tokens": limit, "slots": 32}  # in the memory that training leaves
-        mine = predict_rows(self.replica, self.examples, indices, self.ranks, **options)
-        rows = sorted(self.ranks.gather(list(mine)), key=lambda row: row["index"])
-        lines, summary = [row["line"] for row in rows], summarise(rows)
-        result = evaluate.evaluate(lines, samples, self.counts, classes="present")
-        return {
-            "eval_reward": summary["reward"].get("total", 0.0),
-            "eval_map": 100 * (result["default"]["full"] or 0.0),
-            "eval_length": summary["completion_length"],
-        }

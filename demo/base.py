@@ -1,9 +1,9 @@
-"""The toy's base model: what a model knows before it meets the task, as Qwen2.5-VL does.
+"""The toy's base model: it can describe a drawing, but not in the format of the task.
 
     python -m demo.toy runs/grounding --train 20000 --left-out 0 --seed 1000
     torchrun --nproc_per_node 2 -m demo.base runs/grounding --out runs/base
 
-It learns from random weights to list every person and object, then the pairs, in a format that the
+From random weights it learns to list all people and objects, then the pairs, in a format that the
 task does not read (demo/grounding.py). So its HOI mAP is 0. The loop and the loss are those of SFT.
 The base model is the folder model/ in --out.
 """
@@ -27,7 +27,7 @@ from engine.ranks import Ranks, start_ranks
 from engine.runs.run_folder import open_run
 from engine.signals import RESUME, StopSignal, one_line
 from engine.traces.trace_file import read_traces
-from hicodet import HOI, InputError
+from hicodet import HOI
 from sft import SFT
 from train import Parts, fit
 
@@ -39,11 +39,8 @@ def base_examples(folder: Path, boxes_only: bool) -> Examples:
     """The training drawings of `python -m demo.toy`, each with its prompt and text.
 
     folder: with data/, model/ and grounding.jsonl. boxes_only: no lines of pairs after the text of
-    grounding.jsonl. Raises InputError if a file is missing.
+    grounding.jsonl. Raises InputError or OSError if a file is missing.
     """
-    texts = folder / "grounding.jsonl"
-    if not texts.is_file():
-        raise InputError(f"{texts}: no such file; python -m demo.toy writes it")
 
     def target_text(hois: tuple[HOI, ...], grounding: str) -> str:
         return grounding + ("" if boxes_only else f"\n{pair_lines(hois)}") + END_OF_TURN
@@ -51,8 +48,8 @@ def base_examples(folder: Path, boxes_only: bool) -> Examples:
     return Examples(
         str(folder / "model"),
         load_split(folder / "data", "train"),
-        PromptOptions(task_description=False),  # as the demo goes on
-        thinks=read_traces(texts),
+        PromptOptions(task_description=False),  # as in the demo's SFT and GRPO
+        thinks=read_traces(folder / "grounding.jsonl"),
         target_text=target_text,
         prompt_text=lambda thinking: PROMPT if boxes_only else PAIRS_PROMPT,
     )
@@ -65,8 +62,8 @@ class BaseConfig(Config):
     FILES, TRAINING = "input and output", "training"
     dir: Path = required("folder that python -m demo.toy wrote", positional=True, group=FILES)
     out: str = required("folder for all that the run writes", group=FILES)
-    resume: bool = option(False, "go on with the run in --out", group=FILES)
-    boxes_only: bool = option(False, "teach boxes alone, without lines of pairs", group=TRAINING)
+    resume: bool = option(False, "continue the run in --out", group=FILES)
+    boxes_only: bool = option(False, "teach only boxes, without lines of pairs", group=TRAINING)
     steps: int = option(3000, "optimizer steps", least=1, group=TRAINING)
     seed: int = option(0, "seed of the data order", least=0, group=TRAINING)
 
@@ -76,16 +73,15 @@ def make_base(config: BaseConfig, ranks: Ranks) -> None:
     model, examples = str(config.dir / "model"), base_examples(config.dir, config.boxes_only)
     settings = {"seed": config.seed, "steps": config.steps, "examples": examples.fingerprint()}
     settings |= {"model": model, "weights": weights_fingerprint(model)}
-    settings |= {"stage": "sft", "command": sys.argv}
+    settings |= {"stage": "sft", "command": sys.argv}  # for the page of the run
     run = open_run(config.out, config, settings, ranks)
     policy = load_policy(model, ranks.device, gradient_checkpointing=False)
     optimizer = ClippedAdamW(policy, beta2=0.98, weight_decay=0.0, max_grad_norm=1.0)
     done = run.load(policy, optimizer.adamw)
     order = {"batch_size": 16, "steps": config.steps, "seed": config.seed}
     stream = batches(examples, ranks, done=done, workers=0, **order)
-    rate = partial(
-        learning_rate, steps=config.steps, highest=1.5e-3, warmup=50, schedule=SFT.schedule
-    )
+    limits = {"highest": 1.5e-3, "warmup": 50, "schedule": SFT.schedule}
+    rate = partial(learning_rate, steps=config.steps, **limits)
     parts = Parts(
         run, examples, (), policy, optimizer, None, None, None, None, config.steps, done
     )

@@ -1,10 +1,10 @@
-"""What the rewards do not see: perfect answers, edited, on the real annotations; no model.
+"""What the rewards do not see, shown without a model: edited perfect answers on real annotations.
 
     python -m demo.blind --data hico_20160224_det
 
 The rewards compare labels with those of the whole image (Eqs. 14-18), match boxes without labels
-(Eqs. 19-22), and divide by the predicted verbs (Eq. 16). None of them asks who does what. Each edit
-costs mAP; the table shows what it costs in reward.
+(Eqs. 19-22), and divide by the predicted verbs (Eq. 16). None of them checks who does what. Each
+edit costs mAP. The table shows its cost in reward.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ LABEL_REWARDS = ("printed", "matched")
 
 
 def rotated(hois: tuple[HOI, ...], *names: str) -> tuple[HOI, ...]:
-    """The instances, each with these fields of the instance before it; the first has the last's."""
+    """The instances, each with these fields of the one before it; the first gets the last's."""
     fields = [{name: getattr(hoi, name) for name in names} for hoi in hois[-1:] + hois[:-1]]
     return tuple(replace(hoi, **new) for hoi, new in zip(hois, fields))
 
@@ -45,8 +45,8 @@ EDITS: dict[str, Callable[[tuple[HOI, ...]], tuple[HOI, ...]]] = {
 def edit_scores(samples: list[Sample], counts: np.ndarray, edit: Callable) -> list[float]:
     """Default mAP in percent (Full, Rare, Non-Rare), then the mean reward for each LABEL_REWARDS.
 
-    counts: (600,), of the training half. Boxes of the text are in pixels of the original image.
-    Images without ground truth count for the mAP alone.
+    counts: (600,), of the training half. The answers have boxes in pixels of the original image.
+    Images without ground truth count for the mAP only.
     """
     lines, totals = [], []
     for sample in samples:
@@ -71,7 +71,7 @@ class BlindConfig(Config):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print the table for the test half, in some minutes; --help lists the options."""
+    """Print the table for the test half. This takes minutes. --help lists the options."""
     config = parse_config(BlindConfig, __doc__, argv, prog="python -m demo.blind")
     with one_line():
         samples, counts = load_split(config.data, "test"), training_counts(config.data)

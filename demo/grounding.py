@@ -1,6 +1,6 @@
-"""What the toy's base model writes: where all things are, then who does what.
+"""The format of the toy's base model: all boxes with labels, then the pairs.
 
-It describes pairs in a format of its own, not in the JSON of the task's answers.
+It is not the JSON of the task's answers.
 """
 
 from demo.scenes import Scene

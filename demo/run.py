@@ -2,8 +2,8 @@
 
     python hoi_r1.py demo
 
-It starts from the model in demo/base_model, as a real run starts from Qwen2.5-VL: that model lists
-people, objects and pairs in a format of its own, and does not know the answers of the task.
+It starts from the model in demo/base_model, as a real run starts from Qwen2.5-VL. The base model
+lists people, objects and pairs in a format of its own. It does not know the format of the task.
 """
 
 import os
@@ -21,12 +21,12 @@ from hicodet import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE_MODEL = ROOT / "demo" / "base_model"
-BASE_IMAGES, BASE_STEPS, BASE_SEED = 20000, 3000, 1000  # what it was made from
-BASE_ANSWERS = 100  # drawings that the base answers; it describes pairs in another format
+BASE_IMAGES, BASE_STEPS, BASE_SEED = 20000, 3000, 1000  # how it was made
+BASE_ANSWERS = 100  # drawings for the base model, whose score is 0
 START = 8  # seconds that a program with torch needs to start
 LEFT_OUT = 0.55  # share of the training half's further pairs that is not annotated
-# A million weights need other learning rates than 3 billion, and another second beta of AdamW; the
-# rest of GRPO is Sec. 4.2's.
+# A million weights need other learning rates than 3 billion, and another second beta of AdamW. The
+# rest of GRPO is as in Sec. 4.2.
 RECIPE = {
     "sft": "--batch-size 16 --learning-rate 1.5e-3 --warmup-steps 20",
     "grpo": "--learning-rate 2e-4 --max-new-tokens 96",
@@ -49,28 +49,22 @@ class Stage:
 def run_demo(config) -> None:
     """Run every stage, then print the table and draw the answers. config: DemoConfig.
 
-    Raises InputError if --out or --base is not a folder to use.
+    Raises InputError if --out or --base is a folder that cannot be used.
     """
     out, started = Path(config.out).resolve(), time.perf_counter()
     if out.exists() and not config.resume:
         raise InputError(f"{out} exists: choose another --out, or go on with --resume")
-    if out.exists() and not (out / LOG).exists():  # what it holds is not ours to remove
+    if out.exists() and not (out / LOG).exists():  # the user may need what it holds
         raise InputError(f"--resume: {out} is not the folder of a demo ({LOG} is missing)")
-    require_model(config.base)
+    if config.base and not any(Path(config.base).glob("*.safetensors")):
+        hint = f"; is {inside} meant?" if (inside := Path(config.base) / "model").is_dir() else ""
+        raise InputError(f"--base {config.base}: no safetensors in this folder{hint}")
     with one_line("", RESUME):
         run_stages(out, demo_stages(config, out))
         print(results_table(out, ("base", "sft", "grpo")))
         draw_answers(out, count=6)
     minutes = (time.perf_counter() - started) / 60
     print(f"\npictures: {out / 'pictures'}\nreport: {out / 'report.html'}\n{minutes:.1f} minutes")
-
-
-def require_model(base: str) -> None:
-    """Raise InputError if --base is given and is not the folder of a model."""
-    if base and (Path(base) / "model").is_dir():
-        raise InputError(f"--base {base} is the folder of a run: is {Path(base) / 'model'} meant?")
-    if base and not (Path(base) / "config.json").is_file():
-        raise InputError(f"--base {base}: no model in this folder (config.json is missing)")
 
 
 def demo_stages(config, out: Path) -> list[Stage]:
@@ -125,12 +119,11 @@ def toy_command(out: Path, train: int, test: int, left_out: float, seed: int) ->
 
 def trace_command(out: Path) -> list[str]:
     """The teacher's traces."""
-    line = "teacher.py --backend template --data {out}/data --out {out}/traces.jsonl"
-    return words(line, out)
+    return words("teacher.py --backend template --data {out}/data --out {out}/traces.jsonl", out)
 
 
 def base_commands(out: Path, images: int, steps: int, seed: int, flags: str = "") -> list:
-    """The commands of the base model: drawings, other ones than those of SFT, and the training."""
+    """The commands of the base model: drawings that SFT does not have, and the training."""
     drawings = toy_command(out / "grounding", images, 1, 0.0, BASE_SEED + seed)
     flags += f" --steps {steps} --seed {seed}"
     return [drawings, words(f"-m demo.base {{out}}/grounding --out {{out}}/base {flags}", out)]
@@ -139,9 +132,10 @@ def base_commands(out: Path, images: int, steps: int, seed: int, flags: str = ""
 def train_command(out: Path, stage: str, model: Path, flags: str, name: str = "") -> list[str]:
     """SFT or GRPO from a model, into the folder `name`, by default that of the stage."""
     traces = "--traces {out}/traces.jsonl " if stage == "sft" else ""
-    flags += f" {RECIPE[stage]} --adam-beta2 0.98 --no-gradient-checkpointing --save-every 0"
+    recipe = f"{RECIPE[stage]} --adam-beta2 0.98 --no-gradient-checkpointing --save-every 0"
     line = f"hoi_r1.py {stage} --model {{model}} --data {{out}}/data {traces}--out {{run}} {COMMON}"
-    return words(f"{line} {flags}", out, model=model, run=out / (name or stage))
+    # flags last: they may have another learning rate than the recipe
+    return words(f"{line} {recipe} {flags}", out, model=model, run=out / (name or stage))
 
 
 def predict_command(out: Path, folder: str, model: Path, flags: str) -> list[str]:
@@ -151,28 +145,28 @@ def predict_command(out: Path, folder: str, model: Path, flags: str) -> list[str
 
 
 def score_command(out: Path, folder: str, flags: str) -> list[str]:
-    """mAP over the classes that are drawn, with what was wrong."""
+    """mAP over the classes that are drawn, and the kinds of mistakes."""
     line = ("evaluate.py {test}/predictions.jsonl --data {out}/data --json {test}/map.json "
             "--classes present --breakdown")  # fmt: skip
     return words(f"{line} {flags}", out, test=out / folder)
 
 
 def process_count(seconds: float) -> int:
-    """Processes for work of these seconds: one per GPU, or else per core; at most two.
+    """The number of processes for work that takes one process `seconds`: 1 or 2.
 
-    One for short work, for which a further process does not pay its own start.
+    Short work gets one, as a second process takes longer to start than it saves.
     """
     if seconds < 2 * START:
         return 1
-    import torch  # seconds, which a short demo saves
+    import torch  # takes seconds, which a short demo saves
 
     return min(2, torch.cuda.device_count() or os.cpu_count() or 1)
 
 
 def run_stages(out: Path, stages: list[Stage]) -> None:
-    """Run the stages that are not in out/commands.txt yet, and note each that finishes there.
+    """Run the stages that are not in out/commands.txt yet, and add each to it that finishes.
 
-    Raises InputError if the file has other commands, of a demo with other options.
+    Raises InputError if the file has the commands of a demo with other options.
     """
     log, spent, expected = out / LOG, 0.0, 0.0
     out.mkdir(parents=True, exist_ok=True)
@@ -182,7 +176,7 @@ def run_stages(out: Path, stages: list[Stage]) -> None:
     if done != lines[: len(done)]:
         raise InputError(f"--resume: {out} was made with other options: see {log}")
     for number, stage in enumerate(stages[len(done) :], start=len(done)):
-        pace = spent / expected if expected > 10 else 1.0  # this machine's, against two calm cores
+        pace = spent / expected if expected > 10 else 1.0  # this machine against two calm cores
         left, later = (pace * sum(s.seconds for s in stages[n:]) for n in (number, number + 1))
         print(f"\n[{number + 1} of {len(stages)}] {stage.title}; time left: {clock(left)}")
         for name in stage.writes:  # of a command that was interrupted
@@ -195,14 +189,14 @@ def run_stages(out: Path, stages: list[Stage]) -> None:
 
 
 def clock(seconds: float) -> str:
-    """Minutes and seconds: 3:05."""
+    """Minutes and seconds, as in 3:05."""
     return "{}:{:02d}".format(*divmod(round(seconds), 60))
 
 
 def run_command(words: list[str], processes: int = 1, later: float = 0.0) -> None:
-    """Show and run one of the project's programs; exits if it fails.
+    """Show and run one of the project's programs. Exits if it fails.
 
-    later: estimated seconds of the commands after it, which its progress bar shows.
+    later: estimated seconds of all later commands, which the progress bar shows too.
     """
     if processes > 1:
         torchrun = f"-m torch.distributed.run --standalone --nproc_per_node {processes}"

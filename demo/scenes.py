@@ -2,10 +2,9 @@
 
 A drawing is a row of square panels, each with at most one pair of person and object. Their relative
 place decides the verbs. A person may have a second object, and a panel may hold a bystander instead
-of a pair. Boxes are 0-based inclusive pixels, as in `hicodet`, on a 14-pixel grid: a side is one of
-a few numbers. A layout (boxes of a pair in its panel, object class, verbs) is in the training half
-or in the test half. The two RARE kinds have at most eight training pairs each, so that the
-evaluation has rare classes.
+of a pair. Boxes are 0-based inclusive pixels, as in `hicodet`, on a grid of 14 pixels. A layout
+(boxes of a pair in its panel, object class, verbs) is either in the training half or in the test
+half. The two RARE kinds have at most eight training pairs each, so the evaluation has rare classes.
 """
 
 import zlib
@@ -25,8 +24,8 @@ OBJECT_SIZES = {"bicycle": (42, 28), "horse": (42, 42), "sports ball": (28, 28),
 RARE_SCENES = 8  # HICO-DET calls an HOI class rare below 10 training pairs
 TEST_SHARE = 4  # one layout in four is kept for testing
 FURTHER_PAIR = 0.75  # how often a panel after the first holds a pair
-SAME_KIND = 0.5  # how often this pair is of the first one's kind
-SECOND_OBJECT = 0.1  # how often it is instead another object of the first one's person
+SAME_KIND = 0.5  # how often this pair is of the first pair's kind
+SECOND_OBJECT = 0.1  # how often it is instead another object of the first pair's person
 BYSTANDER = 0.5  # how often a panel without a pair holds a person
 
 
@@ -53,7 +52,7 @@ class Scene:
 
 KINDS = (
     Kind("bicycle", ("ride", "sit on"), "astride"),
-    Kind("bicycle", ("hold",), "beside"),
+    Kind("bicycle", ("hold",), "next to"),
     Kind("bicycle", ("no interaction",), "apart"),
     Kind("horse", ("ride", "straddle"), "astride"),
     Kind("horse", ("no interaction",), "apart"),
@@ -63,7 +62,7 @@ KINDS = (
     Kind("umbrella", ("hold", "stand under"), "overhead"),
 )
 RARE = (
-    Kind("horse", ("hold",), "beside"),
+    Kind("horse", ("hold",), "next to"),
     Kind("umbrella", ("no interaction",), "apart"),
 )
 
@@ -77,7 +76,7 @@ def object_corners(human: Box, size: tuple[int, int], place: str) -> list[tuple[
     if place == "astride":
         saddle = bottom - height // 2 // GRID * GRID
         return list(product(centred, (saddle - GRID, saddle)))
-    if place in ("beside", "at the feet"):
+    if place in ("next to", "at the feet"):
         return list(product(touching, (bottom - height, bottom - height + GRID)))
     if place == "in hand":
         return list(product(touching, (top - GRID, top)))
@@ -108,7 +107,7 @@ def layouts(kind: Kind) -> list[HOI]:
 
 
 def is_test_layout(hoi: HOI) -> bool:
-    """Whether a layout is in the test half: a fixed hash, so no seed mixes the halves."""
+    """Whether a layout is in the test half. A hash decides, so no seed mixes the halves."""
     return zlib.crc32(repr(hoi).encode()) % TEST_SHARE == 0
 
 
@@ -116,15 +115,14 @@ def random_kinds(split: str, count: int, rng: np.random.Generator) -> list[Kind]
     """The kinds of `count` first pairs in random order; training has few of the rare kinds."""
     if split == "test":
         kinds = (KINDS + RARE) * (count // len(KINDS + RARE) + 1)
-        return [kinds[i] for i in rng.permutation(count)]
-    rare = RARE * min(RARE_SCENES, count // 50)
-    common = KINDS * (count // len(KINDS) + 1)
-    kinds = (rare + common)[:count]
+    else:
+        rare = RARE * min(RARE_SCENES, count // 50)
+        kinds = rare + KINDS * (count // len(KINDS) + 1)
     return [kinds[i] for i in rng.permutation(count)]
 
 
 def pick(items: Sequence, rng: np.random.Generator):
-    """One of the items, each as likely as another."""
+    """One of the items, all equally likely."""
     return items[rng.integers(len(items))]
 
 
@@ -134,7 +132,7 @@ def moved(box: Box, x: int) -> Box:
 
 
 def second_objects(first: HOI, pool: dict[Kind, list[HOI]]) -> list[HOI]:
-    """Further pairs of the person of `first`, with an object that does not touch the first one."""
+    """Other pairs of the person of `first`, with an object that does not touch the first object."""
     return [hoi for kind in KINDS if kind.object_class != first.object_class
             and kind.place != "apart" for hoi in pool[kind]
             if hoi.human == first.human and iou(hoi.object, first.object) == 0]
@@ -142,7 +140,7 @@ def second_objects(first: HOI, pool: dict[Kind, list[HOI]]) -> list[HOI]:
 
 def make_scene(kind: Kind, pool: dict[Kind, list[HOI]], pairs: int,
                rng: np.random.Generator) -> Scene:
-    """A drawing of 1 to `pairs` pairs, the first of this kind, in panels in random order."""
+    """A scene of 1 to `pairs` pairs, the first of this kind, in panels in random order."""
     columns = [SIDE * int(i) for i in rng.permutation(pairs)]
     first = pick(pool[kind], rng)
     placed, bystanders = [(first, columns[0])], []
@@ -175,7 +173,7 @@ FRAMES = ((0, 0, 0), (0, 0, 160), (120, 0, 0))
 
 
 def background(width: int) -> np.ndarray:
-    """(SIDE, width, 3) uint8: red grows with x and green with y, so colour shows the place."""
+    """(SIDE, width, 3) uint8: red grows with x and green with y, so a colour shows its place."""
     image = np.full((SIDE, width, 3), 128.0)
     image[:, :, 0] = np.linspace(0, 255, width)
     image[:, :, 1] = np.linspace(0, 255, SIDE)[:, None]

@@ -1,8 +1,9 @@
-"""What the demo shows at its end: a table of its models, and pictures of their answers."""
+"""The end of the demo: a table of its models, and pictures of their answers."""
 
 import json
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 import hicodet
@@ -31,7 +32,7 @@ def results_table(out: Path, names) -> str:
 
 
 def figures(folder: Path) -> dict:
-    """What was measured of the greedy answers in `folder`; shares are from 0 to 1.
+    """The scores of the greedy answers in `folder`; shares are from 0 to 1.
 
     Returns {"images": their number, "default", "known_object": {"full", "rare", "non_rare"},
     "reward": mean total, "pairs": {"precision", "recall", "f1"}, "right_verb": share of the pairs
@@ -48,7 +49,7 @@ def figures(folder: Path) -> dict:
 
 
 def percentages(shares: dict, names) -> str:
-    """The shares of these names in percent; "-" for a mean over nothing."""
+    """The shares of these names in percent; "-" for None."""
     values = [shares[name] for name in names]
     return " ".join("    -" if value is None else f"{100 * value:5.1f}" for value in values)
 
@@ -69,15 +70,16 @@ def draw_answers(out: Path, count: int) -> None:
 
     for index, sample in enumerate(samples[:count]):
         save(panels(index), folder / f"{Path(sample.file_name).stem}.png")
-    save(stack([panels(index) for index in extremes(rows)]), folder / "best_and_worst.png")
+    rows_of_panels = [np.asarray(panels(index)) for index in extremes(rows)]  # of equal width
+    save(Image.fromarray(np.concatenate(rows_of_panels)), folder / "best_and_worst.png")
 
 
 def extremes(rows: dict[str, dict[int, dict]]) -> list[int]:
     """The drawing whose reward GRPO raised most, and the one it lowered most, if there is one.
 
-    rows: those of `predict_rows` by image, for "sft" and "grpo". The first one of equals.
+    rows: for "sft" and "grpo" the rows of `stored_rows`. Of equals, the first drawing.
     """
-    sft, grpo = (rows[name] for name in ("sft", "grpo"))
+    sft, grpo = rows["sft"], rows["grpo"]
     gains = {i: grpo[i]["reward"]["total"] - sft[i]["reward"]["total"] for i in sorted(sft)}
     best, worst = max(gains, key=gains.get), min(gains, key=gains.get)
     return [best, worst] if gains[worst] < 0 else [best]
@@ -94,16 +96,6 @@ def answers(sample: hicodet.Sample, rows: dict[str, dict]) -> Image.Image:
         colours = drawing.match_pairs(truth, hois)
         panels.append(drawing.draw_pairs(image, hois, colours, caption=caption, width=WIDTH))
     return drawing.side_by_side(panels)
-
-
-def stack(rows: list[Image.Image]) -> Image.Image:
-    """One picture of several, from top to bottom."""
-    size = (max(row.width for row in rows), sum(row.height for row in rows))
-    sheet, top = Image.new("RGB", size, "white"), 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    return sheet
 
 
 def save(picture: Image.Image, path: Path) -> None:

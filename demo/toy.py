@@ -3,64 +3,54 @@
     python -m demo.toy runs/toy --train 4000 --test 500
 
 writes into runs/toy: `data` in the layout of hico_20160224_det (anno_bbox.mat, anno.mat, images),
-and `model`, a `save_pretrained` folder. So the toy runs through the same commands as HICO-DET and
-the 3B model. `demo/scenes.py` draws the scenes. `grounding.jsonl` lists what each training image
-shows, in the format of traces.jsonl; the base model learns from it.
+and `model`, a `save_pretrained` folder with the tokenizer of demo/base_model. So the toy runs
+through the same commands as HICO-DET and the 3B model. `grounding.jsonl` lists what each training
+image shows, in the format of traces.jsonl. The base model learns from it.
 
 A pair with two verbs is annotated once per HOI class with slightly different boxes, as in HICO-DET.
-One image in forty lists an interaction that is not visible. As annotators of HICO-DET missed pairs,
-training images lose each pair after the first at a given rate; test images are complete, which
-HICO-DET's are not. The .mat files are 1-based.
+One image in forty lists an interaction that is not visible. HICO-DET's annotators missed pairs, so
+training images lose each pair after the first at a given rate. Test images are annotated
+completely, unlike HICO-DET's. The .mat files are 1-based.
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.io import savemat
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoTokenizer,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from demo.grounding import PROMPT, grounding_text
-from demo.scenes import GRID, KINDS, RARE, SIDE, Scene, draw_scene, make_scenes
+from demo.grounding import grounding_text
+from demo.scenes import SIDE, Scene, draw_scene, make_scenes
 from engine.files import naming
 from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
-from engine.traces.template import gerund, join_words, template_trace
-from hicodet import HOI, HOI_CLASSES, Box, format_completion, prompt_text
+from hicodet import HOI_CLASSES, Box
 
+BASE_MODEL = Path(__file__).parent / "base_model"
 MAX_PAIRS = 3
 INVISIBLE_SHARE = 40  # one image in 40 lists an interaction without boxes
 # The special tokens of Qwen2.5-VL in a prompt with an image; they follow all other tokens.
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>",
                   "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>")
-CHAT_TEMPLATE = (  # Qwen's, without its video and picture numbering branches
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}"
-    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}"
-    "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}"
-    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+# Qwen's chat template without its branches for video and for picture numbers
+CHAT_TEMPLATE = (BASE_MODEL / "chat_template.jinja").read_text()
 IMAGE_PROCESSOR = {  # preprocessor_config.json of Qwen2.5-VL, with other max_pixels
     "min_pixels": 28 * 28, "max_pixels": MAX_PAIRS * SIDE * SIDE, "patch_size": 14,
     "temporal_patch_size": 2, "merge_size": 2, "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
-# The demo's model has about a million parameters. The one for unit tests has what only the real
-# model has too: grouped queries, a windowed vision block, a large rope theta. With a small theta
-# and large initial weights, a model this small learns boxes in minutes.
+# The demo's model has about a million parameters. With a small rope theta and large initial
+# weights it learns boxes in minutes. The model for unit tests has what else the real model has:
+# grouped queries, a windowed vision block, a large rope theta.
 TOY_SIZES = {
     "text": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 4, "intermediate_size": 256,
@@ -92,13 +82,13 @@ def struct(rows: list[dict]) -> np.ndarray:
 
 
 def box_structs(boxes: list[Box]) -> np.ndarray:
-    """Boxes in the official files' format: 1-based, x before y, small unsigned integers."""
+    """Boxes in the format of the official files: 1-based unsigned integers of 16 bits."""
     rows = [[np.uint16(side + 1) for side in box] for box in boxes]
     return struct([{"x1": x1, "x2": x2, "y1": y1, "y2": y2} for x1, y1, x2, y2 in rows])
 
 
 def jittered(box: Box, width: int, rng: np.random.Generator) -> Box:
-    """The box with each side moved by at most a pixel: each HOI class is annotated separately."""
+    """The box with each side moved by at most a pixel, as if it were annotated separately."""
     last = (width - 1, SIDE - 1) * 2
     return tuple(int(v) for v in np.clip(np.add(box, rng.integers(-1, 2, 4)), 0, last))
 
@@ -128,7 +118,7 @@ def annotate(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def seen_by_annotator(scene: Scene, left_out: float, rng: np.random.Generator) -> Scene:
-    """The scene without the missed pairs: each one after the first, at the rate `left_out`."""
+    """The scene without missed pairs: each pair after the first is missed at the given rate."""
     missed = rng.random(len(scene.hois)) < left_out
     hois = [hoi for i, hoi in enumerate(scene.hois) if i == 0 or not missed[i]]
     return replace(scene, hois=tuple(hois))
@@ -136,7 +126,7 @@ def seen_by_annotator(scene: Scene, left_out: float, rng: np.random.Generator) -
 
 def write_split(root: Path, split: str, scenes: list[Scene], left_out: float,
                 seed: int) -> tuple[list[str], np.ndarray]:
-    """Draw one half's images; returns the file names and the `bbox_train` or `bbox_test` struct."""
+    """Draw the images of a half. Returns file names and the `bbox_train` or `bbox_test` struct."""
     folder = root / "images" / f"{split}2015"
     folder.mkdir(parents=True, exist_ok=True)
     colors, notes = (np.random.default_rng([seed, n + (split == "test")]) for n in (2, 4))
@@ -163,7 +153,7 @@ def write_data(root: Path, train: int, test: int, seed: int, *, pairs: int = 2,
     """Write a folder in the layout of hico_20160224_det, with `train` and `test` images.
 
     pairs: the most pairs of an image, 1 to 3. left_out: share of the training half's second and
-    third pairs that are not annotated; the drawings do not depend on it.
+    third pairs that are not annotated. The drawings do not depend on it.
     """
     train_names, bbox_train = write_split(
         root, "train", make_scenes("train", train, seed, pairs), left_out, seed)
@@ -173,66 +163,24 @@ def write_data(root: Path, train: int, test: int, seed: int, *, pairs: int = 2,
     actions = struct([{"nname": name.replace(" ", "_"), "vname": verb.replace(" ", "_"),
                        "vname_ing": verb.replace(" ", "_"), "syn": empty, "def": "",
                        "synset": "", "ex": ""} for verb, name in HOI_CLASSES]).T
-    savemat(root / "anno_bbox.mat", {"bbox_train": bbox_train, "bbox_test": bbox_test,
-                                     "list_action": actions}, do_compression=True)
-    savemat(root / "anno.mat", {"list_train": cells(train_names), "list_test": cells(test_names),
-                                "anno_train": image_labels(bbox_train),
-                                "anno_test": image_labels(bbox_test), "list_action": actions},
-            do_compression=True)
+    boxes = {"bbox_train": bbox_train, "bbox_test": bbox_test}
+    labels = {"list_train": cells(train_names), "list_test": cells(test_names),
+              "anno_train": image_labels(bbox_train), "anno_test": image_labels(bbox_test)}
+    for name, variables in (("anno_bbox.mat", boxes), ("anno.mat", labels)):
+        savemat(root / name, variables | {"list_action": actions}, do_compression=True)
 
 
 def write_grounding(path: Path, train: int, seed: int, pairs: int) -> None:
-    """A line per training image in the format of traces.jsonl, with what it shows."""
-    with path.open("w") as lines:
-        for number, scene in enumerate(make_scenes("train", train, seed, pairs), start=1):
-            row = {"file_name": f"HICO_train2015_{number:08d}.jpg", "think": grounding_text(scene)}
-            lines.write(json.dumps(row) + "\n")
-
-
-def label_phrases() -> list[str]:
-    """What varies in the toy's completions, besides numbers; longest first ("holding", "hold")."""
-    phrases = set()
-    for kind in KINDS + RARE:
-        phrases |= {kind.object_class, ", ".join(kind.verbs),
-                    join_words([gerund(verb) for verb in kind.verbs])}
-    return sorted(phrases, key=lambda phrase: (-len(phrase), phrase))
-
-
-def toy_texts() -> list[str]:
-    """The texts that the tokenizer is trained on: prompts, and completions of every kind."""
-    texts = [prompt_text(thinking=thinking, task_description=False)
-             for thinking in (True, False)]
-    texts += [PROMPT, "system\nYou are a helpful assistant.", "user\n", "assistant\n"]
-    numbers = range(0, MAX_PAIRS * SIDE, GRID)
-    for kind, other in product(KINDS + RARE, repeat=2):
-        hois = [HOI((x, x, x, x), (x, x, x, x), k.object_class, k.verbs)
-                for x in numbers for k in (kind, other)]
-        texts += [format_completion(hois[:n], think=template_trace(hois[:n])) for n in (1, 2)]
-        texts += [format_completion(hois, think=None), grounding_text(Scene(0, tuple(hois), ()))]
-    return texts
+    """Write what each training image shows, one line per image in the format of traces.jsonl."""
+    rows = [{"file_name": f"HICO_train2015_{number:08d}.jpg", "think": grounding_text(scene)}
+            for number, scene in enumerate(make_scenes("train", train, seed, pairs), start=1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 @cache
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE in which a number, a label or a constant line of the toy is one token.
-
-    Text is cut after every line break and around numbers and labels. The trainer then merges each
-    piece of `toy_texts` completely; other text has smaller tokens. Cached: it takes a second.
-    """
-    pattern = "|".join([r"(?:, )?(?<!\p{L})\p{N}+", *map(re.escape, label_phrases())])
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split("\n", "merged_with_previous"),
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=4096, min_frequency=2, show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(toy_texts() * 2, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL_TOKENS])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE, clean_up_tokenization_spaces=False)
+    """A byte-level BPE with one token for each number, label and constant line of the toy."""
+    return AutoTokenizer.from_pretrained(BASE_MODEL)
 
 
 def model_config(tokenizer: PreTrainedTokenizerFast, sizes: dict) -> Qwen2_5_VLConfig:
@@ -252,7 +200,7 @@ def model_config(tokenizer: PreTrainedTokenizerFast, sizes: dict) -> Qwen2_5_VLC
 
 
 def random_model(config: Qwen2_5_VLConfig, seed: int) -> Qwen2_5_VLForConditionalGeneration:
-    """A randomly initialised fp32 model in eval mode; the caller's random state does not change."""
+    """A randomly initialised fp32 model in eval mode. Does not change torch's random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2_5_VLForConditionalGeneration(config).eval()
@@ -269,7 +217,7 @@ def tiny_model(seed: int = 0, tokenizer: PreTrainedTokenizerFast | None = None
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """Write weights, configuration, tokenizer and image processor as `save_pretrained` does."""
+    """Write weights, configuration, tokenizer and image processor, as `save_pretrained` does."""
     tokenizer = toy_tokenizer()
     random_model(model_config(tokenizer, TOY_SIZES), seed).save_pretrained(folder)
     tokenizer.save_pretrained(folder)

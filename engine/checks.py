@@ -1,4 +1,4 @@
-"""Checks of JSON that users write: an error names the key, what it must be, and what was found."""
+"""Checks of JSON from users: errors name the key, what was expected and what was found."""
 
 import reprlib
 import sys

@@ -1,6 +1,7 @@
-"""The options of all stages, each defined once: default, help, section of the paper, resumability.
+"""All options of all stages, each defined once with its default, help and section of the paper.
 
-docs/options.md is written from these classes. Standard library only: --help is answered at once.
+docs/options.md is written from these classes. Only the standard library is imported, so that --help
+is fast.
 """
 
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ DECODING = "decoding and scores"
 SPEED = "memory and speed"
 
 FULL_RATE = 1e-6  # Sec. 4.2
-DATA = "folder in the layout of hico_20160224_det: anno_bbox.mat, images/"
+DATA = "folder in the layout of hico_20160224_det, or with annotations.jsonl and images/"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +39,15 @@ class StageConfig(Config):
         "folder or hub name of a Qwen-VL model (safetensors)", group=FILES, per_host=True
     )
     adapter: str = option(
-        "", "folder of a LoRA adapter for --model, ours or peft's; a training continues it",
-        group=FILES, metavar="DIR", per_host=True,
+        "", "LoRA adapter for --model, ours or peft's; a training continues it", group=FILES,
+        metavar="DIR", per_host=True,
     )
     data: str = required(DATA, group=FILES, per_host=True)
     exclude: str = option(
-        "", "file with one image name a line: leave these images out; `check --out FILE` writes it",
+        "", "leave out the images that this file lists, one name per line; `check --out` writes it",
         group=FILES, metavar="FILE", per_host=True,
     )
-    out: str = required("folder for all that the run writes", group=FILES, per_host=True)
+    out: str = required("folder for everything the run writes", group=FILES, per_host=True)
     resume: bool = option(
         False, "continue the run in --out from its last checkpoint or image", group=FILES
     )
@@ -54,28 +55,26 @@ class StageConfig(Config):
         False, "print the first sample as the model sees it, and stop", group=FILES
     )
     thinking: bool | None = option(
-        None,
-        "prompt with the Thinking Process (Table 2); default: as --model was trained, else on",
+        None, "ask for reasoning first (Table 2); default: as --model was trained, else on",
         group=PROMPT,
     )
     task_description: bool | None = option(
-        None,
-        "prompt with the role and the valid classes (Table 2); default: as --model was trained, "
+        None, "list the valid classes in the prompt (Table 2); default: as --model was trained, "
         "else on", group=PROMPT,
     )
     box_frame: Literal["model", "original", "thousand"] | None = option(
         None,
-        "what boxes in the text count: pixels of the resized image that the model sees, pixels of "
-        "the original, or thousandths of each side; default: as --model was trained", group=PROMPT,
-    )
-    text_first: bool | None = option(
-        None, "put the image after the text, whose states all images then share: faster, and "
-        "another prompt than the authors'; default: as --model was trained, else off",
+        "units of boxes in the text: pixels of the resized image that the model sees, pixels of "
+        "the original image, or thousandths of each side; default: as --model was trained",
         group=PROMPT,
     )
+    text_first: bool | None = option(
+        None, "put the image after the text, which is then computed once for all images: faster, "
+        "but not the authors' prompt; default: as --model was trained, else off", group=PROMPT,
+    )
     workers: int = option(
-        2, "processes per rank that read images; 0: the rank itself reads", least=0, group=SPEED,
-        per_host=True,
+        2, "processes per rank that read images; 0: none, the rank reads them itself", least=0,
+        group=SPEED, per_host=True,
     )
 
 
@@ -89,15 +88,14 @@ class TrainConfig(StageConfig):
         group=LENGTH, on_resume="allow",
     )
     learning_rate: float | None = option(
-        None, "peak learning rate of AdamW (default: 1e-6, Sec. 4.2; for LoRA 1e-4 in sft and 1e-5 "
-        "in grpo: at 1e-6 adapters hardly learn)", least=0, group=OPTIMIZER, on_resume="note",
+        None, "peak learning rate of AdamW (default: 1e-6, Sec. 4.2; with LoRA 1e-4 in sft, 1e-5 "
+        "in grpo)", least=0, group=OPTIMIZER, on_resume="note",
     )
     lora_rank: int = option(
-        0, "train LoRA adapters of this rank instead of all weights; 0: all weights, as in the "
-        "paper", least=0, group=LORA,
+        0, "rank of LoRA adapters; 0: train all weights, as in the paper", least=0, group=LORA
     )
     lora_alpha: float | None = option(
-        None, "LoRA adapters are scaled by this over their rank (default: twice the rank)",
+        None, "LoRA alpha; adapters are scaled by alpha / rank (default: twice the rank)",
         least=0.001, group=LORA,
     )
     warmup_steps: int = option(
@@ -108,14 +106,14 @@ class TrainConfig(StageConfig):
     )
     weight_decay: float = option(0.0, "AdamW weight decay", least=0, group=OPTIMIZER)
     max_grad_norm: float = option(
-        1.0, "largest gradient norm; a larger gradient is scaled down", least=1e-6, group=OPTIMIZER
+        1.0, "clip the gradient to this norm", least=1e-6, group=OPTIMIZER
     )
     save_every: int = option(
         100, "steps between checkpoints; 0: only the final model", least=0, group=CHECKPOINTS
     )
     keep: int = option(2, "number of newest checkpoints to keep", least=1, group=CHECKPOINTS)
     export_every: int = option(
-        0, "steps between models exported as model-000400/ and so on (Fig. 2); 0: none", least=0,
+        0, "steps between exports of model-000400/ and so on (Fig. 2); 0: none", least=0,
         group=CHECKPOINTS,
     )
     eval_every: int = option(
@@ -131,17 +129,15 @@ class TrainConfig(StageConfig):
         16384, "most tokens per forward pass; lower it if memory runs out", least=1, group=SPEED
     )
     gradient_checkpointing: bool = option(
-        True,
-        "recompute activations in backward; switched off, a step is faster and needs far more "
-        "memory (default: on)", group=SPEED,
+        True, "recompute activations in backward; off: faster steps, far more memory (default: on)",
+        group=SPEED,
     )
     offload: bool = option(
         False, "keep weights, gradients and AdamW's state in host memory; slower", group=SPEED
     )
     timeout: float = option(
-        10, "minutes that a rank waits for the others before it ends", least=0.01, group=SPEED
+        10, "minutes to wait for other ranks before giving up", least=0.01, group=SPEED
     )
-
 
     def __post_init__(self):
         super().__post_init__()
@@ -155,8 +151,8 @@ class SFTConfig(TrainConfig):
 
     The first of the paper's two trainings. For each training image the model learns to write a
     teacher's reasoning, then every annotated interaction with its boxes (Eq. 1). teacher.py makes
-    the traces. --out gets the trained model (model/), checkpoints and a page, report.html. Started
-    with python instead of torchrun, it is one process.
+    the traces. --out gets the trained model (model/), checkpoints and a page, report.html. For one
+    process, use python instead of torchrun.
 
         python teacher.py --data hico_20160224_det --out traces.jsonl --max-cost 60
         torchrun --nproc_per_node 8 hoi_r1.py sft --data hico_20160224_det \\
@@ -167,8 +163,8 @@ class SFTConfig(TrainConfig):
     traces: str = option("", "traces.jsonl from teacher.py", group=FILES, per_host=True)
     untraced: Literal["skip", "answer"] | None = option(
         None,
-        "images without a trace: leave them out, or train on their answer alone; needed if more "
-        "than 5 % have none (default: leave out)", group=FILES, on_resume="refuse",
+        "leave out images without a trace, or train on their answer alone; required if more than "
+        "5 % have no trace (default: skip)", group=FILES, on_resume="refuse",
     )
     batch_size: int = option(
         8, "images per optimizer step, over all ranks", least=1, paper="Sec. 4.2", group=LENGTH
@@ -183,10 +179,10 @@ class SFTConfig(TrainConfig):
 class GRPOConfig(TrainConfig):
     """Reinforcement learning by GRPO with rewards for HOI (Sec. 3.3).
 
-    The second training. At each step the model writes G answers for each image of a batch. They are
-    rewarded for format, labels and boxes (Eqs. 6-23), and those that beat the mean of their group
-    become more likely (Eqs. 2-5). --out gets the trained model (model/), checkpoints and a page,
-    report.html. Started with python instead of torchrun, it is one process.
+    The second training. At each step the model writes G answers for each image of a batch. Rewards
+    score their format, labels and boxes (Eqs. 6-23). Answers above the mean of their group become
+    more likely (Eqs. 2-5). --out gets the trained model (model/), checkpoints and a page,
+    report.html. For one process, use python instead of torchrun.
 
         torchrun --nproc_per_node 8 hoi_r1.py grpo --data hico_20160224_det \\
             --model runs/sft/model --out runs/grpo
@@ -194,8 +190,7 @@ class GRPOConfig(TrainConfig):
 
     LORA_RATE = 1e-5
     batch_size: int = option(
-        16, "images per batch, over all ranks, each with G completions", least=1, paper="Sec. 4.2",
-        group=LENGTH,
+        16, "images per batch, over all ranks", least=1, paper="Sec. 4.2", group=LENGTH
     )
     max_steps: int = option(
         40, "number of batches; 0: as many as the epochs have", least=0, paper="Sec. 4.2",
@@ -219,15 +214,13 @@ class GRPOConfig(TrainConfig):
     )
     clip_eps: float = option(0.2, "clip range of the ratio, epsilon", least=0, group=OBJECTIVE)
     ratio: Literal["token", "sequence"] = option(
-        "token", "ratio of Eqs. 3-4: of each token, or of the whole output as printed",
-        group=OBJECTIVE,
+        "token", "ratio of Eqs. 3-4: per token, or of the whole output as printed", group=OBJECTIVE
     )
     without: tuple[Literal["label", "iou"], ...] = option(
         (), "rewards to leave out (Table 3)", group=REWARDS
     )
     label_reward: Literal["printed", "matched"] = option(
-        "printed",
-        "compare labels with the image's whole set (Eqs. 14-18), or on the pairs of Eq. 21",
+        "printed", "compare labels with all of the image (Eqs. 14-18), or in the pairs of Eq. 21",
         group=REWARDS,
     )
     duplicate_rule: Literal["printed", "pair"] = option(
@@ -236,7 +229,7 @@ class GRPOConfig(TrainConfig):
         "(pair)", group=REWARDS,
     )
     duplicates_earn: Literal["labels", "nothing"] = option(
-        "labels", "what a duplicate earns in Eqs. 14 and 16: its labels as printed, or nothing",
+        "labels", "a duplicate earns label rewards (Eqs. 14 and 16) as printed, or nothing",
         group=REWARDS,
     )
     slots: int = option(64, "most groups sampled at a time on a rank", least=1, group=SPEED)
@@ -246,9 +239,9 @@ class GRPOConfig(TrainConfig):
 class PredictConfig(StageConfig):
     """Greedy prediction for a split of HICO-DET, or for any photographs.
 
-    With --data, --out gets predictions.jsonl, one line per image, which evaluate.py scores, and a
-    page, report.html. With --image no data set is needed: the reasoning and a table of interactions
-    are printed, and --out gets a picture of each photograph.
+    With --data, --out gets predictions.jsonl, which evaluate.py scores, and a page, report.html.
+    With --image, no data set is needed: it prints the reasoning and a table of interactions, and
+    --out gets a picture of each photograph.
 
         torchrun --nproc_per_node 8 hoi_r1.py predict --data hico_20160224_det \\
             --model runs/grpo/model --out runs/test
@@ -262,7 +255,7 @@ class PredictConfig(StageConfig):
         (), "photographs to predict, instead of --data", group=FILES, metavar="FILE"
     )
     exclude: str = option(
-        "", "file with one image name a line: leave these images out", group=DATA_ONLY,
+        "", "leave out the images that this file lists, one name per line", group=DATA_ONLY,
         metavar="FILE", per_host=True,
     )
     resume: bool = option(
@@ -275,13 +268,12 @@ class PredictConfig(StageConfig):
     )
     max_new_tokens: int = option(2048, "longest completion, in tokens", least=1, group=DECODING)
     repetition_penalty: float = option(
-        1.0, "divides the logits of tokens already written; Qwen2.5-VL's own is 1.05", least=1,
+        1.0, "divides the logits of tokens already written; Qwen2.5-VL's default is 1.05", least=1,
         group=DECODING,
     )
     scores: Literal["rank", "ones", "likelihood"] = option(
-        "rank",
-        "falling from 1.0 to 0.5 in the order of the text, as the authors do; all 1.0; or the "
-        "probability that the model gave to an instance's tokens", group=DECODING,
+        "rank", "from 1.0 down to 0.5 in the order of the text, as the authors do; all 1.0; or the "
+        "probability of the instance's tokens", group=DECODING,
     )
     slots: int = option(
         0, "images decoded at once on a rank; 0: as many as fit, up to 64", least=0, group=SPEED
@@ -300,24 +292,22 @@ class PredictConfig(StageConfig):
 class DemoConfig(Config):
     """All of it on a drawn data set, with a tiny model, on a laptop.
 
-    Draws people and objects in HICO-DET's format. Takes a Qwen2.5-VL of a million weights, which
-    can already describe such drawings, through SFT, GRPO, prediction and mAP, by the commands of a
-    real run. Ends with a table, pictures and a page, after about five minutes on two CPU cores. The
-    second line shows only that everything runs: a hundredth of the steps teaches nothing.
+    Draws people and objects in HICO-DET's format. Then runs SFT, GRPO, prediction and mAP by the
+    commands of a real run, with a Qwen2.5-VL of a million weights that can already describe such
+    drawings. Ends with a table, pictures and a page, after about five minutes on two CPU cores. The
+    second line below only checks that everything runs; in 1 % of the steps nothing is learned.
 
         python hoi_r1.py demo
         python hoi_r1.py demo --steps-scale 0.01 --test-images 20 --out runs/small
     """
 
     DRAWINGS = "drawings"
-    out: str = option("runs/demo", "folder for all that the demo writes", group=FILES)
+    out: str = option("runs/demo", "folder for everything the demo writes", group=FILES)
     resume: bool = option(
-        False, "go on with the demo in --out after its last finished command", group=FILES
+        False, "continue the demo in --out after its last finished command", group=FILES
     )
-    base: str = option("", "folder of another base model than demo/base_model", group=FILES)
-    train_base: bool = option(
-        False, "make the base model again, from random weights", group=FILES
-    )
+    base: str = option("", "base model to use instead of demo/base_model", group=FILES)
+    train_base: bool = option(False, "train the base model from random weights", group=FILES)
     train_images: int = option(10000, "number of training drawings", least=1, group=DRAWINGS)
     test_images: int = option(1000, "number of held-out drawings", least=1, group=DRAWINGS)
     complete: bool = option(False, "annotate every pair of the training images", group=DRAWINGS)
@@ -340,8 +330,8 @@ class DemoConfig(Config):
 class ReportConfig(Config):
     """One HTML page of one or more runs, side by side; needs no network.
 
-    The page tells whether a run is healthy and shows mAP, curves, rewards, examples, the APs of
-    evaluate.py --json, and the command that made each run.
+    The page judges whether a run is healthy. It shows mAP, curves, rewards, examples, the APs of
+    evaluate.py --json, and the command of each run.
 
         python hoi_r1.py report runs/sft runs/grpo runs/test
     """
@@ -388,8 +378,8 @@ class ShowConfig(Config):
 class CheckConfig(Config):
     """Read every image once, and list those that cannot be used.
 
-    An image must exist, decode fully and have its annotated size. A training stops at one that does
-    not, and `--exclude bad.txt` leaves the listed ones out.
+    Each image must exist, decode fully and have its annotated size. A training stops at an image
+    that does not; `--exclude bad.txt` leaves the listed images out.
 
         python hoi_r1.py check --data hico_20160224_det --out bad.txt
     """
@@ -400,7 +390,7 @@ class CheckConfig(Config):
     )
     out: str = option("", "file for the names of unusable images", metavar="FILE", group=FILES)
     workers: int = option(
-        0, "images read at a time; 0: as many as there are CPUs", least=0, group=SPEED
+        0, "number of images read at a time; 0: one per CPU", least=0, group=SPEED
     )
 
 

@@ -1,4 +1,4 @@
-"""Files: locked, read line by line, replaced whole."""
+"""File access: locks, reading line by line, atomic replacement."""
 
 import fcntl
 import json
@@ -12,11 +12,11 @@ from typing import IO
 
 from hicodet import InputError
 
-LOCK_SECONDS = 3.0  # the image workers of a killed trainer may need this long to end
+LOCK_SECONDS = 3.0  # the image workers of a killed trainer may take this long to end
 
 
 def lock(file: IO) -> None:
-    """Keep other processes from a file until it is closed. Raises InputError if one keeps it."""
+    """Lock a file until it is closed. Raises InputError if another process holds the lock."""
     last = time.monotonic() + LOCK_SECONDS
     while True:
         try:
@@ -43,9 +43,9 @@ def naming(path: str | Path) -> Iterator[None]:
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """A path to write a file or folder to, which is renamed to `path` when it is whole.
+    """A temporary path to write a file or folder to, renamed to `path` when it is complete.
 
-    Raises OSError naming it if it cannot be written; then nothing of it stays.
+    Raises OSError naming the path if writing fails, and removes what was written.
     """
     new = path.with_name(path.name + ".tmp")
     try:
@@ -58,14 +58,14 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def move(new: Path, path: Path) -> None:
-    """Put a file or folder in the place of another one, if there is one."""
+    """Rename a file or folder, replacing any at the new path."""
     if path.is_dir():
         shutil.rmtree(path)
     os.replace(new, path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or folder, if it is there."""
+    """Remove a file or folder, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -73,7 +73,7 @@ def remove(path: Path) -> None:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Write a file aside and rename it, so that it is always whole; a pipe or device stays one."""
+    """Write a file atomically; a pipe or device is written to directly."""
     if path.exists() and not path.is_file():
         with naming(path):
             path.write_text(text)
@@ -83,12 +83,12 @@ def replace_file(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Replace a JSON file, whole."""
+    """Write a JSON file atomically."""
     replace_file(path, json.dumps(value, indent=2) + "\n")
 
 
 def read_object(path: Path) -> dict:
-    """The object of a JSON file. Raises InputError naming a file that holds none."""
+    """The object in a JSON file. Raises InputError naming a damaged file."""
     try:
         value = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
@@ -99,10 +99,10 @@ def read_object(path: Path) -> dict:
 
 
 def json_lines(path: str | Path, *, cut_last: bool = False) -> Iterator[tuple[str, object]]:
-    """The values of a JSON lines file, each with its place, "FILE, line 7", for an error to name.
+    """The values of a JSON lines file, each with its place, as in "FILE, line 7".
 
-    cut_last: a last line without its line break was cut by a crash, and is left out.
-    Raises InputError naming file and line for what is not JSON, and for one list of all values.
+    cut_last: skip a last line without a line break, which a crash has cut.
+    Raises InputError naming file and line if it is not JSON, or if the file is one JSON list.
     """
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):

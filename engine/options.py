@@ -1,6 +1,6 @@
-"""Options of a command: the fields of a dataclass become flags, and their texts the --help page.
+"""Command-line options: the fields of a dataclass become flags, their texts the --help page.
 
-Standard library only, so that --help and a typo are answered at once.
+Only the standard library is imported, so that --help is fast.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import textwrap
 import typing
 from dataclasses import MISSING, Field, dataclass, field, fields
 
-WIDTH = 79  # of the text on a page; argparse fits the options to the terminal
+WIDTH = 79  # characters of text; argparse fits the options to the terminal
 METAVARS = {int: "N", float: "X"}
 
 
@@ -27,12 +27,12 @@ def option(
     on_resume: str = "",
     per_host: bool = False,
 ):
-    """A field of a Config: one option, with all that the project knows about it.
+    """A field of a Config, which defines one option.
 
-    text: its line of --help. group: the heading above it. least, below: its bounds. paper: the
-    section that gives the default. metavar: what stands for the value, as FILE does in --json FILE.
-    on_resume: what --resume does if the value differs from the run's, "refuse", "allow" or "note"
-    (in config.json); "": as its group does. per_host: ranks may have different values.
+    text: its line of --help. group: its heading. least, below: its bounds. paper: the section that
+    gives the default. metavar: placeholder of the value, such as FILE in --json FILE. on_resume:
+    what --resume does if the value differs from the run's: "refuse", "allow" or "note" it in
+    config.json; "": as its group. per_host: ranks may have different values.
     """
     names = ("text", "group", "least", "below", "paper", "metavar", "positional", "on_resume")
     given = locals()
@@ -40,16 +40,16 @@ def option(
 
 
 def required(text: str, *, group: str, **more):
-    """A field of a Config that must be given: a flag, or a word without one. more: of `option`."""
+    """A field of a Config that must be given. more: of `option`."""
     return option(MISSING, text, group=group, **more)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Options of a command, each within its bounds or None."""
+    """Base class of a command's options; checks their bounds."""
 
-    GROUPS = ()  # the headings in the order of the page; others follow as they come
-    FREE = ()  # those whose options --resume may change
+    GROUPS = ()  # headings in the order of the page; others follow
+    FREE = ()  # headings whose options --resume may change
 
     def __post_init__(self):
         for f in fields(self):
@@ -89,9 +89,9 @@ def flag_of(name: str) -> str:
 def parse_config(
     config_class: type, page: str, argv: list[str] | None = None, *, prog: str | None = None
 ):
-    """The config that the command line gives. Exits on --help and on a mistake.
+    """The config from the command line. Exits on --help and on errors.
 
-    page: what --help prints above the options.
+    page: text that --help prints above the options.
     """
     parser = argparse.ArgumentParser(prog=prog, **_layout(page))
     add_options(parser, config_class)
@@ -101,7 +101,7 @@ def parse_config(
 def parse_stage(
     stages: dict[str, type], page: str, argv: list[str] | None = None, *, prog: str | None = None
 ):
-    """The config of the stage that the first word names. The page of a stage is its docstring."""
+    """The config of the stage named by the first word; its docstring is its help page."""
     parser = argparse.ArgumentParser(
         prog=prog, usage="%(prog)s STAGE [options]", **_layout(page),
         epilog="The options of a stage, with an example: %(prog)s STAGE --help",
@@ -119,7 +119,7 @@ def parse_stage(
 
 
 def _make(config_class: type, parser: argparse.ArgumentParser, values: dict):
-    """The config of the values that were given. Its ValueError becomes the parser's error."""
+    """The config with the given values. Its ValueError becomes the parser's error."""
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
     try:
         return config_class(**values)
@@ -128,7 +128,7 @@ def _make(config_class: type, parser: argparse.ArgumentParser, values: dict):
 
 
 def _layout(page: str) -> dict:
-    """How a parser prints this page: paragraphs are filled, indented ones stay as they are."""
+    """Parser arguments to print a page: paragraphs are filled, indented ones stay as written."""
     parts = [
         part if part.startswith(" ") else textwrap.fill(part, WIDTH, break_on_hyphens=False)
         for part in page.strip("\n").split("\n\n")
@@ -138,7 +138,7 @@ def _layout(page: str) -> dict:
 
 
 def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add a flag for each field, or a word without one if it is positional, under its heading."""
+    """Add an argument for each field, under its heading."""
     kinds, usage = typing.get_type_hints(config_class), ["%(prog)s"]
     used = dict.fromkeys(f.metadata["group"] for f in fields(config_class))
     order = [name for name in config_class.GROUPS if name in used]
@@ -154,12 +154,12 @@ def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
 
 
 def _argument(f: Field, kind) -> tuple[str, dict]:
-    """The name and the options of add_argument for a field. What is not given is left out."""
+    """The name and the options of add_argument for a field; no value if it is not given."""
     options = {"default": argparse.SUPPRESS}
-    if type(None) in typing.get_args(kind):  # None: not given
+    if type(None) in typing.get_args(kind):  # optional
         kind = typing.get_args(kind)[0]
     if kind is bool:
-        twin = f.default is not False  # one that is on, or undecided, can also be switched off
+        twin = f.default is not False  # with a --no-... form, if it is on or undecided
         action = argparse.BooleanOptionalAction if twin else "store_true"
         return flag_of(f.name), options | {"action": action}
     if typing.get_origin(kind) is tuple:
@@ -176,7 +176,7 @@ def _argument(f: Field, kind) -> tuple[str, dict]:
 
 
 def _help(f: Field) -> str:
-    """The line of an option: its text, and its default with the section that gives it."""
+    """The help line of an option: its text, its default, and the section that gives it."""
     text, default, paper = f.metadata["text"], f.default, f.metadata["paper"]
     if type(default) in (int, float, str) and default not in ("", math.inf):
         shown = f"{default:g}".replace("e-0", "e-") if type(default) is float else default

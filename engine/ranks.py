@@ -1,4 +1,4 @@
-"""Ranks: the processes of one run, what they exchange, and what they must have in common."""
+"""Ranks: the processes of one run, what they exchange, and what they must agree on."""
 
 import os
 import socket
@@ -25,7 +25,7 @@ class Ranks:
     def share(self, batch: list) -> tuple[list, list[float]]:
         """This rank's part of a batch, and weights of 1.
 
-        A rank without a part takes the first item with weight 0: every rank takes part in every
+        A rank without a part takes the first item with weight 0, as every rank must join every
         collective call.
         """
         mine = batch[self.rank :: self.world]
@@ -38,7 +38,7 @@ class Ranks:
         return [row for part in parts for row in part]
 
     def numbers(self, value: float) -> list[float]:
-        """A number of each rank, rank after rank, on every rank: `gather` without its pickling."""
+        """A number from each rank, in rank order, on every rank; `gather` without pickling."""
         mine = torch.tensor(value, dtype=torch.float64)
         found = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(found, mine)
@@ -49,7 +49,7 @@ class Ranks:
         return sum(self.numbers(value))
 
     def print(self, *values) -> None:
-        """print on the first rank."""
+        """Print on the first rank."""
         if self.rank == 0:
             print(*values, flush=True)
 
@@ -57,8 +57,8 @@ class Ranks:
 def start_ranks(timeout: timedelta = timedelta(weeks=1)) -> Ranks:
     """Join torchrun's process group, or open one of a single process.
 
-    timeout: how long a rank waits for the others before it gives up, as when a host is gone. By
-    default longer than any work that a rank may have left when another has none.
+    timeout: how long a rank waits for the others before it gives up, for instance when a host is
+    gone. The default is longer than any rank's remaining work.
     """
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
@@ -74,7 +74,7 @@ def start_ranks(timeout: timedelta = timedelta(weeks=1)) -> Ranks:
 
 
 def require_flash(device: torch.device) -> None:
-    """Raise InputError for a GPU on which PyTorch's flash attention, in bf16, does not run."""
+    """Raise InputError for a GPU without PyTorch's flash attention in bf16."""
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         raise InputError(
@@ -86,7 +86,7 @@ def require_flash(device: torch.device) -> None:
 def use_all_cores() -> None:
     """Let AdamW on the host (`--offload`) use this rank's share of the cores.
 
-    torchrun sets OMP_NUM_THREADS=1 for each rank. Any other value is the user's, and stays.
+    torchrun sets OMP_NUM_THREADS=1. Any other value is the user's choice, and stays.
     """
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":
         cores, ranks = len(os.sched_getaffinity(0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -94,14 +94,14 @@ def use_all_cores() -> None:
 
 
 def patient_group():
-    """A process group that waits for weeks, for ranks that wait while the first one writes."""
+    """A process group with a timeout of weeks, to wait while the first rank writes."""
     return dist.new_group(backend="gloo", timeout=timedelta(weeks=1))
 
 
 def on_first(ranks: Ranks, act: Callable, group=None):
-    """act() on the first rank; None on the others. Its InputError or OSError ends all ranks.
+    """act() on the first rank, None on the others. Its InputError or OSError ends all ranks.
 
-    group: in which the others wait, within its timeout.
+    group: the process group in which the others wait; its timeout applies.
     """
     result, refusal = None, ""
     if ranks.rank == 0:
@@ -115,7 +115,7 @@ def on_first(ranks: Ranks, act: Callable, group=None):
 
 
 def end_all(reason: str, ranks: Ranks) -> None:
-    """End all ranks, which all call this. The first one raises InputError with the reason."""
+    """End all ranks; all must call it. The first one raises InputError with the reason."""
     if ranks.rank:
         sys.exit(1)
     raise InputError(reason)
@@ -124,10 +124,10 @@ def end_all(reason: str, ranks: Ranks) -> None:
 def require_agreement(
     settings: dict, free: set[str], ranks: Ranks, names: dict[str, str] | None = None
 ) -> None:
-    """End all ranks, naming the first difference, unless all have the settings of the first.
+    """End all ranks, naming the first difference, if their settings differ.
 
-    settings: options, and hashes of what they name. free: settings that may differ. names: how to
-    call settings that are no options.
+    settings: options, and hashes of what they name. free: settings that may differ. names: what
+    errors call settings that are not options.
     """
     host = socket.gethostname()
     first, first_host = ranks.gather([(settings, host)])[0]

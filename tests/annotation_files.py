@@ -9,7 +9,7 @@ import hicodet
 
 
 def struct(*records):
-    """Dicts as what MATLAB writes for a struct array: an object array with named fields."""
+    """Dicts as a MATLAB struct array: an object array with named fields."""
     names = list(records[0]) if records else ["x1", "x2", "y1", "y2"]
     array = np.empty((1, len(records)), dtype=[(name, object) for name in names])
     for index, record in enumerate(records):

@@ -93,7 +93,8 @@ class PeerExamples(Examples):
     """Examples whose completions never end, each decoded as one of three answers."""
 
     def __init__(self, model: str, samples: list[hicodet.Sample], task: dict):
-        super().__init__(model, samples, prompt_text=lambda thinking: task["text"])
+        super().__init__(model, samples)
+        self.questions = dict.fromkeys((True, False), self.question(task["text"], model))
         self.end_id, self.refused = -1, torch.tensor(task["banned"])
 
     def banned(self, vocabulary: int) -> Tensor:

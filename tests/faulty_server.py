@@ -1,4 +1,4 @@
-"""A server of chat completions on loopback that fails as real ones do."""
+"""A server of chat completions on loopback with the faults of real servers."""
 
 import json
 import select
@@ -14,9 +14,9 @@ FAULTS = ("429", "500", "half a body", "invalid JSON", "closed socket", "stall")
 
 
 class Server(ThreadingHTTPServer):
-    """Chat completions on 127.0.0.1; `answer()` says what to do with each request.
+    """Chat completions on 127.0.0.1; `answer()` decides the reply to each request.
 
-    It returns a fault's name, a status with a body and perhaps headers, or the content of a
+    It returns the name of a fault, a status with a body and perhaps headers, or the content of a
     completion. As an HTTP proxy the server answers for every host.
     """
 
@@ -52,14 +52,14 @@ class Handler(BaseHTTPRequestHandler):
             answer = server.answer()
         server.asked.set()
         time.sleep(server.delay)
-        with server.lock:  # before the reply: the next request may come before this line otherwise
+        with server.lock:  # before the reply: the next request follows it at once
             server.in_flight -= 1
             fault = answer if answer in FAULTS else ("ok" if isinstance(answer, str) else "status")
             server.outcomes[fault] += 1
         self.respond(answer)
 
     def do_CONNECT(self):
-        """A request to pass HTTPS on, which this proxy refuses."""
+        """Refuse to pass HTTPS on."""
         self.server.paths.add(self.path)
         self.server.keys.add(self.headers["Authorization"])
         self.send(403, b"not through here")

@@ -1,10 +1,10 @@
-"""Detections and true pairs, by hand and at random, and a slow and obvious evaluator of them."""
+"""Detections and true pairs, by hand and at random, and a slow evaluator as a reference."""
 
 from pathlib import Path
 
 import hicodet
 
-MANY = [100] * 600  # training counts with which no class is rare
+MANY = [100] * 600  # training counts: no class is rare
 RIDE_BICYCLE = hicodet.HOI_CLASSES.index(("ride", "bicycle"))
 HOLD_BICYCLE = hicodet.HOI_CLASSES.index(("hold", "bicycle"))
 RIDE_HORSE = hicodet.HOI_CLASSES.index(("ride", "horse"))
@@ -45,8 +45,11 @@ def reference_iou(a, b):
 
 
 def reference_ap(detections, truth, seen):
-    """One class, one detection after the other. detections: (image, human, object, score) in the
-    order of ties; truth: (image, human, object). `seen` counts how often each rule decided."""
+    """AP of one class, one detection after the other.
+
+    detections: (image, human, object, score) in the order of ties; truth: (image, human, object).
+    `seen` counts how often each rule decided.
+    """
     taken, right = [False] * len(truth), []
     for image, human, object_, _ in sorted(detections, key=lambda detection: -detection[3]):
         best, best_overlap = None, float("-inf")
@@ -66,7 +69,7 @@ def reference_ap(detections, truth, seen):
 
 
 def eleven_points(right, npos):
-    """AP as in VOCevaldet_bboxpair.m. right: of each detection, in the order of falling score."""
+    """AP as in VOCevaldet_bboxpair.m. right: a bool for each detection, highest score first."""
     hits, points = 0, []
     for seen, is_right in enumerate(right, start=1):
         hits += is_right
@@ -75,20 +78,20 @@ def eleven_points(right, npos):
 
 
 def random_box(rng):
-    """Boxes on a coarse grid, 10 or 20 pixels wide, so that equal and half overlaps are common."""
+    """Boxes on a coarse grid, 10 or 20 pixels wide: equal and half overlaps are common."""
     x, y = rng.choice((0, 5, 10, 40)), rng.choice((0, 5))
     return (x, y, x + rng.choice((9, 9, 19)), y + 9)
 
 
 def disturbed(box, rng):
-    """The same box, or half of it, or inverted, or another one."""
+    """The same box, half of it, the inverted box, or another one."""
     x1, y1, x2, y2 = box
     half = (x1, y1, x1 + (x2 - x1 + 1) / 2 - 1, y2)
     return rng.choice((box, box, box, half, (x2, y1, x1, y2), random_box(rng)))
 
 
 def random_problem(rng):
-    """Samples and lines with many ties; image 0 has no true pair, the last class none anywhere."""
+    """Samples and lines with many ties. Image 0 and the last class have no true pair."""
     hoi_ids = [RIDE_BICYCLE, HOLD_BICYCLE, RIDE_HORSE, 599]
     samples, lines = [], []
     for image in range(rng.randint(2, 7)):

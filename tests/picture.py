@@ -2,7 +2,7 @@
 
     python -m tests.picture runs/demo/test_grpo/report.html assets/report.png health curves
 
-The last words are sections by their names in engine/report/page.py; without any, the whole page.
+The last words name sections of engine/report/page.py. Without them it shows the whole page.
 """
 
 import re
@@ -18,7 +18,7 @@ COLOURS = 256  # of a palette: a third of the bytes
 
 
 def take(page: Path, path: Path, sections: list[str]) -> None:
-    """Write a PNG of the page with these sections alone."""
+    """Write a PNG of the page with only these sections."""
     text = page.read_text()
     for name in re.findall(r'<section id="(\w+)">', text) if sections else ():
         if name not in sections:

@@ -6,7 +6,7 @@ import sys
 
 
 def end_of(main, *arguments):
-    """Run a program's main(argv). Returns its exit status, or the error line with which it ends."""
+    """Run a program's main(argv). Returns its exit status, or its error line."""
     stderr, status = io.StringIO(), None
     with contextlib.redirect_stderr(stderr):
         try:

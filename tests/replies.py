@@ -1,4 +1,4 @@
-"""A teacher's replies, and samples to ask about, for the tests of teacher.py."""
+"""A teacher's replies, and samples for its requests."""
 
 import json
 
@@ -12,7 +12,7 @@ USAGE = {"prompt_tokens": 1000, "completion_tokens": 100}
 
 
 def reply(content, finish_reason="stop", **message):
-    """A chat completion; more fields of its message may be given."""
+    """A chat completion. message: more fields of its message."""
     choice = {"message": {"content": content, **message}, "finish_reason": finish_reason}
     return {"choices": [choice], "usage": USAGE}
 

@@ -1,6 +1,7 @@
-"""Folders of runs as the programs leave them, written by hand: no model and no GPU."""
+"""Run folders as the programs write them, made by hand without a model or a GPU."""
 
 import json
+from dataclasses import replace
 
 from PIL import Image
 
@@ -33,41 +34,39 @@ def change_config(folder, **changes):
     write_config(folder, **json.loads((folder / "config.json").read_text()) | changes)
 
 
-def write_training(root, *, steps=20, parts=PARTS, model="Qwen/Qwen2.5-VL-3B-Instruct"):
-    """A GRPO run of `steps` steps in root/grpo."""
+def write_training(root, *, parts=PARTS, model="Qwen/Qwen2.5-VL-3B-Instruct"):
+    """A GRPO run of 20 steps in root/grpo."""
     folder, data = root / "grpo", root / "data"
     command = ["hoi_r1.py", "grpo", "--model", model, "--data", str(data)]
-    options = {"model": model, "data": str(data), "steps": steps, "batch_size": 16}
+    options = {"model": model, "data": str(data), "steps": 20, "batch_size": 16}
     write_config(folder, stage="grpo", command=command, reward_parts=parts, **options)
-    rows = [metrics_row(step, parts) for step in range(1, steps + 1)]
-    write_lines(folder / "metrics.jsonl", rows)
-    write_lines(folder / "rollouts.jsonl", [group_row(steps, 1.0, 3.0, parts=parts)])
+    write_lines(folder / "metrics.jsonl", [metrics_row(step, parts) for step in range(1, 21)])
+    write_lines(folder / "rollouts.jsonl", [group_row(20, 1.0, 3.0, parts=parts)])
     write_image(data / "images" / "train2015" / "a.jpg")
     return folder
 
 
-def write_sft(root, *, steps=50, **config):
-    """An SFT run in root/sft."""
-    config = {"model": "base", "data": str(root / "data"), "batch_size": 8, "steps": steps} | config
+def write_sft(root, **config):
+    """An SFT run of 50 steps in root/sft."""
+    config = {"model": "base", "data": str(root / "data"), "batch_size": 8, "steps": 50} | config
     write_config(root / "sft", stage="sft", **config)
-    rows = [{"step": step, "loss": 1 / step, "learning_rate": 1e-6} for step in range(1, steps + 1)]
+    rows = [{"step": step, "loss": 1 / step, "learning_rate": 1e-6} for step in range(1, 51)]
     write_lines(root / "sft" / "metrics.jsonl", rows)
     return root / "sft"
 
 
-def metrics_row(step, parts=PARTS):
+def metrics_row(step, parts):
     row = {"step": step, "loss": 1 / step, "grad_norm": 1.0, "kl": 0.01 * step, "entropy": 0.5}
     row |= {"logprob_gap": 1e-3, "clip_fraction": 0.0, "truncated": 0.0, "skipped": False}
-    for part in ("total", *parts):
-        row |= {f"reward_{part}": 0.5 + 0.01 * step, f"reward_{part}_std": 0.1}
+    row |= {f"reward_{part}": 0.5 + 0.01 * step for part in ("total", *parts)}
     row |= {f"advantage_{part}": i / 10 for i, part in enumerate(parts)}
     row |= {"instances": 1.2, "instances_true": 2.3, "learning_rate": 1e-6}
     return row | {"seconds": 9.0, "share_waiting": 0.05}
 
 
 def instance_row(hoi):
-    boxes = {"human": list(hoi.human), "object": list(hoi.object)}
-    return boxes | {"object_class": hoi.object_class, "verbs": list(hoi.verbs)}
+    row = {"human": list(hoi.human), "object": list(hoi.object), "object_class": hoi.object_class}
+    return row | {"verbs": list(hoi.verbs), "scores": [1.0] * len(hoi.verbs)}
 
 
 def group_row(step, *totals, parts=PARTS):
@@ -80,25 +79,21 @@ def group_row(step, *totals, parts=PARTS):
     return {"step": step, "file_name": "a.jpg", "completions": completions}
 
 
-def write_prediction(root, rewards=(3.0, 1.0, 2.0), *, data=None, names=()):
-    """A prediction of one image per reward, and its mAP, in root/test.
-
-    data, names: images that are there already; without them they are written.
-    """
-    folder, names = root / "test", names or [f"{i}.jpg" for i in range(len(rewards))]
-    options = {"model": str(root / "grpo/model"), "data": str(data or root / "data")}
-    options |= {"split": "test", "scores": "rank", "command": ["hoi_r1.py", "predict"]}
+def write_prediction(root, rewards=(3.0, 1.0, 2.0)):
+    """A prediction of one image per reward, and its mAP, in root/test."""
+    folder = root / "test"
+    options = {"model": str(root / "grpo/model"), "data": str(root / "data"), "split": "test"}
+    options |= {"scores": "rank", "command": ["hoi_r1.py", "predict"]}
     write_config(folder, stage="predict", **options)
     summary = {"images": len(rewards), "truncated": 0.5, "reward": {"total": 2.0}}
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = []
-    for i, (name, total) in enumerate(zip(names, rewards)):
-        instances = [instance_row(TRUTH) | {"verbs": ["ride"], "scores": [1.0]}]
-        line = {"file_name": name, "text": EVIL, "instances": instances}
+    for i, total in enumerate(rewards):
+        instances = [instance_row(replace(TRUTH, verbs=("ride",)))]
+        line = {"file_name": f"{i}.jpg", "text": EVIL, "instances": instances}
         reward = None if total is None else {"format": 0.2, "total": total}
         rows.append({"index": i, "length": 3, "finished": True, "line": line, "reward": reward})
-        if data is None:
-            write_image(root / "data" / "images" / "test2015" / name)
+        write_image(root / "data" / "images" / "test2015" / f"{i}.jpg")
     write_lines(folder / "part-0000.jsonl", rows)
     (folder / "map.json").write_text(json.dumps(result()))
     return folder
@@ -108,6 +103,5 @@ def result(**changes):
     """A result of evaluate.py in which class i has an AP of i / 1000, and the last no true pair."""
     ap = [i / 1000 for i in range(len(HOI_CLASSES))]
     means = {"full": 0.1234, "rare": None, "non_rare": 0.2, "ap": ap}
-    pairs = [7] * 599 + [0]
-    values = {"default": means, "known_object": means}
-    return values | {"true_pairs": pairs, "classes": "present", "num_images": 3} | changes
+    values = {"default": means, "known_object": means, "true_pairs": [7] * 599 + [0]}
+    return values | {"classes": "present", "num_images": 3} | changes

@@ -17,6 +17,7 @@ import hoi_r1
 import predict
 import sft
 from demo import toy
+from engine import configs
 from engine.data import annotations
 from engine.data.examples import Examples
 from engine.model.optimizer import ClippedAdamW
@@ -57,7 +58,7 @@ def config_of(stage, folder, out, **changes):
         values |= {"batch_size": 4, "learning_rate": 1e-3}
     if stage == "grpo":
         values |= {"batch_size": 3, "learning_rate": 1e-3, "max_new_tokens": 12, "max_steps": 3}
-    return hoi_r1.STAGES[stage](**values | changes)
+    return configs.STAGES[stage](**values | changes)
 
 
 def run(config):

@@ -19,7 +19,7 @@ REPO = Path(__file__).resolve().parents[1]
 # ---- anno_bbox.mat and anno.mat
 
 
-def test_boxes_are_moved_to_zero_once_and_do_not_wrap(tmp_path):
+def test_boxes_become_0_based_without_overflow(tmp_path):
     # The corner pixel (1, 1) becomes (0, 0); a 0 in unsigned bytes becomes -1 and not 255.
     entry = hoi(1, humans=[box(1, 1, 255, 200)], objects=[box(0, 3, 4, 5)])
     (sample,) = load_split(write(tmp_path, image("a.jpg", entry)), "test")
@@ -54,10 +54,10 @@ def test_invisible_and_empty_entries(tmp_path):
 
 def test_known_objects_come_from_the_image_level_labels(tmp_path):
     root = write(tmp_path, image("a.jpg", hoi(1)), image("b.jpg", hoi(2)))
-    labels = np.full((600, 2), np.nan)  # not asked
+    labels = np.full((600, 2), np.nan)  # not annotated
     labels[0] = [-1, 1]  # airplane: no, yes
     labels[RIDE_HORSE] = [1, 0]  # horse: yes, ambiguous
-    write_labels(root, ["b.jpg", "a.jpg"], labels)  # another order than anno_bbox.mat's
+    write_labels(root, ["b.jpg", "a.jpg"], labels)  # not in the order of anno_bbox.mat
     a, b = load_split(root, "test")
     assert a.known_objects == {"airplane"} and b.known_objects == {"horse"}
     write_labels(root, ["b.jpg"], np.ones((600, 1)))
@@ -65,28 +65,18 @@ def test_known_objects_come_from_the_image_level_labels(tmp_path):
         load_split(root, "test")
 
 
-def test_training_counts(tmp_path):
-    entry, hidden = hoi(3, connection=[[1, 1], [1, 1]]), hoi(3, invis=1)
-    counts = training_counts(write(tmp_path, image("a", entry), image("b", hidden, entry)))
-    assert counts[2] == 4 and sum(counts) == 4 and len(counts) == 600
-
-
 WRONG_IMAGES = {
     "tuple index out of range": image("a", hoi(601)),
     "no field of name id": image("a", {k: v for k, v in hoi(1).items() if k != "id"}),
     "KeyError: 2": image("a", hoi(1, [[2, 1]])),
-    "cannot reshape": image("a", hoi(1, [[1, 1, 1]])),
-    "IndexError: invalid index": image("a", hoi(1) | {"bboxhuman": np.array([[1.0, 2, 3, 4]])}),
 }
 
 
 @pytest.mark.parametrize("message", WRONG_IMAGES)
 def test_wrong_image_is_named(tmp_path, message):
     root = write(tmp_path, WRONG_IMAGES[message])
-    with pytest.raises(InputError, match=re.escape(message)) as caught:
+    with pytest.raises(InputError, match=rf"^{root}/anno_bbox.mat, bbox_test\(1\): .*{message}"):
         load_split(root, "test")
-    where = f"{tmp_path / 'anno_bbox.mat'}, bbox_test(1): "
-    assert str(caught.value).startswith(where) and "hico_20160224_det" in str(caught.value)
 
 
 def test_wrong_files_are_named(tmp_path):
@@ -96,11 +86,10 @@ def test_wrong_files_are_named(tmp_path):
     with pytest.raises(InputError, match="KeyError: 'bbox_test'"):
         load_split(write(tmp_path, good, bbox_test=None), "test")
     swapped = (hicodet.HOI_CLASSES[1], hicodet.HOI_CLASSES[0], *hicodet.HOI_CLASSES[2:])
-    for actions in (swapped, hicodet.HOI_CLASSES[:599]):
-        with pytest.raises(InputError, match="list_action: .*not the 600 HOI classes"):
-            load_split(write(tmp_path, good, actions=actions), "test")
+    with pytest.raises(InputError, match="list_action: .*not the 600 HOI classes"):
+        load_split(write(tmp_path, good, actions=swapped), "test")
     whole = (write(tmp_path, good) / "anno_bbox.mat").read_bytes()
-    for content in (b"", b"<html>not found</html>" * 50, whole[: len(whole) // 2], whole[:200]):
+    for content in (b"", b"<html>not found</html>" * 50, whole[: len(whole) // 2]):
         (tmp_path / "anno_bbox.mat").write_bytes(content)
         with pytest.raises(InputError, match="anno_bbox.mat: .*; expected the layout of hico_2016"):
             load_split(tmp_path, "test")
@@ -110,9 +99,8 @@ def test_real_annotations(real_samples):
     assert len(real_samples) == 9658
     assert sum(bool(sample.pairs) for sample in real_samples) == 9546
     assert sum(len(sample.pairs) for sample in real_samples) == 33405
-    # First image: human boxes (320, 306)-(359, 349), (270, 303)-(311, 350) and one bench, from 1.
-    first = real_samples[0]
-    bench = (147, 344, 375, 413)
+    # 1-based in the file: people at (320, 306)-(359, 349) and (270, 303)-(311, 350), one bench
+    first, bench = real_samples[0], (147, 344, 375, 413)
     humans = (319, 305, 358, 348), (269, 302, 310, 349)
     assert first.pairs == tuple(Pair(human, bench, 245) for human in humans)
     assert (first.width, first.height, first.known_objects) == (640, 427, {"bench"})
@@ -157,11 +145,9 @@ def with_pair(**changes):
 
 WRONG_LINES = {
     "not JSON (": '{"file_name": "b.jp',
-    "the line must be an object; found 7": "7",
     "'file_name' must be on one line of a split only; found 'a.jpg'": own_line("a.jpg"),
     "'split' must be \"train\" or \"test\"; found 'val'": own_line("b.jpg", "val"),
     "'height' of the line must be a whole number; found 9.5": own_line("b.jpg") | {"height": 9.5},
-    "pairs[0] must be an object; found [1, 2]": own_line("b.jpg") | {"pairs": [[1, 2]]},
     "'verb' of pairs[1] must be a text; found ['ride']": with_pair(verb=["ride"]),
     "'verb' of pairs[1] must be one that HICO has with 'bike'": with_pair(object_class="bike"),
 }  # fmt: skip
@@ -197,12 +183,12 @@ def test_missing_images_are_counted_and_the_first_is_named(tmp_path):
     require_images(samples)
 
 
-def test_the_converter_of_the_docs_writes_own_annotations(tmp_path, monkeypatch):
+def test_converter_of_the_docs_writes_own_annotations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     boxes = [{"id": 5, "image_id": 1, "category_id": 7, "bbox": [0, 0, 10, 20]},
              {"id": 6, "image_id": 1, "category_id": 8, "bbox": [2.5, 3, 4, 5]}]  # fmt: skip
-    images = [{"id": 1, "file_name": "a.jpg", "width": 64, "height": 48},
-              {"id": 2, "file_name": "b.jpg", "width": 64, "height": 48}]  # fmt: skip
+    images = [{"id": number, "file_name": name, "width": 64, "height": 48}
+              for number, name in ((1, "a.jpg"), (2, "b.jpg"))]  # fmt: skip
     categories = [{"id": 7, "name": "person"}, {"id": 8, "name": "bicycle"}]
     coco = {"images": images, "annotations": boxes, "categories": categories}
     (tmp_path / "instances.json").write_text(json.dumps(coco))

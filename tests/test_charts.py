@@ -10,16 +10,13 @@ from engine.report.charts import Line, line_chart
 NAN = float("nan")
 
 
-@pytest.mark.parametrize(
-    "low, high, expected",
-    [
-        (0, 3.8, [0, 1, 2, 3, 4]),
-        (0, 0.08, [0, 0.02, 0.04, 0.06, 0.08]),
-        (-1.2, 0.9, [-2, -1, 0, 1]),
-        (0, 0, [0, 1]),
-        (0, 1e-6, [0, 5e-7, 1e-6]),
-    ],
-)
+@pytest.mark.parametrize("low, high, expected", [
+    (0, 3.8, [0, 1, 2, 3, 4]),
+    (0, 0.08, [0, 0.02, 0.04, 0.06, 0.08]),
+    (-1.2, 0.9, [-2, -1, 0, 1]),
+    (0, 0, [0, 1]),
+    (0, 1e-6, [0, 5e-7, 1e-6]),
+])  # fmt: skip
 def test_ticks_are_round_and_hold_the_values(low, high, expected):
     assert charts.ticks(low, high, count=4) == pytest.approx(expected, rel=1e-9, abs=0)
 
@@ -33,8 +30,7 @@ def points(svg):
 
 def test_line_runs_from_corner_to_corner():
     ((first, last),) = points(line_chart([Line("a", "red", [0, 1], [0.0, 4.0])], "a"))
-    assert first == (charts.LEFT, charts.HEIGHT - charts.BOTTOM)
-    assert last == (charts.WIDTH - charts.RIGHT, charts.TOP)
+    assert first == (charts.LEFT, charts.FLOOR) and last == (charts.END, charts.TOP)
 
 
 def test_missing_value_cuts_the_line():

@@ -1,14 +1,19 @@
-"""README.md and docs/: links lead somewhere, tests exist, options are those of the code."""
+"""README.md and docs/: links, tests, files and flags exist, and the options are up to date."""
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from engine.configs import STAGES
+from engine.options import flag_of
 from tests import write_docs
+from tests.test_help import PROGRAMS, config_class
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("demo/**/*.md")])
+FOREIGN = {"--help", "--nproc_per_node", "--shm-size", "--reasoning-parser"}
 TESTS = "".join(path.read_text() for path in ROOT.glob("tests/*.py"))
 
 
@@ -19,7 +24,7 @@ def anchors(page: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page):
+def test_links_have_a_target(page):
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
         if target.startswith(("http://", "https://")):
@@ -39,7 +44,17 @@ def test_named_tests_and_files_exist(page):
         assert (ROOT / name).exists(), name
 
 
-def test_options_page_is_that_of_the_code():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_flags_exist(page):
+    """A flag in code belongs to one of our commands, or to torchrun, docker or vLLM."""
+    configs = [*STAGES.values(), *map(config_class, PROGRAMS.values())]
+    known = {flag_of(field.name) for config in configs for field in fields(config)} | FOREIGN
+    for code in re.findall(r"```.*?```|`[^`]+`", page.read_text(), re.DOTALL):
+        for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code):
+            assert flag.replace("--no-", "--") in known, flag
+
+
+def test_options_page_equals_the_code():
     """`python -m tests.write_docs` writes it."""
     assert write_docs.PAGE.read_text() == write_docs.page()
 

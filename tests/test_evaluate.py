@@ -1,4 +1,4 @@
-"""evaluate.py against the official code's numbers, a slow reference, and cases worked by hand."""
+"""evaluate.py: equality with the official code, a slow reference, and cases worked by hand."""
 
 import json
 import random
@@ -9,26 +9,18 @@ import pytest
 import evaluate
 from engine.data import annotations
 from engine.scoring.predictions import read_predictions, write_predictions
+from tests import pairs
 from tests.conftest import HICO_DET
-from tests.pairs import (
-    BOX,
-    FAR,
-    HOLD_BICYCLE,
-    MANY,
-    RIDE_BICYCLE,
-    RIDE_HORSE,
-    make_line,
-    make_sample,
-    random_problem,
-    reference_problem,
-)
+from tests.pairs import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, RIDE_HORSE, make_line, make_sample
+
+MANY = pairs.MANY
 
 # ---- the official code's result
 
 
 @pytest.fixture(scope="module")
 def official(real_samples, tmp_path_factory):
-    """The real samples and training counts, lines read from a file, the MATLAB code's result."""
+    """The real samples and training counts, predictions from a file, the MATLAB code's result."""
     lines = [make_line(sample.file_name) for sample in real_samples]
     with np.load(HICO_DET / "dets_c.npz") as file:
         boxes = file["boxes_h"] - 1, file["boxes_o"] - 1  # 1-based there
@@ -45,7 +37,7 @@ def official(real_samples, tmp_path_factory):
 
 @pytest.mark.parametrize("options", [{}, {"classes": "present"}, {"breakdown": True}])
 def test_equals_the_official_code(official, options):
-    """The real test set has true pairs of every class; the breakdown only adds to the result."""
+    """All classes have true pairs in the test set. The breakdown does not change the result."""
     samples, train_counts, lines, expected = official
     result = evaluate.evaluate(lines, samples, train_counts, **options)
     for ours, theirs in ("default", "default"), ("known_object", "known"):
@@ -71,13 +63,14 @@ def test_equals_the_reference_on_random_data():
     for _ in range(60):
         seed = random.randrange(2**32)
         rng = random.Random(seed)
-        samples, lines = random_problem(rng)
+        samples, lines = pairs.random_problem(rng)
         shuffled, before = rng.sample(lines, len(lines)), json.dumps(lines)
         result = evaluate.evaluate(shuffled, samples, MANY, breakdown=True)
         assert json.dumps(lines) == before  # arguments are not changed
         for setting in "default", "known_object":
             for hoi_id in range(600):
-                expected = reference_problem(samples, lines, hoi_id, setting != "default", seen)
+                expected = pairs.reference_problem(
+                    samples, lines, hoi_id, setting != "default", seen)
                 got = result[setting]["ap"][hoi_id]
                 assert got == pytest.approx(expected, abs=1e-12), (seed, setting, hoi_id)
     assert all(seen.values()), seen  # the data did exercise each rule
@@ -86,14 +79,13 @@ def test_equals_the_reference_on_random_data():
 # ---- cases worked by hand
 
 
-@pytest.mark.filterwarnings("error")  # absurd boxes have IoU 0, silently
+@pytest.mark.filterwarnings("error")  # no overflow
 def test_box_iou_counts_both_end_pixels():
-    boxes = np.array([[0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 9], [9, 0, 0, 9], [0, 0, 9, 9]], float)
-    other = np.array(
-        [[0, 0, 9, 9], [0, 0, 19, 9], [9, 9, 18, 18], [0, 0, 9, 9], [10, 0, 19, 9]], float
-    )
-    # Equal; 10x10 of 20x10; one shared pixel of 100 + 100 - 1; inverted; side by side.
-    assert evaluate.box_iou(boxes, other).tolist() == [1.0, 0.5, 1 / 199, 0.0, 0.0]
+    # Equal; 10x10 of 20x10; one shared pixel of 100 + 100 - 1; side by side.
+    other = np.array([[0, 0, 9, 9], [0, 0, 19, 9], [9, 9, 18, 18], [10, 0, 19, 9]], float)
+    assert evaluate.box_iou(np.array([BOX] * 4), other).tolist() == [1.0, 0.5, 1 / 199, 0.0]
+    inverted = np.array([[9.0, 0.0, 0.0, 9.0]])
+    assert evaluate.box_iou(inverted, np.array([BOX])).tolist() == [0.0]
     huge = np.array([[-1e308, -1e308, 1e308, 1e308], [1e308, -1e308, -1e308, 1e308]])
     assert evaluate.box_iou(huge, np.array([BOX, BOX])).tolist() == [0.0, 0.0]
 
@@ -113,10 +105,9 @@ def test_average_precision_by_hand(right, npos, expected):
 
 @pytest.mark.parametrize("found, levels", [(2, 3), (3, 3), (5, 6), (6, 6), (7, 7), (10, 11)])
 def test_recall_of_3_6_and_7_tenths_misses_its_level(found, levels):
-    # `found` of 10 at precision 1 reach the levels 0, .1, ..., found / 10, which are found + 1;
-    # but 3 * 0.1, 6 * 0.1 and 7 * 0.1 are one ulp above .3, .6 and .7.
-    right = np.ones(found, dtype=bool)
-    assert evaluate.average_precision(right, 10) == pytest.approx(levels / 11)
+    # A recall of found / 10 reaches found + 1 levels: 0, .1, ..., found / 10. The exceptions are
+    # 3 * 0.1, 6 * 0.1 and 7 * 0.1, which are one ulp above .3, .6 and .7.
+    assert evaluate.average_precision(np.ones(found, bool), 10) == pytest.approx(levels / 11)
 
 
 HERE, AWAY = (BOX, BOX), (FAR, FAR)
@@ -127,12 +118,10 @@ ONE_IMAGE = {  # true pairs, detections with scores, AP
     "exactly half": ([(BOX, (0, 0, 19, 9))], [(HERE, 1.0)], 1),  # 100 / 200
     "below half": ([(BOX, (0, 0, 20, 9))], [(HERE, 1.0)], 0),  # 100 / 210
     "only the human": ([HERE], [((BOX, FAR), 1.0)], 0),
-    "the most overlap": ([HERE, AWAY], [(HERE, 0.9), (AWAY, 0.8)], 1),
-    # Both detections overlap HERE most, so the second is wrong: precision 1 up to recall 1/2,
-    # 6 levels of 11. A second chance at the free pair would give 1.
+    # Both detections overlap HERE most, so the second is wrong: precision 1 up to recall 1/2, 6 of
+    # 11 levels. If the second could take the free pair, the AP would be 1.
     "a duplicate": ([HERE, WIDE], [(HERE, 0.9), (HERE, 0.8)], 6 / 11),
-    "wrong first": ([HERE], [(AWAY, 0.2), (HERE, 0.1)], 1 / 2),
-    "equal scores as they come": ([HERE], [(AWAY, 1.0), (HERE, 1.0)], 1 / 2),
+    "equal scores in the order of lines": ([HERE], [(AWAY, 1.0), (HERE, 1.0)], 1 / 2),
     "equal scores, right first": ([HERE], [(HERE, 1.0), (AWAY, 1.0)], 1),
 }
 
@@ -146,8 +135,8 @@ def test_one_image_by_hand(truth, detections, ap):
 
 
 def test_known_object_drops_detections_where_the_object_is_not_known():
-    # Wrong "ride bicycle" at the highest score in an image that shows a bicycle of another class
-    # (kept: precision 1/2), one that shows a horse, and one without true pairs (both dropped).
+    # Three wrong "ride bicycle" with the highest score. Image 0 shows a bicycle of another class:
+    # kept, precision 1/2. Image 1 shows a horse and image 2 has no true pair: dropped.
     wrong = [(BOX, BOX, RIDE_BICYCLE, 0.9)]
     found = (BOX, BOX, RIDE_BICYCLE, 0.5)
     samples = [
@@ -187,7 +176,7 @@ def test_means_over_all_or_present_and_rare_below_ten():
     assert official["max_recall"][RIDE_HORSE] == 0.0 and official["max_recall"][599] is None
 
 
-def test_nothing_to_average_is_none_and_a_dash():
+def test_mean_of_no_class_is_none_and_a_dash():
     result = evaluate.evaluate([make_line("a")], [make_sample("a")], MANY, classes="present")
     assert result["default"]["full"] is None
     assert evaluate.map_table(result).splitlines()[-1].split() == ["-"] * 6

@@ -1,4 +1,4 @@
-"""evaluate.py as a program: what it prints and writes, and the line in which a fault ends it."""
+"""evaluate.py as a program: what it prints and writes, and its errors of one line."""
 
 import json
 
@@ -7,7 +7,7 @@ import pytest
 import evaluate
 from engine.data import annotations
 from engine.scoring.predictions import read_predictions, write_predictions
-from tests.annotation_files import own_line, record, struct, write, write_own
+from tests.annotation_files import own_line, write_own
 from tests.pairs import BOX, FAR, HOLD_BICYCLE, RIDE_BICYCLE, make_line
 from tests.programs import end_of
 from tests.test_disk_full import no_file_above
@@ -17,24 +17,17 @@ TEST = {"a.jpg": [RARE], "b.jpg": [COMMON], "c.jpg": []}
 TRAIN = {f"t{i}.jpg": [COMMON, COMMON] + [RARE] * (i == 0) for i in range(5)}
 
 
-@pytest.fixture(params=["anno_bbox.mat", "annotations.jsonl"])
-def dataset(request, tmp_path):
+@pytest.fixture
+def dataset(tmp_path):
     """Three test images, two classes: one rare, one not."""
-    if request.param == "anno_bbox.mat":
-        test, train = ([record(*item) for item in images.items()] for images in (TEST, TRAIN))
-        write(tmp_path, *test, bbox_train=struct(*train))
-    else:
-        halves = {"test": TEST, "train": TRAIN}
-        write_own(tmp_path, *(own_line(n, s, p) for s in halves for n, p in halves[s].items()))
+    halves = {"test": TEST, "train": TRAIN}
+    write_own(tmp_path, *(own_line(n, s, p) for s in halves for n, p in halves[s].items()))
     write_predictions(tmp_path / "p.jsonl", [
-        make_line("c.jpg", [(*COMMON, 0.9)]),  # no bicycle there: wrong, dropped in Known Object
+        make_line("c.jpg", [(*COMMON, 0.9)]),  # wrong; c.jpg has no bicycle for Known Object
         make_line("b.jpg", [(*COMMON, 0.8)]),
         make_line("a.jpg", [(*RARE, 1.0)]),
     ])  # fmt: skip
     return tmp_path
-
-
-own_only = pytest.mark.parametrize("dataset", ["annotations.jsonl"], indirect=True)
 
 
 def run_main(*arguments):
@@ -58,8 +51,7 @@ def test_a_row_of_table_1_and_json(dataset, capsys):
     assert json.loads((dataset / "out.json").read_text()) == expected
 
 
-@own_only
-def test_breakdown_is_printed_and_written_as_well(dataset, capsys):
+def test_breakdown_is_printed_and_written(dataset, capsys):
     out = dataset / "out.json"
     assert run_main(dataset / "p.jsonl", "--data", dataset, "--json", out) is None
     plain, official = capsys.readouterr(), json.loads(out.read_text())
@@ -74,22 +66,20 @@ def test_breakdown_is_printed_and_written_as_well(dataset, capsys):
     assert written == official
 
 
-@own_only
 @pytest.mark.parametrize("flags, images, full", [
     (["--limit", 2], list(TEST.items())[:2], "100.00"),
     # "ride bicycle" 1; "hold bicycle" 4 of 10: recall reaches 5 of 11 levels
     (["--split", "train"], TRAIN.items(), "72.73"),
 ])  # fmt: skip
-def test_the_first_images_of_a_split(flags, images, full, dataset, capsys):
-    """Each predicted image gets one true pair, a rare one if it has one."""
+def test_first_images_of_a_split(flags, images, full, dataset, capsys):
+    """Each image has one prediction: a true pair, a rare one if there is one."""
     path = dataset / "some.jsonl"
     write_predictions(path, [make_line(name, [(*min(pairs), 1.0)]) for name, pairs in images])
     assert run_main(path, "--data", dataset, "--classes", "present", *flags) is None
     assert capsys.readouterr().out.splitlines()[-1].split()[0] == full
 
 
-@own_only
-def test_unknown_verbs_are_dropped_on_demand(dataset, capsys):
+def test_drop_unknown_drops_unknown_verbs(dataset, capsys):
     lines = [json.loads(line) for line in (dataset / "p.jsonl").read_text().splitlines()]
     lines[2]["instances"][0] |= {"verbs": ["eat", "ride"], "scores": [1.0, 1.0]}
     lines[1]["instances"] += [lines[1]["instances"][0] | {"object_class": "unicorn"}]
@@ -118,29 +108,20 @@ def test_flags_are_refused_before_anything_is_read(flags, said, tmp_path, monkey
     assert said in capsys.readouterr().err
 
 
-@own_only
-def test_bad_input_is_reported_in_one_short_line(dataset, capsys):
-    def said(predictions, data):
-        line = run_main(dataset / predictions, "--data", dataset / data)
-        assert line.startswith("evaluate.py: error: ") and not capsys.readouterr().out
-        assert len(line) < len(str(dataset)) * 2 + 200
-        return line
-
-    lines = (dataset / "p.jsonl").read_text()
-    (dataset / "cut.jsonl").write_text(lines + '{"file_name": "a.jpg", "insta')
-    (dataset / "list.jsonl").write_text(json.dumps([make_line("a.jpg", [(*RARE, 1.0)] * 99)] * 99))
-    (dataset / "run").mkdir()
-    (dataset / "run" / "part-0000.jsonl").touch()
-    assert "cut.jsonl, line 4: not JSON" in said("cut.jsonl", ".")
-    assert "list.jsonl: one object per line, not one list" in said("list.jsonl", ".")
-    assert "run is not finished: predict ... --out" in said("run", ".")
-    assert "No such file or directory" in said("none.jsonl", ".")
-    assert "anno_bbox.mat is missing" in said("p.jsonl", "run")
+@pytest.mark.parametrize("predictions, data, said", [
+    ("cut.jsonl", ".", "cut.jsonl, line 1: not JSON"),
+    ("none.jsonl", ".", "No such file or directory"),
+    ("p.jsonl", "none", "anno_bbox.mat is missing"),
+])  # fmt: skip
+def test_bad_input_is_one_short_line(predictions, data, said, dataset, capsys):
+    (dataset / "cut.jsonl").write_text('{"file_name": "a.jpg", "insta')
+    line = run_main(dataset / predictions, "--data", dataset / data)
+    assert line.startswith("evaluate.py: error: ") and not capsys.readouterr().out
+    assert said in line and len(line) < len(str(dataset)) * 2 + 200
 
 
-@own_only
-def test_a_place_that_cannot_be_written_is_named(dataset, capsys):
-    """After the result was printed. A full disk leaves the result before."""
+def test_output_that_cannot_be_written_is_named(dataset, capsys):
+    """The table is printed first. On a full disk the earlier file stays."""
     words, out = [dataset / "p.jsonl", "--data", dataset], dataset / "ap.json"
     out.write_text("old")
     for flag, at in ("--json", "no/out.json"), ("--json", "."), ("--official-mat", "no/mat"):

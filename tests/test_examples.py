@@ -1,4 +1,4 @@
-"""Samples as the model reads them, what is supervised, and scores of instances."""
+"""Samples as the model reads them, supervised tokens, and scores of instances."""
 
 import math
 import shutil
@@ -8,11 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import (
-    AutoTokenizer,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-)
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import hicodet
@@ -22,7 +18,7 @@ from engine.data import annotations
 from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
 from engine.traces.template import template_trace
-from engine.traces.trace_file import read_traces, traces_of, untraced_line
+from engine.traces.trace_file import read_traces, traces_of
 from tests.runs import config_of, examples_of, refusal
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -51,24 +47,17 @@ def test_supervised_tokens_with_the_real_tokenizer(folder, real_model):
     example = examples_of(config, [sample], {sample.file_name: think})[0]
     tokenizer = AutoTokenizer.from_pretrained(real_model)
     pieces = [tokenizer.decode([i]) for i in example.target_ids.tolist()]
-    # fmt: off
-    assert pieces[:19] == [
-        "<th", "ink", ">", " There", " is", " ", "1", " person", ".", " </", "think", ">",
-        " <", "answer", ">", " [{\"", "human", "\":", " [",
-    ]
-    # fmt: on
-    assert pieces[-6:] == ['"}', "]", " </", "answer", ">", "<|im_end|>"]
+    assert pieces[:4] == ["<th", "ink", ">", " There"] and pieces[-2:] == [">", "<|im_end|>"]
     assert "".join(pieces) == hicodet.format_completion(example.text_hois, think) + "<|im_end|>"
-    assert example.target_ids.tolist().count(151645) == 1  # one end of the turn, the last token
+    assert example.target_ids.tolist().count(151645) == 1  # the turn ends once
     text = tokenizer.decode(example.prompt.prompt_ids)
     assert text.startswith("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
     assert text.endswith("</answer><|im_end|>\n<|im_start|>assistant\n")
-    # image first: 224 x 112 toy pixels become the processor's smallest size, patches / 4 tokens
+    # the image comes first, one token for four patches
     patches = int(example.prompt.image_grid_thw.prod())
     assert text.count("<|image_pad|>") == patches // 4
     assert "<|vision_start|>" + "<|image_pad|>" * (patches // 4) + "<|vision_end|>You are" in text
-    text_tokens = len(example.prompt.prompt_ids) - patches // 4
-    assert 1900 < text_tokens < 2050
+    assert 1900 < len(example.prompt.prompt_ids) - patches // 4 < 2050
 
 
 def test_only_the_target_is_in_the_loss(folder):
@@ -79,8 +68,8 @@ def test_only_the_target_is_in_the_loss(folder):
     examples = examples_of(config, samples, thinks)
     model = load_model(config.model, torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(config.model, dtype=torch.float32)
-    total, count = 0.0, 0
-    for example in (examples[i] for i in range(3)):
+    total, count, batch = 0.0, 0, [examples[i] for i in range(3)]
+    for example in batch:
         ids = torch.cat([example.prompt.prompt_ids, example.target_ids])[None]
         labels = ids.clone()
         labels[0, : len(example.prompt.prompt_ids)] = -100
@@ -93,7 +82,6 @@ def test_only_the_target_is_in_the_loss(folder):
         ).logits
         total += F.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="sum").item()
         count += len(example.target_ids)
-    batch = [examples[i] for i in range(3)]
     packed = pack(model, [e.prompt for e in batch], [[e.target_ids] for e in batch])
     logprobs = token_logprobs(model, packed)
     loss = sft.sft_loss(logprobs, torch.ones(3), count)
@@ -109,31 +97,21 @@ def test_eq1_sft_loss():
 
 
 def test_images_without_a_trace(folder):
-    """Left out, or asked for the answer alone; four of the 24 training images have none."""
+    """Four of 24 have none. They are left out, or the model learns their answer alone."""
     samples = annotations.load_split(folder / "data", "train")
     thinks = read_traces(folder / "traces.jsonl")
     assert len(samples) == 24
     assert sft.traced_samples(samples, thinks, "skip") == samples[:20]
     assert sft.traced_samples(samples, thinks, "answer") == samples
     examples = examples_of(config_of("sft", folder, "x"), samples, thinks)
-    traced, untraced = examples[0], examples[23]
-    assert examples.decode(traced.target_ids).startswith("<think>")
-    assert examples.decode(untraced.target_ids).startswith("<answer>")
-    assert "Thinking Process" in examples.decode(traced.prompt.prompt_ids)
-    assert "Thinking Process" not in examples.decode(untraced.prompt.prompt_ids)
+    for number, opening in ((0, "<think>"), (23, "<answer>")):
+        assert examples.decode(examples[number].target_ids).startswith(opening)
+        asked = examples.decode(examples[number].prompt.prompt_ids)
+        assert ("Thinking Process" in asked) == (opening == "<think>")
 
 
-def test_many_images_without_a_trace_need_a_choice():
-    assert "all 100" in untraced_line(0, 100, None)
-    assert "left out" in untraced_line(5, 100, None)
-    with pytest.raises(hicodet.InputError, match="6 of 100 .* --untraced skip"):
-        untraced_line(6, 100, None)
-    assert "left out" in untraced_line(60, 100, "skip")
-    assert "answer alone" in untraced_line(60, 100, "answer")
-
-
-def test_traces_that_cannot_be_meant_are_refused(folder, tmp_path):
-    """--untraced answer would train without a single trace."""
+def test_traces_of_other_images_are_refused(folder, tmp_path):
+    """With --untraced answer the run would train without any trace."""
     for options in ({"traces": ""}, {"traces": "no.jsonl"}, {"thinking": False}):
         assert "--traces" in refusal(config_of("sft", folder, "x", **options))
     traces, data = tmp_path / "traces.jsonl", str(folder / "data")
@@ -144,7 +122,7 @@ def test_traces_that_cannot_be_meant_are_refused(folder, tmp_path):
 
 
 def test_each_side_of_an_image_has_its_scale(folder, tmp_path):
-    """120 x 40 pixels are seen as 112 x 28: x by 14 / 15, y by 7 / 10, and back."""
+    """120 x 40 pixels become 112 x 28: x is scaled by 14 / 15, y by 7 / 10."""
     path = tmp_path / "wide.png"
     Image.new("RGB", (120, 40)).save(path)
     hoi = hicodet.HOI((30, 10, 60, 30), (45, 20, 105, 30), "bicycle", ("ride",))
@@ -169,35 +147,17 @@ def test_banned_ids(folder):
     assert not banned[examples.tokenizer("people ride")["input_ids"]].any()
 
 
-def test_longest_prompt_is_known_before_an_image_is_read(folder, tmp_path):
-    samples = []
-    for width, height in ((112, 60), (300, 40), (84, 112)):
-        path = tmp_path / f"{width}.png"
-        Image.new("RGB", (width, height)).save(path)
-        hois = ()
-        samples.append(hicodet.Sample(path.name, path, width, height, hois, (), frozenset()))
-    for thinking in (True, False):
-        config = config_of("predict", folder, "x", thinking=thinking)
-        examples = examples_of(config, samples)
-        lengths = [len(examples[i].prompt.prompt_ids) for i in range(3)]
-        assert len(set(lengths)) == 3
-        longest_text = max(len(ids) for ids in examples.questions.values())
-        asked = len(examples.questions[thinking])
-        assert examples.longest_prompt() == max(lengths) + longest_text - asked
-
-
 # Scores and means of predictions
 
 
-def test_instance_scores_after_bytes_that_are_no_text(folder):
-    """The probability of an instance's tokens. Bytes of no valid UTF-8, which are decoded to one
-    character each or together, shift no instance."""
+def test_instance_scores_after_invalid_bytes(folder):
+    """A score is the probability of an instance's tokens. Invalid UTF-8 before it changes none."""
     examples = examples_of(config_of("predict", folder, "x"), [])
     tokenizer, symbol_of = examples.tokenizer, bytes_to_unicode()
     one, two = '{"human": [1, 2, 3, 4]}', '{"human": [5, 6, 7, 8]}'
     texts = ["<think> é", "", " </think><answer> [", one, ", ", two, "] </answer><|im_end|>"]
     pieces = [tokenizer(text)["input_ids"] for text in texts]
-    # an emoji cut after 3 of 4 bytes, a byte of none, a lone continuation, half an é, a surrogate
+    # 3 of an emoji's 4 bytes, a byte UTF-8 lacks, a lone continuation, half an é, a surrogate
     broken = b"\xf0\x9f\x98 \xff\x80 \xc3 \xed\xa0\x80"
     pieces[1] = tokenizer.convert_tokens_to_ids([symbol_of[byte] for byte in broken])
     ids = torch.tensor(sum(pieces, []))
@@ -219,13 +179,8 @@ def test_summary_of_predictions_by_hand():
         for total, length, found in answers
     ]  # fmt: skip
     summary = predict.summarise(rows)
-    assert summary == {
-        "images": 4,
-        "reward": {"total": 2.0},
-        "completion_length": 5.0,
-        "truncated": 0.25,
-        "without_instances": 0.75,
-    }
+    expected = {"images": 4, "reward": {"total": 2.0}, "completion_length": 5.0}
+    assert summary == expected | {"truncated": 0.25, "without_instances": 0.75}
     assert predict.summarise(rows[2:3])["reward"] == {}
     (said,) = predict.warnings_of(summary)
     assert said.startswith("warning: most answers hold no interaction that can be read; was the")

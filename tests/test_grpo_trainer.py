@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 import grpo
 import hicodet
-from engine.model.policy import load_model, load_reference
+from engine.model.policy import load_model, shard_reference
 from engine.sampling.sampler import Rollout
 from sft import supervised_text
 from tests.runs import config_of, optimizer_of, policy_of, training_examples
@@ -24,11 +24,12 @@ def make_trainer(folder, ranks):
     def make(**options):
         config = config_of("grpo", folder, "unused")
         examples, policy = training_examples(config), policy_of(config, ranks)
-        models = load_model(config.model, ranks.device), load_reference(config.model, ranks.device)
+        replica, reference = (load_model(config.model, ranks.device) for _ in range(2))
+        shard_reference(reference, ranks.device)
         values = {"slots": 3, "group_size": 2, "max_new_tokens": 12, "temperature": 1.0, "seed": 0}
         values |= {"updates_per_batch": 1, "tokens_per_microbatch": 10_000}
         values |= {"objective": {}, "rewards": {}, **options}
-        parts = policy, optimizer_of(policy, config), *models, examples, ranks
+        parts = policy, optimizer_of(policy, config), replica, reference, examples, ranks
         return grpo.GRPO(*parts, **values), [examples[i] for i in range(3)]
 
     return make

@@ -1,8 +1,5 @@
 """hicodet.py, the data set: vocabulary, merging, box frames."""
 
-import random
-
-import numpy as np
 import pytest
 
 import hicodet
@@ -51,19 +48,6 @@ def test_iou():
     assert hicodet.iou((-1e308, -1e308, 1e308, 1e308), (0, 0, 1, 1)) == 0
 
 
-def test_iou_counts_cells():
-    rng = np.random.default_rng()
-    for _ in range(300):
-        a, b = (tuple(map(float, rng.integers(0, 12, 4))) for _ in range(2))
-        rows, columns = np.mgrid[0:12, 0:12]
-        in_a, in_b = (
-            (columns >= x1) & (columns < x2) & (rows >= y1) & (rows < y2)
-            for x1, y1, x2, y2 in (a, b)
-        )
-        expected = (in_a & in_b).sum() / max((in_a | in_b).sum(), 1)
-        assert hicodet.iou(a, b) == hicodet.iou(b, a) == pytest.approx(expected), (a, b)
-
-
 def shifted(box, by):
     return box[0] + by, box[1], box[2] + by, box[3]
 
@@ -91,12 +75,12 @@ def test_merging_needs_both_boxes_and_another_verb():
 
 
 def test_merging_prefers_the_best_overlap_and_then_the_earliest():
-    # Width 40, shifted by 8: 32 / 48 = 0.67; by 2: 38 / 42 = 0.90.
+    # Boxes 40 wide: shifted by 8 they overlap by 32 / 48 = 0.67, by 2 by 38 / 42 = 0.90.
     left, right = shifted(PERSON, -8), shifted(PERSON, 2)
     pairs = [Pair(left, BICYCLE, RIDE_BICYCLE), Pair(right, BICYCLE, RIDE_BICYCLE)]
     pairs.append(Pair(PERSON, BICYCLE, SIT_ON_BICYCLE))
     assert [hoi.verbs for hoi in hicodet.merge_pairs(pairs)] == [("ride",), ("ride", "sit on")]
-    # The next verb prefers that instance too, and a second "sit on" is left for the other.
+    # "hold" prefers that instance too. A second "sit on" joins the other one.
     pairs += [Pair(PERSON, BICYCLE, HOLD_BICYCLE), Pair(PERSON, BICYCLE, SIT_ON_BICYCLE)]
     assert [hoi.verbs for hoi in hicodet.merge_pairs(pairs)] == [
         ("ride", "sit on"), ("ride", "sit on", "hold"),
@@ -112,8 +96,3 @@ def test_frames():
     assert there == pytest.approx((322, 300, 644, 420))
     assert hicodet.to_image_frame(there, size, model) == pytest.approx((320, 305, 639, 426))
     assert hicodet.to_image_frame((-5, -1e308, 1e308, 999), size, model) == (0, 0, 639, 426)
-    rng = random.Random()
-    for _ in range(100):
-        box = tuple(rng.uniform(0, side - 1) for side in size * 2)
-        back = hicodet.to_image_frame(hicodet.to_model_frame(box, size, model), size, model)
-        assert back == pytest.approx(box)

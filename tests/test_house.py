@@ -1,4 +1,4 @@
-"""The house keeps its shape: which room may import from which, and none grows too large."""
+"""The layout: which folder may import from which, and no folder is too large."""
 
 import ast
 from collections import Counter
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = [  # a room imports from itself and from the layers before its own
+LAYERS = [  # a folder imports from itself and from earlier layers
     {"hicodet"},
     {"engine.options", "engine.files", "engine.checks", "engine.signals", "rewards"},
     {"engine.configs", "engine.ranks"},
@@ -27,7 +27,7 @@ LARGEST = 0.25  # share of the code in one folder
 
 
 def module_of(path):
-    """The name by which a file is imported."""
+    """The module name of a file."""
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
@@ -35,7 +35,7 @@ MODULES = {module_of(path) for path in FILES}
 
 
 def imports(path):
-    """The project's modules that a file imports, wherever in the file."""
+    """The project's modules that a file imports, inside functions too."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -46,13 +46,13 @@ def imports(path):
     return {name for name in names if name in MODULES or name.startswith("tests")}
 
 
-def room_of(module):
+def folder_of(module):
     first, *rest = module.split(".")
     return f"{first}.{rest[0]}" if first == "engine" and rest else first
 
 
 def layer_of(module):
-    (layer,) = [i for i, rooms in enumerate(LAYERS) if room_of(module) in rooms]
+    (layer,) = [i for i, folders in enumerate(LAYERS) if folder_of(module) in folders]
     return layer
 
 
@@ -60,10 +60,10 @@ def layer_of(module):
 def test_imports_run_one_way(path):
     mine = module_of(path)
     for name in imports(path):
-        assert room_of(name) == room_of(mine) or layer_of(name) < layer_of(mine), name
+        assert folder_of(name) == folder_of(mine) or layer_of(name) < layer_of(mine), name
 
 
-def test_no_circle():
+def test_no_import_cycle():
     graph = {module_of(path): imports(path) for path in FILES}
     while leaves := {name for name, used in graph.items() if not used & graph.keys()}:
         graph = {name: used for name, used in graph.items() if name not in leaves}

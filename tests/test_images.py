@@ -1,19 +1,12 @@
-"""Image files of all kinds as the model sees them: modes, shapes, damage, real photographs."""
-
-import json
-import shutil
-from dataclasses import replace
+"""Image files: modes, shapes, damage, real photographs."""
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from engine.data.image_check import check
 from engine.data.images import open_image, read_image
-from engine.report.pictures import show
 from hicodet import InputError, Sample
-from tests.annotation_files import own_line, write_own
-from tests.runs import config_of, examples_of, refusal, run
+from tests.runs import config_of, examples_of
 
 
 def sample_of(path, size):
@@ -29,10 +22,11 @@ def saved(path, pixels, **options):
 # Modes
 
 
+GREY = np.array([[0, 102 * 257, 65535]], np.uint16)
+
+
 @pytest.mark.parametrize("name, pixels", [
-    ("grey.png", np.array([[0, 102 * 257, 65535]], np.uint16)),
-    ("grey.tif", np.array([[0, 102 * 257, 65535]], np.uint16)),
-    ("grey.tif", np.array([[0, 0.4, 1]], np.float32)),
+    ("grey.png", GREY), ("grey.tif", GREY), ("grey.tif", np.array([[0, 0.4, 1]], np.float32)),
 ])  # fmt: skip
 def test_grey_of_16_bits_or_floats_is_scaled(name, pixels, tmp_path):
     path = saved(tmp_path / name, pixels)
@@ -74,41 +68,19 @@ def test_transparency_is_pasted_on_white(mode, tmp_path):
     ((9, 5), (56, 28)), ((27, 300), (28, 308)), ((690, 15420), (28, 896)),
 ])  # fmt: skip
 def test_small_and_long_images_are_seen(size, seen, folder, tmp_path):
-    """In sides that are multiples of 28, within the processor's number of pixels."""
+    """Their sides become multiples of 28, within the processor's number of pixels."""
     path = saved(tmp_path / "a.png", Image.new("RGB", size))
     examples = examples_of(config_of("predict", folder, "x"), [sample_of(path, size)])
     assert examples[0].model_size == seen
     assert examples.longest_prompt() >= len(examples[0].prompt.prompt_ids)
 
 
-def test_image_that_is_too_long_is_one_line(folder, tmp_path):
-    """In check, and in a training, which names it; a prediction writes an empty line."""
-    data, lines = tmp_path / "data", []
-    (data / "images").mkdir(parents=True)
-    for name, size in (("a.png", (402, 2)), ("b.png", (400, 2))):
-        saved(data / "images" / name, Image.new("RGB", size))
-        pair = ((0, 0, 1, 1), (1, 0, 2, 1), 151)
-        for split in ("train", "test"):
-            line = own_line(name, split, [pair])
-            lines.append(line | {"width": size[0], "height": size[1]})
-    write_own(data, *lines)
-    said = f"{data / 'images' / 'a.png'}: one side is more than 200 times the other"
-    found = list(said_by_check(data))
-    assert found.count(said) == 2 and "test: 1 of 2 images cannot be used" in found
-    options = {"data": str(data), "max_new_tokens": 2}
-    assert refusal(config_of("grpo", folder, tmp_path / "rl", **options)).startswith(said)
-    run(config_of("predict", folder, tmp_path / "test", **options))
-    path = tmp_path / "test" / "predictions.jsonl"
-    texts = [json.loads(line)["text"] for line in path.read_text().splitlines()]
-    assert texts[0] == "" and texts[1]
-
-
-def said_by_check(data, **options):
-    """The lines of check; the error at its end is left out."""
-    try:
-        yield from check(data=str(data), **options)
-    except InputError:
-        pass
+def test_image_that_is_too_long_is_refused(tmp_path):
+    for width in (400, 402):
+        path = saved(tmp_path / f"{width}.png", Image.new("RGB", (width, 2)))
+    assert read_image(sample_of(tmp_path / "400.png", (400, 2))).size == (400, 2)
+    with pytest.raises(InputError, match=f"^{path}: one side is more than 200 times the other"):
+        read_image(sample_of(path, (402, 2)))
 
 
 # Damage
@@ -128,37 +100,14 @@ def test_damaged_images_are_named(photo, tmp_path, monkeypatch):
         open_image(photo)
 
 
-def test_image_of_another_size_is_refused(photo):
-    sample = sample_of(photo, (640, 425))
-    assert read_image(sample).size == (640, 425)
-    with pytest.raises(InputError, match="is 640 x 425, annotated as 99 x 425"):
-        read_image(replace(sample, width=99))
-
-
-# Photographs of HICO-DET, which may not be part of this repository
+# Photographs of HICO-DET: not in the repository
 
 NAMES = ["HICO_test2015_00000001.jpg", "HICO_test2015_00003124.jpg"]
 
 
-def test_two_photographs_of_hico_det(real_samples, folder, tmp_path):
-    """Read as annotated, checked, predicted and drawn."""
+def test_photographs_of_hico_det_have_their_annotated_size(real_samples):
     samples = [sample for sample in real_samples if sample.file_name in NAMES]
     if not all(sample.path.is_file() for sample in samples):
         pytest.skip("photographs of HICO-DET are not next to the repository")
-    images = tmp_path / "data" / "images" / "test2015"
-    images.mkdir(parents=True)
-    lines = []
     for sample in samples:
         assert read_image(sample).size == (sample.width, sample.height)
-        shutil.copy(sample.path, images)
-        pairs = [(pair.human, pair.object, pair.hoi_id) for pair in sample.pairs]
-        size = {"width": sample.width, "height": sample.height}
-        lines.append(own_line(sample.file_name, "test", pairs) | size)
-    data = write_own(tmp_path / "data", *lines)
-    assert "test: 0 of 2 images cannot be used" in list(check(data=str(data)))
-    run(config_of("predict", folder, tmp_path / "test", data=str(data), max_new_tokens=2))
-    predictions = str(tmp_path / "test" / "predictions.jsonl")
-    drawn = list(show(data=str(data), out=str(tmp_path), predictions=predictions))
-    verbs = [sum(len(hoi.verbs) for hoi in sample.hois) for sample in samples]
-    for line, true in zip(drawn, verbs, strict=True):
-        assert line.endswith(f": {true} of {true} interactions missed, 0 predicted")

@@ -1,4 +1,4 @@
-"""GRPO learns: a small problem, from weights made here, in some twenty seconds of one core."""
+"""GRPO learns a small problem. This takes about twenty seconds of one core."""
 
 import json
 from dataclasses import replace
@@ -32,10 +32,10 @@ def small(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_grpo_raises_the_reward_at_temperature_1(small):
-    """When this was written from 1.06 to 1.40, of five steps each; with another seed 1.12 to 1.45.
+    """Means of five steps rose from 1.06 to 1.40, and with another seed from 1.12 to 1.45.
 
-    At too high a learning rate the total rises too while boxes are forgotten, so the boxes' part
-    may not fall.
+    If the learning rate is too high, the total rises although the model forgets the boxes. So the
+    reward of boxes may not fall.
     """
     sft = {"traces": "", "batch_size": 8, "max_steps": 70, "learning_rate": 3e-3}
     run(config_of("sft", small, small / "sft", **sft, **COMMON))

@@ -94,6 +94,7 @@ def test_two_ranks_equal_one_with_adapters(runs, folder):
 # Refusals
 
 Q = f"{NAME}model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+SEVENTH = Q.replace("layers.0", "layers.7")
 VISION = f"{NAME}model.visual.blocks.0.mlp.up_proj.lora_"
 FAULTS = {  # changes of adapter_config.json, changed weights, the message
     "rank": ({"r": 4}, {}, "has rank 2, and adapter_config.json says 4"),
@@ -101,9 +102,11 @@ FAULTS = {  # changes of adapter_config.json, changed weights, the message
     "DoRA": ({"use_dora": True}, {}, "and this one has use_dora"),
     "bias": ({}, {Q.replace("lora_A.weight", "bias"): (64,)}, "q_proj.bias is more than a plain"),
     "other model": ({}, {Q: (2, 128)}, "layers.0.self_attn.q_proj does not fit that layer"),
-    "more layers": ({}, {Q.replace("layers.0", "layers.7"): (2, 64)}, "is of no layer that may"),
+    "no B": ({}, {SEVENTH: (2, 64)}, "layers.7.self_attn.q_proj.lora_B.weight is missing"),
+    "more layers": ({}, {SEVENTH: (2, 64), SEVENTH.replace("lora_A", "lora_B"): (64, 2)},
+                    "layers.7.self_attn.q_proj.lora_A.weight is of no linear layer"),
     "vision": ({}, {f"{VISION}A.weight": (2, 32), f"{VISION}B.weight": (48, 2)},
-               "visual.blocks.0.mlp.up_proj.lora_A.weight is of no layer that may have one"),
+               "visual.blocks.0.mlp.up_proj.lora_A.weight is of no linear layer"),
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""A reward of one's own, as docs/paper.md adds it: a function and a row, then log, page and total."""
+"""The new reward of docs/paper.md, a function and a row: it reaches total, log and page."""
 
 import json
 
@@ -29,4 +29,5 @@ def test_new_reward_reaches_log_and_page(with_answer_reward, folder, tmp_path):
     completion = json.loads((out / "rollouts.jsonl").read_text())["completions"][0]
     parts = [value for name, value in completion["rewards"].items() if name != "total"]
     assert len(parts) == 5 and completion["rewards"]["total"] == pytest.approx(sum(parts))
-    assert "at most 4.8" in write_page([out]).read_text()
+    page = write_page([out]).read_text()
+    assert "Reward: Answer" in page and " of 4.8</h3>" in page

@@ -33,7 +33,7 @@ def test_files_and_cells(tmp_path):
     assert list(files) == [f"detections_{number:02d}.mat" for number in range(1, 81)]
     bicycle, horse = files["detections_02.mat"], files["detections_18.mat"]  # as COCO counts them
     assert bicycle.shape == (14, 2) and horse.shape == (17, 2)  # HOI classes of the object, images
-    # "hold" is the bicycle's second action; rows of equal score in the order of the instances.
+    # "hold" is the bicycle's second action. Rows of equal score keep the order of the instances.
     assert bicycle[1, 1].tolist() == [[*FAR, *BOX, 0.5], [*BOX, *FAR, 0.5]]
     assert horse[10, 0].tolist() == [[*BOX, *BOX, 0.25]]  # "ride" is the horse's eleventh
     rows = [cell for cells in files.values() for cell in cells.ravel() if cell.size]
@@ -41,7 +41,7 @@ def test_files_and_cells(tmp_path):
 
 
 def test_every_class_has_its_cell(tmp_path):
-    """A detection of each class, with a score of its own."""
+    """One detection of each class, each with another score."""
     detections = [(BOX, BOX, hoi_id, hoi_id / 1000) for hoi_id in range(600)]
     files = written(tmp_path, [make_sample("a")], [make_line("a", detections)])
     for name, cells in zip(hicodet.OBJECTS, files.values(), strict=True):

@@ -1,4 +1,4 @@
-"""hoi_r1.py: what an option does to a run, each at another value than its default."""
+"""hoi_r1.py: what an option does to a run, at another value than its default."""
 
 import json
 
@@ -37,24 +37,19 @@ def column(out, name):
     return [row[name] for row in metrics(out)]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"adam_beta2": 0.5}, {"weight_decay": 0.5}, {"max_grad_norm": 1e-3}, {"learning_rate": 1e-4}],
-    ids=lambda options: next(iter(options)),
-)
-def test_options_of_the_step_change_the_weights_from_the_first_loss_on(options, plain, changed):
-    out = changed("sft", **options)
+STEP = {"adam_beta2": 0.5, "weight_decay": 0.5, "max_grad_norm": 1e-3, "learning_rate": 1e-4}
+
+
+@pytest.mark.parametrize("name", STEP)
+def test_options_of_the_step_change_the_weights(name, plain, changed):
+    """The first loss is the same."""
+    out = changed("sft", **{name: STEP[name]})
     assert column(out, "loss")[0] == column(plain["sft"], "loss")[0]
     assert not same_weights(out, plain["sft"])
 
 
-@pytest.mark.parametrize("stage", SMALL)
-def test_seed_orders_the_images(stage, plain, changed):
-    what = "loss" if stage == "sft" else "file_name"
-    log = "metrics.jsonl" if stage == "sft" else "rollouts.jsonl"
-    runs = (changed(stage, seed=7), plain[stage])
-    rows = [[json.loads(row)[what] for row in (out / log).read_text().splitlines()] for out in runs]
-    assert rows[0] != rows[1]
+def test_seed_orders_the_images(plain, changed):
+    assert column(changed("sft", seed=7), "loss") != column(plain["sft"], "loss")
 
 
 def test_batch_size_counts_images(plain, changed):
@@ -62,7 +57,7 @@ def test_batch_size_counts_images(plain, changed):
     assert max(one) < min(column(plain["sft"], "supervised_tokens"))
 
 
-# after two steps of warm-up (1 + cos(pi k / 3)) / 2 of the peak rate, or 1 - k / 3
+# shares of the peak rate after two steps of warm-up: (1 + cos(pi k / 3)) / 2, and 1 - k / 3
 FALLING = {"sft": [0.75, 0.25], "grpo": [2 / 3, 1 / 3]}
 
 
@@ -74,7 +69,7 @@ def test_rate_rises_and_falls(stage, changed):
 
 
 @pytest.mark.parametrize("stage", SMALL)
-def test_options_for_speed_leave_every_bit(stage, plain, changed):
+def test_options_for_speed_change_no_bit(stage, plain, changed):
     speed = {"workers": 1, "gradient_checkpointing": False}
     speed |= {"slots": 1} if stage == "grpo" else {}
     assert same_weights(changed(stage, **speed), plain[stage])
@@ -89,20 +84,15 @@ def test_options_of_sampling(changed):
     assert len(shown["completions"]) == 3
 
 
-def test_without_kl_there_is_no_reference(changed, any_reward):
+def test_training_without_kl(changed, any_reward):
     (row,) = metrics(changed("grpo", kl_coef=0.0))
     assert row["kl"] == 0
 
 
 def test_kl_has_its_weight(changed, any_reward):
-    """At the second update pi_theta has moved, and the loss is -surrogate + beta KL."""
+    """After the first update pi_theta differs from pi_ref. The loss is -surrogate + beta KL."""
     (row,) = metrics(changed("grpo", kl_coef=1e6))
     assert row["kl"] > 0 and row["loss"] == pytest.approx(1e6 * row["kl"], rel=1e-2)
-
-
-def test_one_update_a_batch_stays_on_policy(changed, any_reward):
-    (row,) = metrics(changed("grpo", updates_per_batch=1, clip_eps=0.0))
-    assert row["clip_fraction"] == 0 and row["kl"] == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.parametrize("eps, clips", [(1e-6, True), (1e6, False)])
@@ -111,12 +101,12 @@ def test_clip_range(eps, clips, changed, any_reward):
     assert (row["clip_fraction"] > 0) == clips
 
 
-def test_ratio_of_outputs_is_another_step(changed, folder, tmp_path, any_reward):
+def test_ratio_changes_the_step(changed, folder, tmp_path, any_reward):
     run(config_of("grpo", folder, tmp_path / "token", **SMALL["grpo"]))
     assert not same_weights(changed("grpo", ratio="sequence"), tmp_path / "token")
 
 
-def test_readings_of_the_rewards_reach_the_scores(folder, tmp_path, capsys):
+def test_options_of_the_rewards_change_the_reward(folder, tmp_path, capsys):
     run(config_of("grpo", folder, tmp_path / "x", without=("iou",), dry_run=True))
     reward = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (reward["iou"], reward["total"]) == (0.0, pytest.approx(2.8))
@@ -130,10 +120,3 @@ def test_options_of_predict(folder, tmp_path):
     one, two = ((tmp_path / name / "predictions.jsonl").read_text() for name in ("one", "two"))
     assert one == two and len(one.splitlines()) == 4 and "train2015" in one
     assert json.loads((tmp_path / "one" / "summary.json").read_text())["completion_length"] <= 3
-
-
-def test_ablations_of_table_2_change_the_prompt(folder, tmp_path, capsys):
-    switches = {"thinking": False, "task_description": True}
-    run(config_of("predict", folder, tmp_path / "x", dry_run=True, **switches))
-    prompt = capsys.readouterr().out
-    assert "airplane: board, direct" in prompt and "Thinking Process" not in prompt

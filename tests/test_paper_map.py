@@ -1,4 +1,4 @@
-"""Every equation of the paper has a function that cites it, a test, and a row in the README."""
+"""Every equation has a function that cites it, a test, and a row in docs/paper.md."""
 
 import ast
 import re
@@ -47,6 +47,6 @@ def test_equation_has_function_test_and_row(number):
     assert any(test.removeprefix(f"test_eq{number}_") in names for test in named_tests()[number])
     lines = (ROOT / "docs/paper.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith(f"| Eq. {number} | `")]
-    assert len(rows) == 1, f"README: one row for Eq. {number}"
+    assert len(rows) == 1, f"docs/paper.md: one row for Eq. {number}"
     assert any(name in rows[0] for name in cited()[number]), rows[0]
     assert any(test in rows[0] for test in named_tests()[number]), rows[0]

@@ -5,59 +5,17 @@ import pytest
 from PIL import Image
 
 import hoi_r1
+from engine import configs
 from engine.data.images import read_image
-from engine.report.pictures import (
-    answer_text,
-    draw_photograph,
-    photographs,
-    picture_paths,
-    show,
-)
-from hicodet import HOI, InputError, Sample, format_completion
+from engine.report import drawing
+from engine.report.pictures import answer_text, draw_photograph, photographs, picture_paths, show
+from hicodet import HOI, InputError, format_completion
 from tests.annotation_files import own_line, write_own
 from tests.run_folders import instance_row
 from tests.runs import refusal, run
 from tests.test_disk_full import no_file_above
 
 RIDE = HOI((10.0, 20.0, 50.0, 180.0), (40.0, 100.0, 90.0, 190.0), "bicycle", ("ride", "sit on"))
-
-
-@pytest.fixture
-def sideways(tmp_path):
-    """A photograph of 100 x 200 pixels, red above and blue below, that a phone stored turned."""
-    upright = Image.new("RGB", (100, 200), "blue")
-    upright.paste("red", (0, 0, 100, 100))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees to the right to see it
-    path = tmp_path / "phone.jpg"
-    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
-    with Image.open(path) as stored:
-        assert stored.size == (200, 100)
-    return path
-
-
-def config_of(folder, *images, out, **changes):
-    options = {"task_description": False, "max_new_tokens": 4, "workers": 0} | changes
-    options |= {"model": str(folder / "model"), "image": tuple(map(str, images))}
-    return hoi_r1.PredictConfig(out=str(out), **options)
-
-
-def test_photograph_is_read_and_drawn_upright(sideways):
-    (sample,) = photographs([str(sideways)])
-    assert (sample.width, sample.height) == (100, 200) and sample.hois == ()
-    image = read_image(sample, upright=True)
-    assert [image.getpixel((50, y))[0] > 200 for y in (20, 180)] == [True, False]
-    picture = draw_photograph(sample, {"instances": [instance_row(RIDE)]})
-    assert picture.size == (640, 1280)
-    red, blue = (picture.getpixel((620, y)) for y in (100, 1100))
-    assert red[0] > 200 > blue[0]
-
-
-def test_data_set_is_read_as_it_is_stored(sideways):
-    sample = Sample("phone.jpg", sideways, 200, 100, (), (), frozenset())
-    assert read_image(sample).size == (200, 100)
-
-
 # how a camera stores an upright picture, by its note in the EXIF data
 STORED = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -66,41 +24,64 @@ STORED = {
 }  # fmt: skip
 
 
-def store(photo, path, orientation, **options):
-    """Write a photograph as a camera stores it; returns the size of what is stored."""
+def store(image, path, orientation, noted=True):
+    """Write an image as a camera stores it, and return the size of what is stored."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    with Image.open(photo) as image:
-        stored = image.transpose(STORED[orientation]) if orientation > 1 else image
-        stored.save(path, quality=95, exif=exif if options.get("noted", True) else b"")
-        return stored.size
+    stored = image.transpose(STORED[orientation]) if orientation > 1 else image
+    stored.save(path, quality=95, exif=exif if noted else b"")
+    return stored.size
+
+
+@pytest.fixture
+def sideways(tmp_path):
+    """A photograph of 100 x 200 pixels that a phone stored turned."""
+    assert store(Image.new("RGB", (100, 200)), tmp_path / "phone.jpg", 6) == (200, 100)
+    return tmp_path / "phone.jpg"
+
+
+def config_of(folder, *images, out, **changes):
+    options = {"task_description": False, "max_new_tokens": 4, "workers": 0} | changes
+    options |= {"model": str(folder / "model"), "image": tuple(map(str, images))}
+    return configs.PredictConfig(out=str(out), **options)
+
+
+def test_photograph_is_read_and_drawn_upright(sideways):
+    (sample,) = photographs([str(sideways)])
+    assert (sample.width, sample.height) == (100, 200) and sample.hois == ()
+    assert read_image(sample, upright=True).size == (100, 200)
+    picture = draw_photograph(sample, {"instances": [instance_row(RIDE)]})
+    assert picture.size == (640, 1280)
+    colour = tuple(bytes.fromhex(drawing.COLOURS[0][1:]))
+    assert picture.getpixel((64, 600)) == picture.getpixel((576, 900)) == colour  # sides of boxes
 
 
 def test_real_photograph_in_eight_orientations(folder, photo, tmp_path, capsys):
-    """All are read upright and drawn alike, but for what JPEG makes of turned pixels."""
-    paths = [tmp_path / f"{orientation}.jpg" for orientation in range(1, 9)]
-    sizes = [store(photo, path, number) for number, path in enumerate(paths, start=1)]
+    """All are read upright and drawn alike, except for JPEG's noise in turned pixels."""
+    paths, upright = [tmp_path / f"{number}.jpg" for number in range(1, 9)], Image.open(photo)
+    sizes = [store(upright, path, number) for number, path in enumerate(paths, start=1)]
     assert sizes == [(640, 425)] * 4 + [(425, 640)] * 4
     run(config_of(folder, *paths, out=tmp_path / "out"))
     printed = capsys.readouterr().out
-    assert [f"{path}, 640 x 425" in printed for path in paths] == [True] * 8
+    assert all(f"{path}, 640 x 425" in printed for path in paths)
     pictures = [Image.open(tmp_path / "out" / f"{path.stem}_hois.png") for path in paths]
     first, *others = (np.asarray(picture, float) for picture in pictures)
     assert max(abs(first - other).mean() for other in others) < 2 < abs(first - first[::-1]).mean()
 
 
-def test_data_set_is_drawn_as_it_is_stored(photo, tmp_path):
-    """Whatever the EXIF data say: boxes are in stored pixels."""
+def test_data_set_is_read_and_drawn_as_it_is_stored(photo, tmp_path):
+    """With any EXIF data, boxes are in stored pixels."""
     (tmp_path / "images").mkdir()
     lines, pairs = [], [((10, 20, 50, 180), (40, 100, 90, 190), 151)]
     for number in range(1, 9):
-        for name, noted in ((f"noted{number}.jpg", True), (f"plain{number}.jpg", False)):
-            width, height = store(photo, tmp_path / "images" / name, number, noted=noted)
+        for noted in (True, False):
+            name = f"{number}{noted}.jpg"
+            width, height = store(Image.open(photo), tmp_path / "images" / name, number, noted)
             lines.append(own_line(name, "test", pairs) | {"width": width, "height": height})
     write_own(tmp_path, *lines)
     list(show(data=str(tmp_path), images=16, out=str(tmp_path / "out")))
     for number in range(1, 9):
-        one, other = (Image.open(tmp_path / "out" / f"{n}{number}.png") for n in ("noted", "plain"))
+        one, other = (Image.open(tmp_path / "out" / f"{number}{n}.png") for n in (True, False))
         assert one.size == other.size and one.tobytes() == other.tobytes()
 
 
@@ -120,7 +101,7 @@ def test_unreadable_answer_is_shown_in_fifteen_lines(sideways):
     line = {"text": "<think> ride, straddleride, " + "word " * 2000, "instances": []}
     _, *rows, more, empty, unread = answer_text(sample, line).splitlines()
     assert len(rows) == 15 and rows[0].startswith("ride, straddleride, word")
-    assert more == "... and 91 more lines" and unread.startswith("No interaction can be read")
+    assert more == "..." and unread.startswith("No interaction can be read")
 
 
 def test_untrained_model_answers_without_a_data_set(folder, sideways, tmp_path, capsys):
@@ -149,24 +130,21 @@ def test_dry_run_shows_the_prompt_alone(folder, sideways, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_picture_never_takes_the_place_of_a_photograph(tmp_path):
+def test_picture_replaces_neither_a_photograph_nor_another_picture(tmp_path):
     paths = picture_paths([str(tmp_path / "a.png")], str(tmp_path))
     assert paths == [tmp_path / "a_hois.png"]
-    with pytest.raises(InputError, match="another one has this name"):
+    with pytest.raises(InputError, match="two photographs have one name"):
         picture_paths(["a.png", "x/a.jpg"], "out")
 
 
-@pytest.mark.parametrize(
-    "name, words",
-    [
-        ("notes.jpg", "cannot be read as an image"),
-        ("absent.jpg", "no such file"),
-        ("folder", "is a folder; give its files"),
-        ("damaged.jpg", "cannot be read as an image .bad operand"),
-        ("long.png", "more than 200 times"),
-    ],
-)
-def test_what_is_no_photograph_is_one_line(tmp_path, name, words):
+@pytest.mark.parametrize("name, words", [
+    ("notes.jpg", "cannot be read as an image"),
+    ("absent.jpg", "No such file"),
+    ("folder", "Is a directory"),
+    ("damaged.jpg", "cannot be read as an image .bad operand"),
+    ("long.png", "more than 200 times"),
+])  # fmt: skip
+def test_unusable_photograph_is_one_line(tmp_path, name, words):
     (tmp_path / "folder").mkdir()
     (tmp_path / "notes.jpg").write_text("mine")
     Image.new("RGB", (402, 2)).save(tmp_path / "long.png")
@@ -180,16 +158,12 @@ def test_what_is_no_photograph_is_one_line(tmp_path, name, words):
     assert name in str(refused.value) and "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "flags, words",
-    [
-        ("", "--data, --image: give one of them"),
-        ("--data d --image a.jpg b.jpg", "--data, --image: give one of them"),
-        ("--image a.jpg --split train", "--split: only with --data"),
-        ("--image a.jpg --limit 3", "--limit: only with --data"),
-        ("--image a.jpg --resume", "--resume: only with --data"),
-    ],
-)
+@pytest.mark.parametrize("flags, words", [
+    ("", "--data, --image: give one of them"),
+    ("--data d --image a.jpg b.jpg", "--data, --image: give one of them"),
+    ("--image a.jpg --split train", "--split: only with --data"),
+    ("--image a.jpg --resume", "--resume: only with --data"),
+])  # fmt: skip
 def test_data_set_or_photographs(flags, words, capsys):
     with pytest.raises(SystemExit):
         hoi_r1.parse_config(["predict", "--model", "m", "--out", "o", *flags.split()])

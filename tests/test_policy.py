@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.distributed import fsdp
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -60,8 +61,8 @@ def test_options_for_memory_change_no_gradient(folder, ranks, monkeypatch):
     Parameters are sharded again after each micro-batch; without checkpointing only after the last.
     A CPU has no pinned memory.
     """
-    offload = engine.model.policy.CPUOffloadPolicy
-    monkeypatch.setattr(engine.model.policy, "CPUOffloadPolicy", lambda: offload(pin_memory=False))
+    offload = fsdp.CPUOffloadPolicy
+    monkeypatch.setattr(fsdp, "CPUOffloadPolicy", lambda: offload(pin_memory=False))
     config = config_of("sft", folder, "x")
     examples, found = training_examples(config), []
     for options in ({}, {"gradient_checkpointing": False}, {"offload": True}):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 import hicodet
-from engine.scoring.pair_arrays import detection_array
 from engine.scoring.predictions import (
     FORMAT,
     line_hois,
@@ -30,13 +29,10 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def answer_of(*rows):
-    """What is read of a text whose instances are (object class, verbs), or dicts of other keys."""
-    boxes = {"human": [1, 2, 3, 4], "object": [5, 6, 7, 8]}
-    rows = [
-        row if isinstance(row, dict) else {"object class": row[0], "verb class": row[1]}
-        for row in rows
-    ]
-    return hicodet.parse_completion(json.dumps([boxes | row for row in rows]))
+    """A parsed answer. Its instances are given as (object class, verbs), or as dicts of keys."""
+    boxes, names = {"human": [1, 2, 3, 4], "object": [5, 6, 7, 8]}, ("object class", "verb class")
+    rows = [row if isinstance(row, dict) else zip(names, row) for row in rows]
+    return hicodet.parse_completion(json.dumps([boxes | dict(row) for row in rows]))
 
 
 def test_predicted_instances():
@@ -46,7 +42,7 @@ def test_predicted_instances():
         good | {"object class": "unicorn"}, good, good | {"human": [1, 2, 3]},
         good | {"object": None}, ("bicycle", "fly"), ("bicycle", ""), {}, ("unicycle", "ride"),
     )  # fmt: skip
-    # The picture is twice the model's frame; 2000 lies beyond it, the last pixel is 199.
+    # The image is twice as large as the model's frame. 2000 is clipped to the last pixel, 199.
     expected = {
         "human": [20, 40, 199, 80], "object": [10, 12, 14, 16],
         "object_class": "bicycle", "verbs": ["ride", "sit on"], "scores": [1.0, 1.0],
@@ -56,7 +52,7 @@ def test_predicted_instances():
     scores = [index / 10 for index in range(8)]
     expected["scores"] = [0.1, 0.1]
     assert predicted_instances(completion, *sizes, scores) == [expected]
-    # a box clipped to no area
+    # clipping leaves no area
     outside = answer_of(good | {"human": [120, 10, 140, 40]})
     assert predicted_instances(outside, (100, 50), (100, 50)) == []
 
@@ -64,13 +60,12 @@ def test_predicted_instances():
 RANKS = {  # rows of an answer -> a score for each verb of each instance
     "none": ([], []),
     "a single triplet": ([("bicycle", "ride")], [[1.0]]),
-    "no pair of the 600 takes its place": (
+    "a pair that HICO lacks counts": (
         [("bicycle", "ride, type on"), ("dog", "walk")], [[1.0, 0.75], [0.5]]),
-    "words of no vocabulary take none": (
+    "unknown words do not count": (
         [("unicorn", "ride"), ("bicycle", "fly to, ride"), ("dog", "walk")],
         [[0.0], [0.0, 1.0], [0.5]]),
-    "a list of two classes takes none": (
-        [(["dog", "cat"], "walk"), ("dog", "walk")], [[0.0], [1.0]]),
+    "a list of two classes does not": ([(["dog", "cat"], "walk"), ("dog", "walk")], [[0.0], [1.0]]),
     "no verbs": ([("dog", ""), ("dog", "walk")], [[], [1.0]]),
     "a box missing": (
         [{"object": None, "object class": "dog", "verb class": "walk"}, ("dog", "walk")],
@@ -85,26 +80,14 @@ def test_rank_scores(rows, expected):
     assert rank_scores(answer_of(*rows)) == expected
 
 
-def test_predictions_with_a_score_for_each_verb():
-    rows = [("dog", "ride, walk, type on, walk"), ("unicorn", "ride"), ("bicycle", "ride, sit on")]
-    completion = answer_of(*rows)
-    # ride, walk, type on, walk, ride, sit on: six places, 0.1 apart. A dog is walked only.
-    ranks = rank_scores(completion)
-    found = predicted_instances(completion, (9, 9), (9, 9), ranks)
-    assert [row["verbs"] for row in found] == [["walk"], ["ride", "sit on"]]
-    assert [row["scores"] for row in found] == [[pytest.approx(0.9)], pytest.approx([0.6, 0.5])]
-    for scores in (ranks[:-1], [*ranks[:-1], [1.0] * 3]):
-        with pytest.raises(ValueError):
-            predicted_instances(completion, (9, 9), (9, 9), scores)
-
-
 # ---- part files
 
 
 ROW = {"index": 0, "length": 3, "finished": True, "line": {"file_name": "a"}, "reward": None}
 
 
-def test_rows_come_back(tmp_path):
+def test_stored_rows_after_a_crash(tmp_path):
+    """Without the line that was cut, and without unread images, which are tried again."""
     other, unread = ROW | {"index": 7}, ROW | {"index": 8, "unread": "cut"}
     assert stored_rows(tmp_path) == ({}, 0)
     assert write_rows(part_file(tmp_path, 2), (row for row in [ROW, unread])) == [ROW, unread]
@@ -120,9 +103,8 @@ SAMPLES = [make_sample("a.jpg"), make_sample("b.jpg")]
 
 
 def instance(**changes):
-    """A good instance with some keys changed; None leaves the key out."""
-    good = make_line("", [(BOX, BOX, RIDE_BICYCLE, 1.0)])["instances"][0] | changes
-    return {key: value for key, value in good.items() if value is not None}
+    """A good instance with some keys changed."""
+    return make_line("", [(BOX, BOX, RIDE_BICYCLE, 1.0)])["instances"][0] | changes
 
 
 def line_with(**changes):
@@ -135,7 +117,7 @@ def read(tmp_path, *lines):
     return read_predictions(path, SAMPLES)
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_predictions_can_be_read(tmp_path):
     lines = [
         {"file_name": "b.jpg", "text": "<think>", "instances": [instance(scores=[1])]},
         {"file_name": "a.jpg", "instances": []},
@@ -147,7 +129,7 @@ def test_what_is_written_is_read(tmp_path):
 
 
 @pytest.mark.parametrize("page", ["--help", "docs/evaluation.md"])
-def test_the_line_that_is_described_is_readable(page, tmp_path):
+def test_example_line_of_the_docs_can_be_read(page, tmp_path):
     text = FORMAT if page == "--help" else (REPO / page).read_text()
     example = json.loads(re.search(r'\{"file_name": "HICO.*?\]}\]}', text, re.DOTALL)[0])
     write_predictions(tmp_path / "p.jsonl", [example])
@@ -158,15 +140,11 @@ def test_the_line_that_is_described_is_readable(page, tmp_path):
 BAD_LINES = [
     (b'{"file_name": "b.jpg", "inst', "not JSON (Unterminated string"),
     ("[" * 100_000, "not JSON (maximum recursion depth exceeded"),
-    (json.dumps([make_line("b.jpg", [(BOX,) * 2 + (7, 1.0)] * 9)] * 9), "must be an object; found"),
     ('{"instances": []}', "'file_name' of the line must be a text; found None"),
-    ('{"file_name": "b.jpg", "instances": [3]}', "instances[0] must be an object; found 3"),
     ('{"file_name": "c.jpg", "instances": []}', "'c.jpg' is not of this split; see --data, --spl"),
     ('{"file_name": "a.jpg", "instances": []}', "'a.jpg' comes twice"),
     (line_with(human=[1, 2, 3]), "'human' of instances[1] must be 4 finite numbers; found [1, 2,"),
     (line_with(object=[1, 2, 3, float("nan")]), "4 finite numbers; found [1, 2, 3, nan]"),
-    (line_with(object=[1, 2, 3, 10**400]), "4 finite numbers"),
-    (line_with(object_class=["bicycle"]), "'object_class' of instances[1] must be a text"),
     (line_with(verbs="ride"), "'verbs' of instances[1] must be a list; found 'ride'"),
     (line_with(verbs=[["ride"]]), "'verbs' of instances[1] must be a list of texts"),
     (line_with(scores=[1, 1]), "'scores' of instances[1] must be 1 finite numbers; found [1, 1]"),
@@ -174,7 +152,7 @@ BAD_LINES = [
 
 
 @pytest.mark.parametrize(("bad", "message"), BAD_LINES, ids=[case[1] for case in BAD_LINES])
-def test_a_bad_line_is_named(tmp_path, bad, message):
+def test_bad_line_is_named(tmp_path, bad, message):
     with pytest.raises(InputError, match=re.escape(message)) as error:
         read(tmp_path, json.dumps(make_line("a.jpg")), bad)
     place = f"{tmp_path / 'p.jsonl'}, line 2: "
@@ -187,28 +165,16 @@ def test_missing_images_and_lists_are_named(tmp_path):
         read(tmp_path, json.dumps(make_line("a.jpg")))
     lines = [make_line(sample.file_name, [(BOX, BOX, 7, 1.0)] * 50) for sample in SAMPLES]
     for indent in None, 2:
-        with pytest.raises(InputError) as error:
+        with pytest.raises(InputError, match="p.jsonl: one object per line, not one list$"):
             read(tmp_path, json.dumps(lines, indent=indent))
-        said = f"{tmp_path / 'p.jsonl'}: one object per line, not one list"
-        assert str(error.value) == said
 
 
-def test_an_unfinished_prediction_says_how_to_finish(tmp_path):
+def test_unfinished_prediction_says_how_to_finish(tmp_path):
     whole = tmp_path / "predictions.jsonl"
     with pytest.raises(FileNotFoundError, match="predictions.jsonl"):
         list(read_lines(whole))
     part_file(tmp_path, 0).write_text("")
     for path in (whole, tmp_path):
-        with pytest.raises(InputError) as error:
+        said = f"^{tmp_path} is not finished: predict ... --out {tmp_path} --resume$"
+        with pytest.raises(InputError, match=said):
             list(read_lines(path))
-        said = f"{tmp_path} is not finished: predict ... --out {tmp_path} --resume"
-        assert str(error.value) == said
-
-
-def test_unknown_verbs_are_found():
-    mixed = instance(verbs=["eat", "ride", "fly to"], scores=[0.9, 0.8, 0.7])
-    lines = [{"file_name": "a.jpg", "instances": [mixed, instance(object_class="unicorn")]}]
-    where = ["'eat' with 'bicycle'", "'fly to' with 'bicycle'", "'ride' with 'unicorn'"]
-    assert unknown_verbs(lines) == [f"{found} in a.jpg" for found in where]
-    known = detection_array(lines, SAMPLES)
-    assert (known.hoi_id.tolist(), known.score.tolist()) == ([RIDE_BICYCLE], [0.8])

@@ -1,4 +1,4 @@
-"""Frames of boxes, prompt options of a model, folders as the Hub has them, exports."""
+"""Box frames, recorded prompt options, model folders as the Hub has them, exports."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ from engine.data import annotations
 from engine.data.examples import PROMPT_FILE, PromptOptions, prompt_options
 from engine.model.policy import load_model
 from engine.sampling.sampler import Sampler
-from tests.runs import config_of, examples_of, metrics, refusal, run
+from tests.runs import config_of, examples_of, refusal, run, same_weights
 from tests.tiny import collect, generate, plain_logprobs
 
 
@@ -34,8 +34,8 @@ def doubling_model(folder, tmp_path):
 
 
 @pytest.mark.parametrize("frame, scale", [("model", 2), ("original", 1)])
-def test_text_speaks_the_frame_that_was_asked_for(frame, scale, doubling_model, folder):
-    """In the target of SFT, in the rewards' ground truth, and back from a prediction."""
+def test_text_has_boxes_in_the_frame_of_box_frame(frame, scale, doubling_model, folder):
+    """In SFT's target and the rewards' ground truth. Predictions are converted back."""
     config = config_of("sft", folder, "x", model=doubling_model, box_frame=frame)
     sample = annotations.load_split(folder / "data", "train")[0]
     examples = examples_of(config, [sample], {sample.file_name: "x"})
@@ -57,12 +57,12 @@ def test_text_speaks_the_frame_that_was_asked_for(frame, scale, doubling_model, 
 
 
 def test_trained_folder_knows_its_prompt(folder, tmp_path):
-    """Its options are defaults of the next stages, and contradicting flags are refused."""
+    """The next stages take its options as defaults and refuse contradicting flags."""
     options = {"box_frame": "original", "thinking": False, "traces": "", "max_steps": 1}
     run(config_of("sft", folder, tmp_path / "run", **options))
     model = str(tmp_path / "run" / "model")
-    recorded = {"thinking": False, "task_description": False}
-    recorded |= {"box_frame": "original", "text_first": False}
+    recorded = {"thinking": False, "task_description": False, "box_frame": "original"}
+    recorded |= {"text_first": False}
     assert json.loads((tmp_path / "run" / "model" / "prompt.json").read_text()) == recorded
     default = {"model": model, "task_description": None, "max_new_tokens": 2}
     for stage, short in (("predict", {"limit": 1}), ("grpo", {"max_steps": 1})):
@@ -72,24 +72,20 @@ def test_trained_folder_knows_its_prompt(folder, tmp_path):
     found = json.loads((tmp_path / "grpo" / "model" / "prompt.json").read_text())
     assert found == recorded
     flags = {"--thinking": {"thinking": True}, "--box-frame model": {"box_frame": "model"}}
-    flags["--task-description"] = {"task_description": True}
     for flag, asked in flags.items():
         found = refusal(config_of("predict", folder, tmp_path / "q", **default | asked))
         assert found == f"{flag}: {model} was not trained with it; leave the option out"
 
 
-@pytest.mark.parametrize("text, words", [
-    ("{", "is damaged: no JSON"), ("[]", "is damaged: no JSON object"),
-    ('{"box_frame": 5}', "not the prompt options"), ('{"other": 1}', "not the prompt options"),
-])  # fmt: skip
-def test_prompt_options_that_cannot_be_read_are_named(text, words, folder, tmp_path):
-    (tmp_path / PROMPT_FILE).write_text(text)
-    with pytest.raises(hicodet.InputError, match=f"{tmp_path / PROMPT_FILE}.*{words}"):
-        prompt_options(str(folder / "model"), str(tmp_path))
+def test_prompt_options_that_cannot_be_read_are_named(folder, tmp_path):
+    for text, said in (("{", "is damaged: no JSON"), ('{"other": 1}', "not the prompt options")):
+        (tmp_path / PROMPT_FILE).write_text(text)
+        with pytest.raises(hicodet.InputError, match=f"{tmp_path / PROMPT_FILE}.*{said}"):
+            prompt_options(str(folder / "model"), str(tmp_path))
 
 
 def test_prompt_options_of_other_models(folder, tmp_path):
-    """Those of the paper, or those that are asked for. An adapter has its own."""
+    """The paper's, or those of the flags. An adapter has its own."""
     model = str(folder / "model")
     assert prompt_options(model, "", thinking=None) == PromptOptions(True, True, "model")
     asked = {"thinking": False, "box_frame": "original"}
@@ -99,7 +95,7 @@ def test_prompt_options_of_other_models(folder, tmp_path):
         prompt_options(model, str(tmp_path), thinking=False)
 
 
-# A folder as the Hub has it
+# A folder of the Hub
 
 
 @pytest.fixture
@@ -120,7 +116,7 @@ def hub_folder(folder, tmp_path):
     return path
 
 
-def test_hub_folder_is_the_librarys_model(hub_folder, folder):
+def test_hub_folder_equals_the_librarys_model(hub_folder, folder):
     mine = load_model(str(hub_folder), torch.device("cpu"))
     plain = Qwen2_5_VLForConditionalGeneration.from_pretrained(hub_folder, dtype=torch.float32)
     assert mine.lm_head.weight.data_ptr() == mine.get_input_embeddings().weight.data_ptr()
@@ -136,13 +132,6 @@ def test_hub_folder_is_the_librarys_model(hub_folder, folder):
         torch.testing.assert_close(logprobs, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_command_for_the_released_weights_works_on_a_hub_folder(hub_folder, folder, tmp_path):
-    """README: predict --model ... --box-frame original --max-new-tokens 1024."""
-    options = {"box_frame": "original", "max_new_tokens": 24, "limit": 2}
-    run(config_of("predict", folder, tmp_path / "test", model=str(hub_folder), **options))
-    assert len((tmp_path / "test" / "predictions.jsonl").read_text().splitlines()) == 2
-
-
 @pytest.mark.parametrize("slots", [1, 3])
 def test_repetition_penalty_equals_the_librarys(model, reference, prompts, slots):
     options = {"group_size": 1, "max_new_tokens": 12, "end_id": -1, "temperature": 0}
@@ -156,7 +145,7 @@ def test_repetition_penalty_equals_the_librarys(model, reference, prompts, slots
     assert [ids.tolist() for ids in collect(plain, prompts).completion_ids] != found
 
 
-# Traces, models of Fig. 2
+# What a run lists and exports
 
 
 def test_images_without_a_trace_are_listed_in_the_run(folder, tmp_path):
@@ -167,16 +156,11 @@ def test_images_without_a_trace_are_listed_in_the_run(folder, tmp_path):
     assert "4 of 24 annotated images" in refusal(config)
 
 
-def test_models_exported_on_the_way(folder, tmp_path):
+def test_export_every_keeps_models_of_earlier_steps(folder, tmp_path):
     run(config_of("sft", folder, tmp_path / "run", max_steps=4, export_every=2, save_every=0))
-    names = sorted(path.name for path in (tmp_path / "run").glob("model*"))
-    assert names == ["model", "model-000002", "model-000004"]
-    two, last, end = (
-        load_file(tmp_path / "run" / name / "model.safetensors")
-        for name in ("model-000002", "model-000004", "model")
-    )
-    assert all(torch.equal(last[name], end[name]) for name in end)
-    assert any(not torch.equal(two[name], end[name]) for name in end)
-    model = str(tmp_path / "run" / "model-000002")
+    found = sorted((tmp_path / "run").glob("model*"))
+    assert [path.name for path in found] == ["model", "model-000002", "model-000004"]
+    end, two, last = (load_file(path / "model.safetensors") for path in found)
+    assert same_weights(last, end) and not same_weights(two, end)
+    model = str(found[1])
     run(config_of("predict", folder, tmp_path / "p", model=model, limit=1, max_new_tokens=2))
-    assert len(metrics(tmp_path / "run")) == 4

@@ -14,7 +14,7 @@ from demo import toy
 from engine.data import annotations
 from engine.model.packing import pack, token_logprobs
 from engine.model.policy import load_model
-from engine.model.quantized import PackedLinear, is_packed, pack_layers
+from engine.model.quantized import PackedLinear, is_packed, pack_layers, unpacked_weight
 from tests.runs import config_of, examples_of, refusal
 from tests.tiny import sample
 
@@ -140,7 +140,7 @@ def test_packed_layer_by_hand():
     layer.qzeros.copy_(torch.tensor([[0x11111111], [0x00000003]]))  # the second group: 3, then 0s
     layer.scales.copy_(torch.tensor([[0.5] * 8, [2.0] * 8]))
     layer.bias.data = torch.arange(8.0)
-    weight = layer.weight(torch.float32)
+    weight = unpacked_weight(*layer.buffers(), torch.float32)
     # (0..7 - 1) * 0.5, and (1 - 3) * 2 for output 0, (1 - 0) * 2 for the others
     assert weight[0].tolist() == [-0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
     assert weight[1].tolist() == [-4.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]

@@ -8,7 +8,7 @@ from tests.run_folders import EVIL, write_prediction, write_training
 
 pytestmark = pytest.mark.skipif(chromium.PROGRAM is None, reason="no Chromium is installed")
 
-# Contrast of the colours of an element's text and of the page, as WCAG defines it.
+# The lowest contrast of elements' colours with the page's, as WCAG defines it.
 CONTRAST = """(selector => {
   const light = colour => {
     const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255)

@@ -1,4 +1,4 @@
-"""The rewards of whole answers, as text: attempts to cheat, a slow reference, real annotations."""
+"""Rewards of whole answers: attempts to cheat, a slow reference, random text, real annotations."""
 
 import json
 import math
@@ -16,6 +16,9 @@ from hicodet import HOI, parse_completion
 RIDER = HOI((10.0, 20.0, 50.0, 100.0), (30.0, 60.0, 90.0, 110.0), "bicycle", ("ride", "sit on"))
 INSTANCE = {"human": [10, 20, 50, 100], "object": [30, 60, 90, 110],
             "object class": "bicycle", "verb class": "ride, sit on"}
+
+
+MATCHED, NOTHING = {"label_reward": "matched"}, {"duplicates_earn": "nothing"}
 
 
 def written(*instances, think="<think> a </think> "):
@@ -40,8 +43,10 @@ def test_a_perfect_answer_with_one_person_and_two_objects():
     assert earned(text, [RIDER, bag]) == pytest.approx(
         {"format": 0.5, "object": 1, "verb": 1, "iou": 1, "total": 3.5})
     assert earned(text, [RIDER, bag], duplicate_rule="pair")["total"] == pytest.approx(3.8)
-    # The bag's labels go with it: 0.5 + 1/2 + 1/2 + 1.
-    assert earned(text, [RIDER, bag], duplicates_earn="nothing")["total"] == pytest.approx(2.5)
+    # Then the bag's labels earn nothing: 0.5 + 1/2 + 1/2 + 1. Under "pair" it is no duplicate.
+    for rule, total in (("printed", 2.5), ("pair", 3.8)):
+        options = NOTHING | {"duplicate_rule": rule}
+        assert earned(text, [RIDER, bag], **options)["total"] == pytest.approx(total)
 
 
 def changed(**values):
@@ -59,11 +64,11 @@ POINTS = INSTANCE | {"human": [0, 0, 0, 0], "object": [0, 0, 0, 0]}
 INVERTED = {"human": [50, 100, 10, 20], "object": [90, 110, 30, 60]}
 UNREAD = (0.6, 1, 1, 0)  # one box unread: 0.2 + (0 + 0.2 + 0.2), no similarity
 CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a = 1
-    # One is unique: 0.2 + 0.6/10. Labels match once in ten. IoU does not count surplus.
+    # One of ten is unique: 0.2 + 0.6/10. Labels match once. Surplus does not lower the IoU reward.
     "ten copies of one instance": (written(*[INSTANCE] * 10), (0.26, 0.1, 0.1, 1)),
-    # A box without area is none, so r_b = 0 throughout: 0.2 + 10*0.4/10, and no similarity.
+    # A box without area counts as missing, so r_b = 0: 0.2 + 10*0.4/10, and no similarity.
     "ten copies of inverted boxes": (written(*[INSTANCE | INVERTED] * 10), (0.6, 0.1, 0.1, 0)),
-    # 0.2 + (0.6 + 0.4 + 0.4) / 3; the pair alone earns more, 3.8.
+    # 0.2 + (0.6 + 0.4 + 0.4) / 3. The true pair alone earns 3.8.
     "a true pair and two points": (written(INSTANCE, POINTS, POINTS), (2 / 3, 1 / 3, 1 / 3, 1)),
     # Intersection 20*40 = 800, union 40*80 + 60*50 - 800 = 5400; both IoUs are 800/5400 = 4/27.
     "human and object swapped": (
@@ -79,19 +84,16 @@ CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a 
     "unknown labels": (  # 0.2 + 0.2 + 0 + 0.2/2
         written(changed(object_class="bike", verb_class="ride, pedal")), (0.5, 0, 0.5, 1)),
     "empty list": (written(), (0.2, 0, 0, 0)),
-    "empty instance": (written({}), (0.2, 0, 0, 0)),
     "three empty instances more": (written({}, {}, {}, INSTANCE), (0.2 + 0.6 / 4, 0.25, 0.25, 1)),
     "three instances too many": (
         written(INSTANCE, apart(1), apart(2), apart(3)), (0.8, 0.25, 0.25, 1)),
     "one box with x2 < x1": (written(changed(human=INVERTED["human"])), UNREAD),
-    "one box with x2 = x1": (written(changed(human=[10, 20, 10, 100])), UNREAD),
     "one box with y2 = y1": (written(changed(object=[30, 60, 90, 60])), UNREAD),
     # These boxes are finite; their areas are infinite, inf * 0 and 1e-320 * 1e-320 = 0.
     "an integer of 301 digits": (
         written(changed(human=[-(10**300), -(10**300), 10**300, 10**300])), UNREAD),
     "a box wider than any float": (written(changed(human=[-1e308, 50, 1e308, 50])), UNREAD),
     "a box smaller than any float": (written(changed(human=[0, 0, 1e-320, 1e-320])), UNREAD),
-    "a box of five numbers": (written(changed(object=[30, 60, 90, 110, 1])), UNREAD),
     "not JSON, with one reading": (
         TEXT.replace('"', "'").replace("[10,", "(10").replace("ride", "Ride"), (0.8, 1, 1, 1)),
     "not JSON, and a key too many": (  # 4/5
@@ -102,7 +104,6 @@ CHEATS = {  # text -> format, object, verb, IoU; the ground truth is RIDER, N_a 
         '[x1, y1, x2, y2], "object class": "<object class>", "verb class": "<verb class>, '
         '<verb class>, ... "}] </answer>', (0.2, 0, 0, 0)),
     "no <answer>": (TEXT.replace("answer>", "reply>"), (0, 0, 0, 0)),
-    "think tag only": ("<think> One rider. </think>", (0, 0, 0, 0)),
     "cut inside the first instance": (TEXT[:TEXT.index("verb class")], (0.2, 0, 0, 0)),
     "cut inside the second instance": (written(INSTANCE, apart(1))[:-50], (0.8, 1, 1, 1)),
 }
@@ -116,9 +117,8 @@ def test_attempts_to_cheat(text, expected):
     assert parts["total"] == pytest.approx(sum(expected))
 
 
-MATCHED, NOTHING = {"label_reward": "matched"}, {"duplicates_earn": "nothing"}
 NO_LABEL, NO_IOU = {"without": ["label"]}, {"without": ["iou"]}
-COPIES, TRUE_AND_POINTS = written(*[INSTANCE] * 3), written(INSTANCE, POINTS, POINTS)
+COPIES = written(*[INSTANCE] * 3)
 LEFT, RIGHT = apart(1), apart(2) | {"object class": "dog", "verb class": "walk"}
 SWAPPED = written(LEFT | {"object class": "dog"}, RIGHT | {"object class": "bicycle"})
 HANDED_ON = written(LEFT | {"verb class": "walk"}, RIGHT | {"verb class": "ride, sit on"})
@@ -130,25 +130,22 @@ RIDERS = [RIDER, *(replace(RIDER, human=box, object=box)
                    for box in [(900.0, 0.0, 950.0, 80.0), (900.0, 500.0, 950.0, 580.0)])]
 TOTALS = {  # text, ground truth, options -> total
     "two pairs": (written(LEFT, RIGHT), PAIRS, {}, 3.8),
-    # A missed pair costs 0.6/2 of the format, 1/2 of each label and 1/2 of the IoU; a surplus one
-    # 1/2 of each label. docs/study.md says what follows for pairs that annotators leave out.
+    # A missed pair costs 0.6/2 of the format reward, and 1/2 of each label and of the IoU reward.
+    # A surplus pair costs 1/2 of each label reward (docs/study.md).
     "one missed": (written(LEFT), PAIRS, {}, 3.8 - 1.8),
-    "one missed, labels matched": (written(LEFT), PAIRS, MATCHED, 3.8 - 1.8),
     "one missed, without IoU": (written(LEFT), PAIRS, NO_IOU, 2.8 - 1.3),
     "one missed, without labels": (written(LEFT), PAIRS, NO_LABEL, 1.8 - 0.8),
     "one surplus": (written(LEFT, RIGHT), PAIRS[:1], {}, 3.8 - 1),
-    "one surplus, without IoU": (written(LEFT, RIGHT), PAIRS[:1], NO_IOU, 2.8 - 1),
     "one surplus, without labels": (written(LEFT, RIGHT), PAIRS[:1], NO_LABEL, 1.8),
-    # What the label reward as printed does not see, and what it is on matched pairs.
+    # What the label reward does not see as printed, and sees on matched pairs.
     "classes swapped": (SWAPPED, PAIRS, {}, 3.8),
     "classes swapped, labels matched": (SWAPPED, PAIRS, MATCHED, 2.8),
     "verbs swapped": (HANDED_ON, PAIRS, {}, 3.8),
     "verbs swapped, labels matched": (HANDED_ON, PAIRS, MATCHED, 2.8),
     "the first verb only": (FIRST_VERB, PAIRS, {}, 3.8),
     "the first verb only, labels matched": (FIRST_VERB, PAIRS, MATCHED, 3.55),  # (1/2 + 1) / 2
-    # IoU 1/2 for the human boxes, 1 for the object boxes; the objects alone decide who is who.
+    # Human boxes do not overlap, object boxes do: the IoU reward is 1/2.
     "people swapped": (PEOPLE_SWAPPED, PAIRS, {}, 3.3),
-    "people swapped, labels matched": (PEOPLE_SWAPPED, PAIRS, MATCHED, 3.3),
     # Three ride a bicycle: as a plain set, C_gt of Eq. 15 would give at most 1/3.
     "three riders": (hicodet.format_completion(RIDERS, "Three."), RIDERS, {}, 3.8),
     # Boxes 0.2 + 0.6/3, labels 1/3 each, IoU 1/3.
@@ -156,13 +153,12 @@ TOTALS = {  # text, ground truth, options -> total
     # Labels 3/3 each: 0.2 + (0.6 + 0 + 0)/3 + 1 + 1 + 1/3.
     "three copies": (COPIES, RIDERS, {}, 2.4 + 1 / 3),
     "three copies that earn nothing": (COPIES, RIDERS, NOTHING, 1.4),
-    # The copies are matched to the pairs that are left.
+    # The copies are matched with the other pairs.
     "three copies, labels matched": (COPIES, RIDERS, MATCHED, 2.4 + 1 / 3),
     "three copies, matched, that earn nothing": (COPIES, RIDERS, MATCHED | NOTHING, 1.4),
-    # Boxes 0.2 + (0.6 + 0.4 + 0.4)/3: r_b for the points would make it 3.13.
-    "a pair and two points": (TRUE_AND_POINTS, RIDERS, {}, 3.0),
     # Points have no pair: 0.2 + (0.6 + 0.4 + 0.4)/3 + 1/3 + 1/3 + 1/3.
-    "a pair and two points, matched": (TRUE_AND_POINTS, RIDERS, MATCHED, 0.2 + 1.4 / 3 + 1),
+    "a pair and two points, matched": (
+        written(INSTANCE, POINTS, POINTS), RIDERS, MATCHED, 0.2 + 1.4 / 3 + 1),
 }
 
 
@@ -171,7 +167,7 @@ def test_total_of_answers(text, hois, options, total):
     assert earned(text, hois, **options)["total"] == pytest.approx(total)
 
 
-# A reference that shares nothing with the code: cells, fractions, lists, every permutation
+# A slow reference without code in common: sets of pixels, fractions, lists, all permutations
 
 
 def slow_iou(a, b):
@@ -267,7 +263,7 @@ def test_random_answers_against_the_slow_reference(rng):
                 tuple(rng.sample(["ride", "hold", "wash"], rng.randint(1, 3))))
             for _ in range(rng.randint(1, 4))
         ]
-        # A small pool, so that boxes come back; some of them are right.
+        # From a small pool, so boxes repeat. Some are right.
         boxes = [random_box(rng, False) for _ in range(3)] + [list(hoi.human) for hoi in hois]
         instances = [random_instance(rng, boxes) for _ in range(rng.randrange(6))]
         written_ = ["{" + ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs) + "}"
@@ -281,7 +277,7 @@ def test_random_answers_against_the_slow_reference(rng):
 
 
 def test_long_answers_are_scored():
-    """10,000 copies, or 1,000 distinct pairs, which are all compared with one another."""
+    """10,000 copies, or 1,000 distinct pairs, each compared with all others."""
     hoi = HOI(tuple(apart(0)["human"]), tuple(apart(0)["object"]), "bicycle", ("ride",))
     # One is unique: 0.2 + 0.6/10,000. The first "ride" is found, 1/2 of its verbs.
     assert earned(written(*[apart(0)] * 10_000), [hoi]) == pytest.approx(
@@ -297,8 +293,6 @@ PIECES = ["<think>", "</think>", "<answer>", "</answer>", "[", "]", "{", "}", ",
           "\u200b", "”", "：", "-", "1e999", "\\'", "[" * 2000, '{"a":' * 500, "9" * 5000, TEXT]
 NUMBERS = ["0", "-0.0", "10", "50", "1e308", "-1e308", "1e-320", "NaN", "Infinity", "-Infinity",
            "9" * 400, "-" + "9" * 308, "true", "null", '"10"', "[]"]
-
-
 SHARES = [1 if len(piece) < 1000 else 0.05 for piece in PIECES]  # the longest take longest to read
 TWICE, TWO = written(INSTANCE, INSTANCE), written(INSTANCE, apart(1))
 

@@ -1,4 +1,4 @@
-"""What a run leaves for people to read, and that none of it ends the run."""
+"""What a run writes for people, and that a failure in it does not end the run."""
 
 import json
 import math
@@ -39,19 +39,15 @@ def test_resumed_run_continues_in_tensorboard_from_its_checkpoint(tmp_path):
     assert losses == [(1, 1.0), (2, 20.0), (3, 30.0)]
 
 
-def test_without_tensorboard_nothing_is_written_or_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
-    Events(tmp_path, 1).log(1, {"loss": 1.0})
-    assert not list(tmp_path.iterdir()) and capsys.readouterr().err == ""
-
-
-def test_events_that_cannot_be_written_are_one_warning(tmp_path, capsys):
-    pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
+def test_events_without_tensorboard_or_a_folder_do_not_stop_a_run(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     events = Events(tmp_path / "file", 1)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # its import fails
     for step in (1, 2):
         events.log(step, {"loss": 1.0})
-    assert capsys.readouterr().err.count("warning: the TensorBoard file could not be made: ") == 1
+        Events(tmp_path, 1).log(step, {"loss": 1.0})
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert capsys.readouterr().err.count("warning: ") <= 1  # 0 without TensorBoard
 
 
 def test_training_leaves_page_card_and_command(folder, tmp_path, monkeypatch, capfd):
@@ -69,3 +65,4 @@ def test_prediction_leaves_a_page_with_its_images(folder, tmp_path):
     run(config_of("predict", folder, tmp_path / "test", limit=2, max_new_tokens=3))
     page = (tmp_path / "test" / "report.html").read_text()
     assert "<title>test" in page and page.count("<figure>") == 2
+    assert page.count('alt="ground truth: ') == 2

@@ -15,9 +15,9 @@ from tests.run_folders import instance_row, write_lines, write_prediction, write
 
 @pytest.fixture
 def data(folder, tmp_path):
-    """Predictions of five of the toy's six images: all right but for the second and the fourth.
+    """Predictions for five of the toy's six images. Only the second and the fourth have mistakes.
 
-    The second has nothing, the fourth lacks its first pair.
+    The second has no pair, and the fourth lacks its first pair.
     """
     samples = load_split(folder / "data", "test")
     answers = [list(sample.hois) for sample in samples[:5]]
@@ -32,21 +32,21 @@ def data(folder, tmp_path):
 
 
 def shown(**options):
-    """(number of the image, what `show` says of its picture), in order."""
+    """(number of the image, the text of `show` about its picture), in order."""
     rows = (row.split(": ", 1) for row in show(**options))
     return [(int(Path(path).stem[-1]), text) for path, text in rows]
 
 
 def test_worst_first(data, folder):
-    true = [sum(len(h.verbs) for h in s.hois) for s in load_split(folder / "data", "test")]
-    first = len(load_split(folder / "data", "test")[3].hois[0].verbs)
-    rows = [
+    samples = load_split(folder / "data", "test")
+    true = [sum(len(hoi.verbs) for hoi in sample.hois) for sample in samples]
+    first = len(samples[3].hois[0].verbs)
+    assert true[1] > first  # or the order would be another
+    assert shown(**data, worst=3) == [
         (2, f"{true[1]} of {true[1]} interactions missed, 0 predicted"),
         (4, f"{first} of {true[3]} interactions missed, {true[3] - first} predicted"),
         (1, f"0 of {true[0]} interactions missed, {true[0]} predicted"),
     ]
-    assert true[1] > first  # or the order would be another
-    assert shown(**data, worst=3) == rows
 
 
 def test_first_images_and_one_by_name(data):
@@ -59,22 +59,17 @@ def test_first_images_and_one_by_name(data):
 def test_pictures_are_side_by_side_only_with_predictions(data):
     shown(**data, images=1)
     picture = Path(data["out"]) / "HICO_test2015_00000001.png"
-    with Image.open(picture) as both:
-        assert both.width == 2 * 640 + 8
+    assert Image.open(picture).width == 2 * 640 + 8
     texts = dict(shown(**data | {"predictions": ""}))
     assert len(texts) == 6 and texts[1].endswith(" true interactions")
-    with Image.open(picture) as truth:
-        assert truth.width == 640
+    assert Image.open(picture).width == 640
 
 
-@pytest.mark.parametrize(
-    "options, row, words",
-    [
-        ({"file": "HICO_test2015_00000006.jpg"}, "", "no image of this split with a prediction"),
-        ({}, '{"file_name": "x.jpg", "instances": []}\n', "line 6: no image of this split"),
-    ],
-)
-def test_what_cannot_be_shown_is_one_line(data, options, row, words):
+@pytest.mark.parametrize("options, row, words", [
+    ({"file": "HICO_test2015_00000006.jpg"}, "", "none with a prediction"),
+    ({}, '{"file_name": "x.jpg", "instances": []}\n', "'x.jpg' is not of this split"),
+])  # fmt: skip
+def test_unusable_option_or_line_is_one_line(data, options, row, words):
     with open(data["predictions"], "a") as file:
         file.write(row)
     with pytest.raises(InputError, match=words) as refused:
@@ -91,11 +86,13 @@ def test_missing_image_is_named_before_anything_is_drawn(data, tmp_path):
     assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
-def test_choices_that_contradict_are_refused(capsys):
-    for flags in ("--images 2 --file a.jpg", "--worst 3", "--worst 3 --images 2 --predictions p"):
-        with pytest.raises(SystemExit):
-            hoi_r1.parse_config(["show", "--data", "d", *flags.split()])
-        assert "error: --" in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [
+    "--images 2 --file a.jpg", "--worst 3", "--worst 3 --images 2 --predictions p"
+])  # fmt: skip
+def test_choices_that_contradict_are_refused(flags, capsys):
+    with pytest.raises(SystemExit):
+        hoi_r1.parse_config(["show", "--data", "d", *flags.split()])
+    assert "error: --" in capsys.readouterr().err
 
 
 def test_report_of_several_runs_is_in_the_last(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A run that is ended by a signal: what it leaves, and how it continues."""
+"""Signals: a run saves, stops and continues."""
 
 import os
 import signal
@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
-def heeded():
-    """Python's own handler of Ctrl-C, which a shell script ignores in what it starts with `&`."""
+def default_handler():
+    """Python's own handler of Ctrl-C. Commands that a script starts with `&` ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -44,7 +44,7 @@ def wait_for_step(process: subprocess.Popen, out: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(folder, tmp_path_factory):
-    """The weights of the run that is not interrupted."""
+    """The weights of an uninterrupted run."""
     out = tmp_path_factory.mktemp("whole")
     process = start(folder, out)
     assert process.wait() == 0, process.stderr.read()
@@ -54,7 +54,7 @@ def whole(folder, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_signal_saves_and_says_how_to_continue(number, code, folder, whole, tmp_path):
-    """To the weights of the run that is not interrupted."""
+    """Resumed, it ends with the weights of the uninterrupted run."""
     process = start(folder, tmp_path)
     wait_for_step(process, tmp_path)
     process.send_signal(number)
@@ -70,7 +70,7 @@ def test_signal_saves_and_says_how_to_continue(number, code, folder, whole, tmp_
 
 @pytest.mark.slow
 def test_ctrl_c_in_a_terminal_reaches_the_image_workers_too(folder, tmp_path):
-    """So does SIGTERM of a batch system, which kills them: the step is finished without them."""
+    """A batch system's SIGTERM also kills them. The run finishes the step without them."""
     process = start(folder, tmp_path)
     wait_for_step(process, tmp_path)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -95,7 +95,7 @@ def test_signal_to_one_rank_stops_all(folder, tmp_path):
 
 @pytest.mark.slow
 def test_second_signal_ends_at_once():
-    """The same one right after it, which torchrun passes on, does not."""
+    """A copy within a second does not: torchrun passes signals on."""
     code = (
         "import signal, time; from engine.signals import StopSignal\n"
         "with StopSignal() as stop:\n"
@@ -115,7 +115,7 @@ def test_second_signal_ends_at_once():
 
 
 def test_signal_that_is_ignored_stays_ignored():
-    """As Ctrl-C is after `nohup python ... &` in a script."""
+    """A script that starts `python ... &` ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     with StopSignal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -127,7 +127,7 @@ def test_signal_that_is_ignored_stays_ignored():
 
 @pytest.fixture
 def ctrl_c(monkeypatch):
-    """Ctrl-C as soon as a program starts its work."""
+    """Ctrl-C at the start of a program's work."""
 
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -145,7 +145,6 @@ ADD_RESUME = "interrupted; to continue, add --resume to the same command"
     (hoi_r1, "predict --model m --out o --data d --dry-run", "interrupted"),
     (hoi_r1, "predict --model m --out o --image a.jpg", "interrupted"),
     (hoi_r1, "sft --model m --out o --data d", ADD_RESUME),
-    (hoi_r1, "demo", "interrupted"),
     (evaluate, "p.jsonl --data d", "evaluate.py: interrupted"),
     (teacher, "--data d --out t.jsonl",
      "teacher.py: interrupted; run the same command again to go on"),
@@ -160,7 +159,7 @@ def test_ctrl_c_outside_of_the_steps_is_one_line(program, line, said, ctrl_c, mo
         assert capsys.readouterr().err == ("" if rank == "1" else f"\n{said}\n")
 
 
-# like torchrun, which ends its ranks in its own time; like in a terminal, both receive Ctrl-C
+# Both processes receive Ctrl-C, as in a terminal. The child needs a while to end, as torchrun does.
 AS_TORCHRUN = """
 import os, signal, time
 print(os.getpid(), flush=True)

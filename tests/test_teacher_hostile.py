@@ -1,19 +1,11 @@
-"""One request of teacher.py: faults, errors, redirects, proxies, and servers that do harm."""
+"""One request of teacher.py: faults, errors, redirects, proxies, hostile servers."""
 
 import re
 import threading
 
 import pytest
 
-from engine.traces.openai_chat import (
-    MAX_RETRY_AFTER,
-    NoReply,
-    Refused,
-    complete,
-    estimated_tokens,
-    post,
-    usage_of,
-)
+from engine.traces.openai_chat import NoReply, Refused, complete, estimated_tokens, post, usage_of
 from tests.faulty_server import FAULTS, Server
 from tests.replies import THINK, USAGE, make_teacher, reply
 
@@ -21,28 +13,28 @@ KEY = "sk-loopback-0123456789"
 
 
 def failure(url, **changes):
-    """What `post` raises, with an environment's key that no error may show."""
+    """What `post` raises; no error may show the key."""
     with pytest.raises((NoReply, Refused)) as failed:
-        post(make_teacher(base_url=url, **{"key": KEY} | changes), {})
+        post(make_teacher(base_url=url, key=KEY, **changes), {})
     assert KEY not in str(failed.value) and str(failed.value).isprintable()
     return failed.value
 
 
 def kind_of(error):
-    """What follows a failure: "retry", "skip" the image or "end" the run."""
+    """What teacher.py does next: "retry", "skip" the image, or "end" the run."""
     if isinstance(error, Refused):
         return "end"
     return "skip" if error.retry_after is None else "retry"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_worth_another_try(fault):
+def test_each_fault_is_tried_again(fault):
     error = failure(Server(lambda: fault).url, timeout=0.3)
     assert error.retry_after == (0.01 if fault == "429" else 0)
 
 
 @pytest.mark.parametrize("header, expected", [
-    ("2.5", 2.5), ("-3", 0), ("9" * 400, MAX_RETRY_AFTER), ("Fri, 31 Dec 9999 23:59:59 GMT", 0),
+    ("2.5", 2.5), ("-3", 0), ("9" * 400, 3600), ("Fri, 31 Dec 9999 23:59:59 GMT", 0),
 ])
 def test_retry_after(header, expected):
     error = failure(Server(lambda: (429, {}, {"Retry-After": header})).url)
@@ -51,27 +43,25 @@ def test_retry_after(header, expected):
 
 def test_retries_end_with_the_last_fault_or_a_reply():
     replies = iter(["429", "stall", "500", f"<think>{THINK}</think>"])
-    server, go_on = Server(lambda: next(replies)), threading.Event()
+    server, stop = Server(lambda: next(replies)), threading.Event()
     one = make_teacher(base_url=server.url, retries=3, timeout=0.3, backoff=0.001)
-    assert complete(one, {}, go_on) == reply(f"<think>{THINK}</think>")
+    assert complete(one, {}, stop) == reply(f"<think>{THINK}</think>")
     server.answer = lambda: "500"
     with pytest.raises(NoReply, match="500.*oops"):
-        complete(one, {}, go_on)
+        complete(one, {}, stop)
     assert len(server.bodies) == 8
-    go_on.set()  # the run ends: no further try
+    stop.set()
     with pytest.raises(NoReply):
-        complete(one, {}, go_on)
-    assert len(server.bodies) == 9
+        complete(one, {}, stop)
+    assert len(server.bodies) == 9  # no further try
 
 
 @pytest.mark.parametrize("body, kind", [
     ({"error": {"code": 429, "message": "busy"}}, "retry"), ({"error": "busy"}, "retry"),
     ({"error": {"code": "502", "message": "busy"}, "choices": None}, "retry"),
-    ({"error": {"code": None, "message": "busy"}, "choices": []}, "retry"),
     ({"error": {"code": 400, "message": "busy"}}, "end"),
     ({"error": {"code": "content_filter", "message": "busy"}, "choices": None}, "skip"),
     ({"choices": None, "detail": "busy"}, "retry"), (["busy"], "retry"),
-    ({"choices": [{"error": {"message": "busy"}}]}, "retry"),
     ({"choices": [{"message": {"content": ""}, "error": {"code": 502, "is": "busy"}}]}, "retry"),
     ({"choices": [{"message": "busy"}]}, "retry"),
 ])
@@ -90,19 +80,17 @@ PAGE = "<!DOCTYPE html>\n<html><head><title>502 Bad Gateway</title></head>\n<bod
     (404, "content_filter", "end", "404"), (204, "", "end", "204"),
     (400, "Content is not allowed by our safety system.", "skip", "400"),
     (400, "Filtered by Azure OpenAI's content management policy.", "skip", "400"),
-    (400, "litellm.ContentPolicyViolationError", "skip", "400"),
-    (200, PAGE, "retry", ": 502 Bad Gateway nginx$"), (502, PAGE, "retry", " 502 Bad Gateway ng"),
+    (502, PAGE, "retry", " 502 Bad Gateway nginx$"),
 ])
 def test_status_says_whether_to_go_on(status, said, kind, hint):
     failed = failure(Server(lambda: (status, said.encode())).url)
     assert kind_of(failed) == kind and re.search(hint, str(failed))
 
 
-@pytest.mark.parametrize("status", [302, 308])
-def test_redirect_does_not_take_the_key_to_another_host(status):
+def test_redirect_does_not_take_the_key_to_another_host():
     other = Server()
     to = {"Location": f"{other.url}/chat/completions"}
-    error = failure(Server(lambda: (status, {}, to)).url)
+    error = failure(Server(lambda: (302, {}, to)).url)
     assert kind_of(error) == "end" and "it redirects: correct --base-url" in str(error)
     assert not other.bodies
 
@@ -113,7 +101,7 @@ def test_key_is_removed_from_what_the_server_says():
     said = post(make_teacher(base_url=server.url, key=KEY), {})["choices"][0]["message"]["content"]
     assert said == "<think>Your key is (key). None of them rides.</think>"
     assert server.keys == {f"Bearer {KEY}"}
-    # what people set for a server that wants no key is no secret, and traces hold such words
+    # a placeholder like "None" is no secret, and traces may hold the word
     said = post(make_teacher(base_url=server.url, key="None"), {})["choices"][0]["message"]
     assert "None of them rides" in said["content"]
 
@@ -129,34 +117,29 @@ def proxy(monkeypatch):
     return server
 
 
-def test_http_proxy_is_used(proxy):
-    teacher = make_teacher(base_url="http://teacher.invalid/v1")
-    assert post(teacher, {}) == reply(f"<think>{THINK}</think>")
-    assert proxy.paths == {"http://teacher.invalid/v1/chat/completions"}
+def test_http_proxy_is_used_and_named(proxy):
     proxy.answer = lambda: "500"
     said = str(failure("http://teacher.invalid/v1"))
+    assert proxy.paths == {"http://teacher.invalid/v1/chat/completions"}
     assert f"through the proxy 127.0.0.1:{proxy.server_port}: 500" in said
 
 
-def test_https_proxy_is_asked_to_connect_and_does_not_get_the_key(proxy):
+def test_https_proxy_does_not_get_the_key(proxy):
     error = failure("https://teacher.invalid/v1")
     assert kind_of(error) == "retry" and "Tunnel connection failed: 403" in str(error)
     assert "password" not in str(error)
     assert (proxy.paths, proxy.keys) == ({"teacher.invalid:443"}, {None})
 
 
-def test_no_proxy_and_this_machine_are_asked_directly(proxy, monkeypatch):
+def test_no_proxy_and_loopback_do_not_go_through_the_proxy(proxy, monkeypatch):
     assert post(make_teacher(base_url=Server().url), {}) == reply(f"<think>{THINK}</think>")
     monkeypatch.setenv("NO_PROXY", "teacher.invalid")
     assert "proxy" not in str(failure("http://teacher.invalid/v1"))  # there is no such host
     assert not proxy.bodies
-    monkeypatch.delenv("NO_PROXY")
-    monkeypatch.setenv("HTTP_PROXY", "http:/127.0.0.1")
-    assert "proxy URL with no authority" in str(failure("http://teacher.invalid/v1"))
 
 
-def test_servers_words_do_not_reach_the_terminal_as_codes():
-    """ESC, BEL, a C1 control, DEL, and U+202E, after which text runs backwards."""
+def test_control_characters_of_the_server_are_removed():
+    """ESC, BEL, a C1 control, DEL, and U+202E, which turns the direction of text."""
     said = "no \x1b[2J\x07\x9b1m\x7f\u202e such\nmodel".encode()
     error = failure(Server(lambda: (404, said)).url)
     assert kind_of(error) == "end" and str(error).endswith(": 404: no [2J 1m such model")

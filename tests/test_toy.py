@@ -3,7 +3,6 @@
 import hashlib
 import json
 import random
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from demo import grounding, scenes, toy
 from engine.data import annotations
 from engine.traces.trace_file import read_traces
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
+OFFICIAL = Path(__file__).resolve().parents[2] / "shared" / "hico_det"
 SKIN = np.array([255, 200, 160])
 TRAIN, TEST = 120, 44
 
@@ -45,14 +44,6 @@ def layouts_of(scenes_or_samples):
     return found
 
 
-def prompt_ids(tokenizer, image_tokens=32):
-    content = [{"type": "image"},
-               {"type": "text", "text": hicodet.prompt_text(task_description=False)}]
-    text = tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                         add_generation_prompt=True)
-    return tokenizer(text.replace("<|image_pad|>", "<|image_pad|>" * image_tokens)).input_ids
-
-
 def bounds(mask):
     """Inclusive x1, y1, x2, y2 of the true pixels."""
     ys, xs = np.nonzero(mask)
@@ -63,7 +54,7 @@ def bounds(mask):
 
 
 def test_held_out_half_is_annotated_completely(folder):
-    """Every pair of every scene comes back from the .mat file, its verbs merged (Sec. 4.2)."""
+    """The .mat file holds every pair of every scene, and merging restores its verbs (Sec. 4.2)."""
     samples = annotations.load_split(folder / "data", "test")
     drawn = scenes.make_scenes("test", TEST, seed=3)
     for sample, scene in zip(samples, drawn, strict=True):
@@ -75,7 +66,6 @@ def test_held_out_half_is_annotated_completely(folder):
 
 
 def test_training_half_misses_pairs_at_the_rate_but_never_the_first(tmp_path):
-    """The images do not depend on the rate."""
     drawn = scenes.make_scenes("train", 150, seed=5)
     second, found = sum(len(scene.hois) - 1 for scene in drawn), {}
     for left_out in ("0", "0.55", "1"):
@@ -87,31 +77,12 @@ def test_training_half_misses_pairs_at_the_rate_but_never_the_first(tmp_path):
         found[left_out] = sum(len(sample.hois) - 1 for sample in samples)
     assert found["0"] == second and found["1"] == 0
     assert found["0.55"] == pytest.approx(0.45 * second, abs=22)  # four standard deviations
-    name = "images/train2015/HICO_train2015_00000150.jpg"
+    name = "images/train2015/HICO_train2015_00000150.jpg"  # the images do not depend on the rate
     assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()
 
 
-@pytest.mark.parametrize("rate", ["-0.1", "nan"])
-def test_impossible_rate_is_refused(rate, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        toy.main([str(tmp_path / "x"), f"--left-out={rate}"])
-    assert "--left-out" in capsys.readouterr().err and not (tmp_path / "x").exists()
-
-
-@pytest.mark.parametrize("pairs", [1, 3])
-def test_pairs_are_of_known_kinds_on_the_grid(pairs):
-    kinds = {(kind.object_class, kind.verbs) for kind in scenes.KINDS + scenes.RARE}
-    for scene in scenes.make_scenes("test", 200, seed=0, pairs=pairs):
-        assert scene.width == 112 * pairs and 1 <= len(scene.hois) <= pairs
-        for hoi in scene.hois:
-            assert (hoi.object_class, hoi.verbs) in kinds
-            assert all(side % 14 == 0 for side in hoi.human + hoi.object)
-            assert max(hoi.human[2], hoi.object[2]) < scene.width
-            assert max(hoi.human[3], hoi.object[3]) < 112
-
-
 def test_boxes_are_where_things_are_drawn(folder):
-    """Fails if boxes are a pixel off, have x and y swapped, or belong to another image."""
+    """Fails if boxes are some pixels off, have x and y swapped, or belong to another image."""
     background = scenes.background(224).astype(int)
     drawn_scenes = scenes.make_scenes("test", TEST, seed=3)
     for sample, scene in zip(annotations.load_split(folder / "data", "test"), drawn_scenes):
@@ -129,14 +100,6 @@ def test_boxes_are_where_things_are_drawn(folder):
             assert found[:3:2] == pytest.approx((left - near, right - near), abs=2)
 
 
-def test_boxes_are_exact_before_jpeg():
-    hoi = hicodet.HOI((14, 21, 42, 63), (42, 35, 84, 63), "bicycle", ("hold",))
-    for scene, box in ((scenes.Scene(224, (hoi,), ()), (14, 21, 84, 63)),
-                       (scenes.Scene(224, (hoi,), ((126, 14, 154, 70),)), (14, 14, 154, 70))):
-        image = np.asarray(scenes.draw_scene(scene, np.random.default_rng()))
-        assert bounds((image != scenes.background(224)).any(axis=2)) == box
-
-
 def test_no_test_layout_is_in_the_training_half(folder):
     halves = (annotations.load_split(folder / "data", split) for split in ("train", "test"))
     train, test = map(layouts_of, halves)
@@ -146,27 +109,8 @@ def test_no_test_layout_is_in_the_training_half(folder):
                 & layouts_of(scenes.make_scenes("test", 500, seeds[1], pairs=3)))
 
 
-def test_rare_kinds_are_rare_in_training_only():
-    rare, common = ([(kind.object_class, kind.verbs) for kind in group]
-                    for group in (scenes.RARE, scenes.KINDS))
-    train, test = (Counter((hoi.object_class, hoi.verbs) for scene in drawn for hoi in scene.hois)
-                   for drawn in (scenes.make_scenes("train", 2000, 0),
-                                 scenes.make_scenes("test", 330, 0)))
-    assert [train[kind] for kind in rare] == [8, 8]
-    assert min(train[kind] for kind in common) > 200  # (2000 - 16) / 9 kinds = 220 as first ones
-    assert min(test[kind] for kind in rare + common) >= 30  # 330 / 11 kinds as first ones
-
-
-@pytest.mark.parametrize("kind", scenes.KINDS + scenes.RARE)
-def test_kinds_are_hico_pairs_in_hico_order_with_layouts_in_both_halves(kind):
-    ids = [hicodet.HOI_CLASSES.index((verb, kind.object_class)) for verb in kind.verbs]
-    assert ids == sorted(ids)
-    halves = Counter(scenes.is_test_layout(hoi) for hoi in scenes.layouts(kind))
-    assert min(halves[True], halves[False]) >= 15
-
-
 def test_drawings_of_a_seed_stay_the_same():
-    """By a hash, as the base model and the study were made with these drawings."""
+    """The base model and the study were made with these drawings: compared by a hash."""
     assert scenes.make_scenes("train", 50, 3) != scenes.make_scenes("train", 50, 4)
     drawn, colours = scenes.make_scenes("train", 20, seed=3, pairs=3), np.random.default_rng(0)
     pixels = b"".join(scenes.draw_scene(scene, colours).tobytes() for scene in drawn)
@@ -190,16 +134,15 @@ def field_names(array):
 
 
 def test_files_have_the_fields_of_the_official_ones(folder):
-    if not SHARED.is_dir():
-        pytest.skip(f"no HICO-DET annotations in {SHARED}")
-    images = {TRAIN, TEST, 600, 9658}  # the sizes that may differ; 600 are the classes, too
+    if not OFFICIAL.is_dir():
+        pytest.skip(f"no HICO-DET annotations in {OFFICIAL}")
+    roots = folder / "data", OFFICIAL
+    counts = {TRAIN, TEST, 600, 9658}  # of images, which may differ
     for name in ("anno_bbox.mat", "anno.mat"):
-        ours, theirs = ({(key, tuple(n for n in shape if n not in images))
-                         for key, shape, _ in whosmat(root / name)}
-                        for root in (folder / "data", SHARED))
+        ours, theirs = ({(key, tuple(n for n in shape if n not in counts))
+                         for key, shape, _ in whosmat(root / name)} for root in roots)
         assert ours == theirs
-    ours, theirs = (loadmat(root / "anno_bbox.mat", variable_names=["bbox_train", "list_action"])
-                    for root in (folder / "data", SHARED))
+    ours, theirs = (loadmat(root / "anno_bbox.mat") for root in roots)
     assert ours["list_action"].shape == theirs["list_action"].shape == (600, 1)
     for key in ("bbox_train", "list_action"):
         assert field_names(ours[key]) == field_names(theirs[key])
@@ -240,11 +183,11 @@ def test_model_folder_loads_and_reads_an_image(folder, tokenizer):
     processor = AutoImageProcessor.from_pretrained(folder / "model")
     images = processor(images=[Image.new("RGB", (224, 112))], return_tensors="pt")
     assert images["image_grid_thw"].tolist() == [[1, 8, 16]]  # patches of 14, rows first
-    ids = torch.tensor([prompt_ids(tokenizer)])
+    ids = tokenizer("<|image_pad|>" * 32 + "a", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = model(ids, mm_token_type_ids=(ids == model.config.image_token_id).long(),
                        **images).logits
-    assert logits.shape == (1, ids.shape[1], model.config.text_config.vocab_size)
+    assert logits.shape == (1, 33, model.config.text_config.vocab_size)
     assert torch.isfinite(logits).all()
     stop = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
     assert model.generation_config.eos_token_id == stop
@@ -255,42 +198,5 @@ def test_model_folder_loads_and_reads_an_image(folder, tokenizer):
 def test_special_tokens_are_single_ids_after_all_others(tokenizer):
     ids = [tokenizer(token).input_ids for token in toy.SPECIAL_TOKENS]
     assert ids == [[len(tokenizer) - len(ids) + i] for i in range(len(ids))]
-    text = "<think> a </think>" + "".join(toy.SPECIAL_TOKENS)
-    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text[:18]
-
-
-def test_tokenizer_round_trips_any_text(tokenizer):
-    alphabet = [chr(c) for c in (*range(32, 127), 9, 10, 0xE9, 0x4EBA, 0x1F6B2, 0x661)] + [
-        "hold", "holding", "sports ball", ", 14", "105", '"}] </answer>', "no interaction"]
-    for _ in range(200):
-        text = "".join(random.choices(alphabet, k=random.randint(1, 60)))
-        assert tokenizer.decode(tokenizer(text).input_ids) == text, repr(text)
-
-
-def test_chat_template_is_qwens(tokenizer):
-    path = SHARED.parent / "qwen2.5-vl" / "chat_template.json"
-    if not path.is_file():
-        pytest.skip(f"no {path}")
-    template = json.loads(path.read_text())["chat_template"]
-    content = [{"type": "image"}, {"type": "text", "text": "one\ntwo"}]
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
-             {"role": "assistant", "content": "a"}]
-    for messages in ([{"role": "user", "content": content}], turns):
-        for start in (True, False):
-            ours, theirs = (tokenizer.apply_chat_template(
-                messages, chat_template=chosen, tokenize=False, add_generation_prompt=start)
-                for chosen in (None, template))
-            assert ours == theirs
-
-
-def test_tiny_model_has_grouped_queries_and_windows_and_keeps_the_random_state():
-    torch.manual_seed(5)
-    expected = torch.rand(1)
-    torch.manual_seed(5)
-    model, same, other = toy.tiny_model(1), toy.tiny_model(1), toy.tiny_model(2)
-    assert torch.rand(1) == expected
-    text, vision = model.config.text_config, model.config.vision_config
-    assert text.num_key_value_heads < text.num_attention_heads
-    assert vision.window_size < scenes.SIDE and len(vision.fullatt_block_indexes) < vision.depth
-    weights = [m.get_input_embeddings().weight for m in (model, same, other)]
-    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    text = "<think> é 人 </think>" + "".join(toy.SPECIAL_TOKENS)
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text[:20]

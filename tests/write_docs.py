@@ -13,16 +13,16 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "options.md"
 HEAD = """\
 # Options
 
-`python -m tests.write_docs` writes this page from `engine/configs.py`, where each option is defined once.
-`python hoi_r1.py STAGE --help` has the same texts. "resume" says what `--resume` does if the value differs from the
-run's: it refuses to continue, allows it, or notes the change in `config.json`.
+`python -m tests.write_docs` writes this page from `engine/configs.py`, which defines each option
+once. `python hoi_r1.py STAGE --help` has the same texts. "resume" is what `--resume` does if the
+value differs from the run's: refuse to continue, allow it, or note the change in `config.json`.
 """
 TRAINED = ("sft", "grpo", "predict")
 OTHERS = tuple(name for name in STAGES if name not in TRAINED)
 
 
 def default_of(field) -> str:
-    """The default as one types it; "" where there is none or the text says it."""
+    """The default as typed on a command line; "" if it is missing or the text has it."""
     if field.default is MISSING:
         return "required"
     if isinstance(field.default, bool):
@@ -37,15 +37,15 @@ def rows_of(names: tuple[str, ...], heading: str) -> list[str]:
         config = STAGES[stage]
         for field in fields(config):
             if field.metadata["group"] == heading:
-                resume = next(
-                    a for a in ("refuse", "allow", "note") if field.name in config.on_resume(a)
-                )
+                actions = ("refuse", "allow", "note")
+                resume = next(a for a in actions if field.name in config.on_resume(a))
                 paper = field.metadata["paper"]
                 default = default_of(field) + (f", {paper}" if paper else "")
-                key = (flag_of(field.name), default, field.metadata["text"], resume)
+                text = field.metadata["text"].replace("|", r"\|")
+                key = (flag_of(field.name), default, text, resume)
                 rows.setdefault(key, []).append(stage)
     return [
-        f"| `{flag}` | {', '.join(stages)} | {default} | {text.replace('|', chr(92) + '|')} | {resume} |"
+        f"| `{flag}` | {', '.join(stages)} | {default} | {text} | {resume} |"
         for (flag, default, text, resume), stages in rows.items()
     ]
 

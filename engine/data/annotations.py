@@ -27,7 +27,7 @@ Row = tuple[str, int, int, tuple[Pair, ...], Iterable[str]]
 
 
 def load_split(root: str | Path, split: str) -> list[Sample]:
-    """Read the images of one split, "train" or "test", in the order of the file; none is opened.
+    """Read the annotations of one split, "train" or "test", in the order of the file.
 
     root: folder of hico_20160224_det, where anno.mat may be missing, or of annotations.jsonl.
     anno.mat says which objects an image is known for; without it the classes listed in
@@ -66,24 +66,24 @@ def training_counts(root: str | Path) -> list[int]:
 
 
 def image_folder(root: str | Path, split: str) -> Path:
-    """Where the images of a split are: images/train2015 or images/test2015, if there, or images."""
+    """A split's image folder: images/train2015 or images/test2015 if it exists, else images."""
     folder = Path(root) / "images" / f"{split}2015"
     return folder if folder.is_dir() else folder.parent
 
 
 def require_images(samples: Iterable[Sample]) -> None:
-    """Raises FileNotFoundError if images are missing on disk, with their number and the first."""
+    """Raise FileNotFoundError if images are missing, with their number and the first one."""
     missing = [sample.path for sample in samples if not sample.path.is_file()]
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} images are missing, first {missing[0]} (places: images/train2015 and "
-            "images/test2015, or images). `python hoi_r1.py check` lists all that are missing, and "
-            "--exclude FILE leaves them out"
+            f"{len(missing)} images are missing, first {missing[0]} (they belong in "
+            "images/train2015 and images/test2015, or in images). `python hoi_r1.py check --out "
+            "FILE` lists them, and --exclude FILE leaves them out"
         )
 
 
 def _annotation_file(root: Path) -> Path:
-    """anno_bbox.mat or annotations.jsonl, whichever is there."""
+    """anno_bbox.mat or annotations.jsonl, whichever exists."""
     found = [root / name for name in ("anno_bbox.mat", "annotations.jsonl")]
     found = [path for path in found if path.is_file()]
     if len(found) == 2:
@@ -129,7 +129,7 @@ def _own_pair(entry: object, where: str) -> Pair:
 def _layout(where: str | Path) -> Iterator[None]:
     """Turn errors of reading a .mat file and its structs into an InputError that names the place.
 
-    The file may be cut short, damaged, of MATLAB 7.3, or none of HICO-DET's.
+    The file may be cut, damaged, of MATLAB 7.3, or not HICO-DET's.
     """
     from scipy.io.matlab import MatReadError  # only here, as SciPy would slow down --help
 
@@ -151,7 +151,7 @@ def _variables(path: Path, *names: str) -> list[np.ndarray]:
 
 
 def _records(path: Path, split: str) -> Iterator[tuple[str, np.void]]:
-    """The images of a split as anno_bbox.mat has them, each with its place."""
+    """The image records of a split in anno_bbox.mat, each with its place in the file."""
     actions, records = _variables(path, "list_action", f"bbox_{split}")
     with _layout(f"{path}, list_action"):
         found = [f"{a['vname'].item()} {a['nname'].item()}" for a in actions.ravel()]
@@ -178,7 +178,7 @@ def _image_level_objects(path: Path, split: str) -> dict[str, set[str]] | None:
     with _layout(path):
         names = [str(np.squeeze(file)) for file in files.ravel()]
         objects = {name: set() for name in names}
-        for hoi_id, column in np.argwhere(labels == 1):  # -1 is no, 0 ambiguous, NaN not asked
+        for hoi_id, column in np.argwhere(labels == 1):  # -1: no, 0: ambiguous, NaN: not labelled
             objects[names[column]].add(HOI_CLASSES[hoi_id][1])
     return objects
 
@@ -200,8 +200,8 @@ def _official_row(record: np.void, known: dict[str, set[str]] | None) -> Row:
 
 
 def _boxes(boxes: np.ndarray) -> dict[int, Box]:
-    """Boxes in 0-based pixels, by the numbers that `connection` gives them, from 1."""
-    # Floats first: the official file may hold unsigned bytes, for which 0 - 1 is 255.
+    """Boxes in 0-based pixels, keyed by their number in `connection`, from 1."""
+    # float first, as the official file may hold unsigned bytes, where 0 - 1 is 255
     sides = ("x1", "y1", "x2", "y2")
     values = (tuple(float(box[side].item()) - 1 for side in sides) for box in boxes.ravel())
     return dict(enumerate(values, start=1))

@@ -1,4 +1,4 @@
-"""Samples as the model reads them: prompt, patches, boxes in the text's frame.
+"""Samples as model inputs: prompt, patches, boxes in the text's frame.
 
 Axes: S prompt length, C completion length, V vocabulary.
 """
@@ -24,23 +24,18 @@ from engine.options import flag_of
 from hicodet import InputError
 
 END_OF_TURN = "<|im_end|>"
-PROMPT_FILE = "prompt.json"  # in an exported folder: how its model was asked in training
+PROMPT_FILE = "prompt.json"  # of an exported folder: the prompt options of its training
 BOX_FRAMES = ("model", "original", "thousand")
-THOUSAND = (1000, 1000)
 
 
 @dataclass(frozen=True)
 class PromptOptions:
-    """How the model is asked; recorded in the folders that trainings export."""
+    """Prompt options, recorded in the folders that trainings export."""
 
-    thinking: bool = True  # False: an ablation of Table 2, as is the next
+    thinking: bool = True  # off: an ablation of Table 2, like the next
     task_description: bool = True
-    box_frame: str = "model"  # what boxes in text count; one of BOX_FRAMES
-    text_first: bool = False  # the image after the text: another prompt than the authors'
-
-    def text(self, thinking: bool) -> str:
-        """The text of the user turn (Fig. 4). thinking: whether it asks for reasoning."""
-        return hicodet.prompt_text(thinking=thinking, task_description=self.task_description)
+    box_frame: str = "model"  # units of boxes in text; one of BOX_FRAMES
+    text_first: bool = False  # the image after the text, unlike the authors' prompt
 
     def as_file(self) -> str:
         """The content of PROMPT_FILE."""
@@ -48,20 +43,16 @@ class PromptOptions:
 
 
 def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
-    """How a model is asked: as `asked` says, else as it was trained here, else as its family was.
+    """The prompt options: as `asked`, else as the model was trained, else as its family was.
 
-    adapter: its folder, or "". It tells how it was trained; one of peft does not, and then the
-    model's folder does. asked: fields of PromptOptions, None if not given. Raises InputError if
-    what is asked for contradicts the training.
+    adapter: folder of a LoRA adapter, or "". Its record comes before the model's. asked: fields of
+    PromptOptions, None if not given. Raises InputError if one contradicts the training.
     """
     trained, files = {}, [Path(folder) / PROMPT_FILE for folder in (adapter, model) if folder]
     if path := next(filter(Path.is_file, files), None):
         trained = read_object(path)
-        try:
-            known = PromptOptions(**trained).box_frame in BOX_FRAMES
-        except TypeError:
-            known = False
-        if not known:
+        unknown = trained.keys() - vars(PromptOptions()).keys()
+        if unknown or trained.get("box_frame", "model") not in BOX_FRAMES:
             raise InputError(f"{path}: not the prompt options of this project")
     given = {name: value for name, value in asked.items() if value is not None}
     for name, value in given.items():
@@ -75,24 +66,24 @@ def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its question and its ground truth."""
+    """One image with its prompt and its ground truth."""
 
     sample: hicodet.Sample
     prompt: Prompt
     model_size: tuple[int, int]  # (width, height) of the image after the processor's resize
-    text_size: tuple[int, int]  # (width, height) in the units of the text, by --box-frame
-    text_hois: tuple[hicodet.HOI, ...]  # boxes in these units
-    target_ids: Tensor | None  # (C,) what SFT supervises
+    text_size: tuple[int, int]  # (width, height) in the text's frame (--box-frame)
+    text_hois: tuple[hicodet.HOI, ...]  # boxes in the text's frame
+    target_ids: Tensor | None  # (C,) supervised by SFT
 
 
 class Examples(Dataset):
-    """Samples turned into Examples, each when it is asked for.
+    """Samples as Examples, each made when it is needed.
 
-    model: folder or hub name, for its tokenizer and image processor. options: how it is asked.
-    thinks: for SFT the trace of each file name; an image without one is asked for the answer alone.
-    target_text(hois, think): what SFT supervises; None: nothing. prompt_text(thinking): in place of
-    the options' own. upright: turn images as their EXIF data says, which is right for photographs
-    and wrong for HICO-DET, whose boxes are in stored pixels.
+    model: folder or hub name, for its tokenizer and image processor. thinks: for SFT the trace of
+    each file name; the prompt of an image without one asks for the answer alone.
+    target_text(hois, think): the text that SFT supervises; None: no target. upright: rotate images
+    by their EXIF data, which is right for photographs and wrong for HICO-DET, whose boxes are in
+    stored pixels.
     """
 
     def __init__(
@@ -103,25 +94,22 @@ class Examples(Dataset):
         *,
         thinks: dict[str, str] | None = None,
         target_text: Callable[[tuple, str | None], str] | None = None,
-        prompt_text: Callable[[bool], str] | None = None,
         upright: bool = False,
     ):
         self.samples, self.options, self.thinks = samples, options, thinks
         self.target_text, self.upright = target_text, upright
         self.config = read_model_config(model)
         self.tokenizer = read_tokenizer(model)
-        # by name: AutoImageProcessor may ask for torchvision, and takes its resize where it is
+        # not AutoImageProcessor, which needs torchvision, and resizes with it
         self.processor = read_from_model(
             Qwen2VLImageProcessorPil.from_pretrained, model, "image processor"
         )
         require_one_model(model, self.config, self.tokenizer, self.processor)
         self.image_id = self.config.image_token_id
         self.end_id = self.tokenizer.convert_tokens_to_ids(END_OF_TURN)
-        text = prompt_text or options.text
+        switch = {"task_description": options.task_description}
         self.questions = {
-            thinking: question(
-                self.tokenizer, text(thinking), self.image_id, model, options.text_first
-            )
+            thinking: self.question(hicodet.prompt_text(thinking=thinking, **switch), model)
             for thinking in (True, False)
         }
 
@@ -129,7 +117,7 @@ class Examples(Dataset):
         return len(self.samples)
 
     def fingerprint(self) -> str:
-        """The number of images, and a hash of names, ground truth and traces in this order."""
+        """The number of images, and a hash of their names, ground truth and traces."""
         digest, thinks = hashlib.sha256(), self.thinks or {}
         for s in self.samples:
             row = (s.file_name, s.width, s.height, s.hois, thinks.get(s.file_name))
@@ -144,25 +132,47 @@ class Examples(Dataset):
         patches, side = prompt.image_grid_thw[0].tolist(), self.processor.patch_size
         model_size = (patches[2] * side, patches[1] * side)
         original = (sample.width, sample.height)
-        sizes = {"model": model_size, "original": original, "thousand": THOUSAND}
+        sizes = {"model": model_size, "original": original, "thousand": (1000, 1000)}
         size = sizes[self.options.box_frame]
         hois = tuple(hicodet.in_frame(hoi, original, size) for hoi in sample.hois)
         target = self.token_ids(self.target_text(hois, think)) if self.target_text else None
         return Example(sample, prompt, model_size, size, hois, target)
 
     def prompt(self, sample: hicodet.Sample, thinking: bool) -> Prompt:
-        """Image and question, as ids with a placeholder for each image token, and patches."""
-        image = read_image(sample, self.upright)
-        pixels = self.processor(images=image, return_tensors="pt")
-        grid = pixels["image_grid_thw"]
-        ids = self.questions[thinking]
+        """The prompt of an image, with a placeholder for each image token, and its patches."""
+        pixels = self.processor(images=read_image(sample, self.upright), return_tensors="pt")
+        grid, ids = pixels["image_grid_thw"], self.questions[thinking]
         place = int((ids == self.image_id).nonzero())
         image = torch.full((int(grid.prod()) // self.processor.merge_size**2,), self.image_id)
         ids = torch.cat([ids[:place], image, ids[place + 1 :]])
         return Prompt(ids, pixels["pixel_values"], grid)
 
+    def question(self, text: str, model: str) -> Tensor:
+        """(S',) ids of the user turn, with one image placeholder before or after the text.
+
+        Raises InputError if the chat template makes another number of placeholders, or opens
+        <think>.
+        """
+        content = [{"type": "image"}, {"type": "text", "text": text}]
+        content = content[::-1] if self.options.text_first else content
+        message, apply = {"role": "user", "content": content}, self.tokenizer.apply_chat_template
+        options = {"add_generation_prompt": True, "tokenize": False}
+        text = read_from_model(lambda _: apply([message], **options), model, "chat template")
+        if text.rstrip().endswith("<think>"):
+            raise InputError(
+                f"--model {model}: its chat template opens <think> itself, as Thinking weights do; "
+                "take the Instruct weights of this model"
+            )
+        ids = self.token_ids(text)
+        if (images := int((ids == self.image_id).sum())) != 1:
+            raise InputError(
+                f"--model {model}: its chat template makes {images} placeholders of image_token_id "
+                f"{self.image_id}"
+            )
+        return ids
+
     def longest_prompt(self) -> int:
-        """Tokens of the longest prompt, from the sizes of the images, before any is read."""
+        """Tokens of the longest prompt, from the annotated sizes of the images."""
         text = max(len(ids) - 1 for ids in self.questions.values())  # less the placeholder
         patches = self.processor.get_number_of_image_patches
         usable = [s for s in self.samples if not too_long(s.width, s.height)]
@@ -174,13 +184,13 @@ class Examples(Dataset):
         return self.tokenizer(text, return_tensors="pt")["input_ids"][0]
 
     def decode(self, ids: Tensor) -> str:
-        """A completion as text, without the end of the turn."""
+        """A completion's text, without special tokens."""
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
     def banned(self, vocabulary: int) -> Tensor:
-        """(V,) bool: special tokens but the end of the turn, and ids that the tokenizer lacks.
+        """(V,) bool: special tokens except the end of the turn, and ids without a token.
 
-        A sampled image token would be read as an image that is not there.
+        A sampled image token would be taken for a missing image.
         """
         banned = torch.arange(vocabulary) >= len(self.tokenizer)
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]
@@ -190,7 +200,7 @@ class Examples(Dataset):
 
 
 def read_tokenizer(model: str):
-    """A model's tokenizer with its chat template, which older folders keep in a file of its own.
+    """A model's tokenizer with its chat template, which older folders keep in a separate file.
 
     Raises InputError naming what is missing.
     """
@@ -206,8 +216,8 @@ def read_tokenizer(model: str):
 def require_one_model(model: str, config, tokenizer, processor) -> None:
     """Raise InputError if a model's parts do not belong together."""
     vision, room = config.vision_config, config.text_config.vocab_size
-    cuts = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
-    for name, takes in cuts.items():
+    sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
+    for name, takes in sizes.items():
         if (has := getattr(processor, name)) != takes:
             raise InputError(
                 f"--model {model}: {name} is {has} in preprocessor_config.json, and {takes} in "
@@ -218,28 +228,3 @@ def require_one_model(model: str, config, tokenizer, processor) -> None:
             f"--model {model}: the tokenizer has {len(tokenizer)} tokens, and vocab_size is {room} "
             "in config.json: they belong to different models"
         )
-
-
-def question(tokenizer, text: str, image_id: int, model: str, text_first: bool) -> Tensor:
-    """(S',) ids of the user turn, with one image placeholder before its text, or after it.
-
-    Raises InputError if the model's chat template makes another number of placeholders.
-    """
-    content = [{"type": "image"}, {"type": "text", "text": text}]
-    message = {"role": "user", "content": content[::-1] if text_first else content}
-    template = {"add_generation_prompt": True, "tokenize": False}
-    text = read_from_model(
-        lambda _: tokenizer.apply_chat_template([message], **template), model, "chat template"
-    )
-    if text.rstrip().endswith("<think>"):
-        raise InputError(
-            f"--model {model}: its chat template opens <think> itself, as Thinking weights do; "
-            "take the Instruct weights of this model"
-        )
-    ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
-    if (images := int((ids == image_id).sum())) != 1:
-        raise InputError(
-            f"--model {model}: its chat template makes {images} placeholders of image_token_id "
-            f"{image_id}"
-        )
-    return ids

@@ -1,36 +1,33 @@
-"""Whether a data set can be used: images that cannot be read, boxes that mean nothing.
+"""Which images are used: those that can be read, have ground truth, and are not excluded.
 
     python hoi_r1.py check --data hico_20160224_det
 """
 
-import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import hashlib
+from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from tqdm import tqdm
 
-from engine.data.annotations import load_split, splits
+from engine.data.annotations import load_split, require_images, splits
 from engine.data.images import read_image
 from engine.files import replace_file
-from hicodet import Box, InputError, Sample
-
-ODD = ("inverted", "without area", "out of the image")  # what a box of the ground truth may be
+from hicodet import InputError, Sample
 
 
-def check(
-    *, data: str, split: str | None = None, out: str = "", workers: int = 0
-) -> Iterator[str]:
+def check(*, data: str, split: str | None = None, out: str = "", workers: int = 0) -> Iterator[str]:
     """Read all images of a split, or of both, and yield a line for each that cannot be used.
 
-    out: a file for their names, which --exclude takes. Raises InputError at the end if there are
-    any.
+    out: a file for their names, for --exclude. Raises InputError at the end if there are any.
     """
     bad = {}
     for name in [split] if split else splits(data):
         samples = load_split(data, name)
-        found = bad_images(samples, workers or os.cpu_count(), desc=f"images of {name}")
+        with ThreadPool(workers or None) as pool:  # Pillow decodes outside of Python's lock
+            faults = pool.imap(fault, samples)
+            bar = tqdm(faults, f"images of {name}", len(samples), unit="image")
+            found = {sample.file_name: said for said, sample in zip(bar, samples) if said}
         yield from found.values()
         yield f"{name}: {len(found)} of {len(samples)} images cannot be used"
         if odd := odd_boxes(samples):
@@ -40,46 +37,50 @@ def check(
         replace_file(Path(out), "".join(f"{name}\n" for name in bad))
     if bad:
         file = out or "bad.txt, which `check --out bad.txt` writes"
-        raise InputError(
-            f"{len(bad)} images cannot be used: fetch them again, or leave them out with "
-            f"--exclude {file}"
-        )
+        said = "cannot be used: fetch them again, or leave them out with --exclude"
+        raise InputError(f"{len(bad)} images {said} {file}")
 
 
 def read_names(path: str) -> set[str]:
-    """The file names in a file of --exclude, one a line; {} for no file."""
+    """The file names in an --exclude file, one per line; none without a file."""
     return set(Path(path).read_text().split("\n")) - {""} if path else set()
 
 
-def excluded_names(path: str, samples: Sequence[Sample]) -> set[str]:
-    """The images among the samples that a file of --exclude lists.
+def excluded_images(exclude: str, samples: list[Sample]) -> set[int]:
+    """The indices of the samples that an --exclude file lists; it may list other images too.
 
-    It may list images of another split too. Raises InputError if no sample is left.
+    Raises InputError if no sample is left, FileNotFoundError if an image of the others is missing.
     """
-    known = {sample.file_name for sample in samples}
-    names = read_names(path) & known
-    if names == known:
-        raise InputError(f"--exclude {path}: no image is left")
-    return names
+    names = read_names(exclude)
+    excluded = {i for i, sample in enumerate(samples) if sample.file_name in names}
+    if len(excluded) == len(samples):
+        raise InputError(f"--exclude {exclude}: no image is left")
+    require_images(sample for i, sample in enumerate(samples) if i not in excluded)
+    return excluded
 
 
-def bad_images(samples: Sequence[Sample], workers: int, *, desc: str = "images") -> dict[str, str]:
-    """Why images cannot be used, by file name: missing, broken or of another size than annotated.
+def excluded_fingerprint(excluded: set[int]) -> str:
+    """The number of excluded images and a hash of their indices, for config.json."""
+    digest = hashlib.sha256(repr(sorted(excluded)).encode()).hexdigest()
+    return f"{len(excluded)} images, {digest[:16]}" if excluded else "none"
 
-    Threads are enough, as Pillow decodes outside of Python's lock.
-    """
-    bad = {}
-    bar = tqdm(total=len(samples), desc=desc, unit="image")
-    with bar, ThreadPool(max(workers, 1)) as pool:
-        for sample, reason in zip(samples, pool.imap(fault, samples)):
-            if reason:
-                bad[sample.file_name] = reason
-            bar.update()
-    return bad
+
+def annotated_samples(data: str) -> list[Sample]:
+    """The training images with ground truth. Raises InputError if there are none."""
+    samples = [sample for sample in load_split(data, "train") if sample.hois]
+    if not samples:
+        raise InputError(f"--data {data}: no training image has ground truth")
+    return samples
+
+
+def notes_on(samples: list[Sample], excluded: set[int], exclude: str) -> list[str]:
+    """Notes on the images for the user. exclude: the --exclude file, or ""."""
+    lines = [f"{len(excluded)} of {len(samples)} images are excluded"] if exclude else []
+    return lines + ([odd] if (odd := odd_boxes(samples)) else [])
 
 
 def fault(sample: Sample) -> str:
-    """Why the image of a sample cannot be used; "" if it can."""
+    """Why an image cannot be used: missing, broken, too narrow or of another size; "" if it can."""
     try:
         read_image(sample)
     except InputError as error:
@@ -87,24 +88,20 @@ def fault(sample: Sample) -> str:
     return ""
 
 
-def odd_boxes(samples: Sequence[Sample]) -> str:
-    """How many boxes of the ground truth are inverted, empty or out of their image; "" if none."""
-    found = Counter()
+def odd_boxes(samples: list[Sample]) -> str:
+    """Numbers of ground-truth boxes that are inverted, empty or out of the image; "" if none."""
+    total = inverted = empty = out = 0
     for sample in samples:
-        boxes = {box for hoi in sample.hois for box in (hoi.human, hoi.object)}
-        found.update(box_fault(box, sample.width, sample.height) for box in boxes)
-    if found.total() == found[""]:
+        right, bottom = sample.width - 1, sample.height - 1
+        for x1, y1, x2, y2 in {box for hoi in sample.hois for box in (hoi.human, hoi.object)}:
+            total += 1
+            if x2 < x1 or y2 < y1:
+                inverted += 1
+            elif x2 == x1 or y2 == y1:
+                empty += 1
+            elif not (0 <= x1 and 0 <= y1 and x2 <= right and y2 <= bottom):
+                out += 1
+    if not (inverted or empty or out):
         return ""
-    counts = ", ".join(f"{found[kind]} {kind}" for kind in ODD)
-    return f"boxes of the ground truth: {counts}, of {found.total()}"
-
-
-def box_fault(box: Box, width: int, height: int) -> str:
-    """Which of ODD a box is, in 0-based pixels of an image of this size; "" if it is fine."""
-    x1, y1, x2, y2 = box
-    if x2 < x1 or y2 < y1:
-        return ODD[0]
-    if x2 == x1 or y2 == y1:
-        return ODD[1]
-    inside = 0 <= x1 and 0 <= y1 and x2 <= width - 1 and y2 <= height - 1
-    return "" if inside else ODD[2]
+    counts = f"{inverted} inverted, {empty} without area, {out} out of the image"
+    return f"boxes of the ground truth: {counts}, of {total}"

@@ -8,18 +8,18 @@ from PIL import Image, ImageOps
 
 from hicodet import InputError, Sample
 
-# what Pillow raises for broken, hostile and huge files; TypeError for EXIF data
+# Pillow's exceptions for broken, hostile and huge files; TypeError comes from EXIF data
 UNREADABLE = (
     *(OSError, ValueError, SyntaxError, RuntimeError, AttributeError, TypeError, struct.error),
     Image.DecompressionBombError,
 )
-LONGEST = 200  # times the shorter side: what Qwen2.5-VL's processor takes
+LONGEST = 200  # largest aspect ratio that Qwen2.5-VL's processor takes
 
 
 def open_image(path: Path, *, upright: bool = False) -> Image.Image:
     """An image file as RGB. Raises InputError naming a broken one.
 
-    upright: turned as the camera noted in its EXIF data.
+    upright: rotate it by its EXIF data.
     """
     try:
         with Image.open(path) as file:
@@ -31,7 +31,7 @@ def open_image(path: Path, *, upright: bool = False) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any image as RGB: transparency on white, 16-bit and float grey scaled to 8 bits.
 
-    Raises ValueError for grey values of an unknown range, which Pillow would clip without a word.
+    Raises ValueError for grey values of an unknown range, which Pillow would clip silently.
     """
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
@@ -49,14 +49,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def too_long(width: int, height: int) -> bool:
-    """Whether an image of this size is too long and narrow for the model."""
+    """Whether an image of this size is too narrow for the model."""
     return max(width, height) > LONGEST * min(width, height)
 
 
 def read_image(sample: Sample, upright: bool = False) -> Image.Image:
     """A sample's image.
 
-    Raises InputError naming a file that is broken, of another size than annotated, or too long.
+    Raises InputError naming a file that is broken, not of its annotated size, or too narrow.
     """
     image = open_image(sample.path, upright=upright)
     if image.size != (sample.width, sample.height):

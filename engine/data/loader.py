@@ -19,7 +19,7 @@ from engine.ranks import Ranks
 from hicodet import InputError
 
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
-LAST_SECONDS = 10  # of an image worker after SIGTERM, which torchrun sends to it too
+LAST_SECONDS = 10  # that an image worker lives after SIGTERM, which torchrun sends to it too
 
 
 def batch_order(
@@ -27,7 +27,7 @@ def batch_order(
 ) -> list[list[int]]:
     """The samples of every step. An epoch takes each sample once; its last batch may be short.
 
-    excluded: samples that are taken out of the order; the others keep it.
+    excluded: samples to leave out, which does not change the order of the others.
     """
     order: list[list[int]] = []
     kept = count - len(excluded)
@@ -39,7 +39,7 @@ def batch_order(
 
 
 def _example_or_error(examples: Examples, index: int) -> Example | InputError:
-    """DataLoader adds a worker's traceback to what it raises; returned, an error is one line."""
+    """An example, or its error as a value: DataLoader adds a traceback to what a worker raises."""
     try:
         return examples[index]
     except InputError as error:
@@ -47,24 +47,25 @@ def _example_or_error(examples: Examples, index: int) -> Example | InputError:
 
 
 def _start_worker(parent: int, worker: int) -> None:
-    """Let the parent finish its step at a signal, but end with it: a worker holds its lock too.
+    """Let a worker outlive a signal, so that the parent can finish its step, but not the parent.
 
-    Otherwise it would wait for ever to hand over its images. On other systems than Linux it may.
+    A worker without its parent would wait for ever, and keep the run's lock. Only on Linux can this
+    be prevented.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(LAST_SECONDS))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before
+        if os.getppid() != parent:  # it has ended already
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def read_ahead(
     examples: Examples, indices: list[int], workers: int
 ) -> Iterator[Example | InputError]:
-    """The examples in this order, read and resized by worker processes before they are needed.
+    """The examples in this order, read and resized ahead by worker processes.
 
-    An image that cannot be used yields the error that says why.
+    Yields the InputError for an image that cannot be used.
     """
     options = {"num_workers": workers, "multiprocessing_context": "fork", "prefetch_factor": 16}
     options["worker_init_fn"] = partial(_start_worker, os.getpid())
@@ -76,20 +77,10 @@ def read_ahead(
     )
     for example in loader:
         if isinstance(example, Example):
-            # copies: what a worker sends holds shared memory and an open file as long as it lives
+            # copies, as tensors of a worker hold shared memory and an open file
             prompt = Prompt(*(part.clone() for part in vars(example.prompt).values()))
             example = dataclasses.replace(example, prompt=prompt)
         yield example
-
-
-def usable(example: Example | InputError) -> Example:
-    """The example. Raises InputError with the error that came in its place, and the way out."""
-    if isinstance(example, InputError):
-        raise InputError(
-            f"{example}; `hoi_r1.py check --out bad.txt` lists all such images, and --resume with "
-            "--exclude bad.txt leaves them out"
-        )
-    return example
 
 
 def batches(
@@ -103,15 +94,20 @@ def batches(
     workers: int,
     excluded: Collection[int] = (),
 ) -> Iterator[tuple[int, list[Example], list[float], float]]:
-    """This rank's share of the batch of each step from `done` on.
+    """This rank's share of each batch, from step `done` on.
 
-    Yields the step, the share, its weights, and the seconds waited for its images. Raises
-    InputError naming an image that cannot be used.
+    Yields step, share, weights, and the seconds spent waiting for images. Raises InputError naming
+    an image that cannot be used, and the way out.
     """
     order = batch_order(len(examples), batch_size, steps, seed, excluded)
     shares = [ranks.share(batch) for batch in order[done:]]
     stream = read_ahead(examples, [i for share, _ in shares for i in share], workers)
     for step, (share, weights) in enumerate(shares, start=done):
         started = time.perf_counter()
-        batch = [usable(next(stream)) for _ in share]
+        batch = [next(stream) for _ in share]
+        if error := next((e for e in batch if isinstance(e, InputError)), None):
+            raise InputError(
+                f"{error}; `hoi_r1.py check --out bad.txt` lists all such images, and --resume "
+                "with --exclude bad.txt leaves them out"
+            )
         yield step, batch, weights, time.perf_counter() - started

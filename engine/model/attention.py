@@ -1,19 +1,18 @@
-"""Group attention: a group's prompt is read once, and each completion sees it and itself.
+"""Group attention: each completion attends to its group's prompt, stored once, and to itself.
 
 Axes: P prompts, G completions per prompt, B = P * G completions, S prompt length, C completion
 length, L length of a packed row, N completion tokens in it, V vocabulary; H heads, K key-value
 heads, D head size.
 
-The G completions of a group share their prompt, and causal attention makes the prompt's hidden
-states independent of what follows. One idea serves sampling and update alike: a completion attends
-to its group's prompt and to itself.
+The G completions of a group share their prompt. Attention is causal, so the prompt's hidden states
+do not depend on what follows, and are computed once.
 
 - Update: one flat row `[prompt_1 | o_11 .. o_1G | prompt_2 | ...]`, no padding (packing.py).
-- Sampling: a prompt is prefilled once, its keys and values are kept once (engine/sampling/).
+- Sampling: a prompt is prefilled once, and its keys and values are stored once (engine/sampling/).
 
-Both reach the library's Qwen2.5-VL through an attention function registered as GROUP_ATTENTION, and
-the vision tower's windows through another (`use_group_attention`). A CPU computes both with SDPA, a
-GPU in bf16 with PyTorch's flash attention over rows of unequal lengths; docs/speed.md says why.
+The library's model calls an attention function registered as GROUP_ATTENTION, and another one for
+the windows of the vision tower (`use_group_attention`). A CPU uses SDPA. A GPU in bf16 uses
+PyTorch's flash attention over rows of unequal lengths; docs/speed.md says why.
 """
 
 from collections import Counter
@@ -28,29 +27,29 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 GROUP_ATTENTION = "group_attention"
-WINDOW_ATTENTION = "windows_as_flash"  # a name with "flash" is handed all windows in one call
-# torch 2.11 takes grouped queries without being told
+WINDOW_ATTENTION = "windows_as_flash"  # the library passes all windows at once to a "flash" name
+# torch 2.11 takes grouped queries without this argument
 GROUPED = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on the device; a GPU copies it from pinned memory while Python goes on."""
+    """A CPU tensor on the device; to a GPU asynchronously, from pinned memory."""
     if device.type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
 def has_flash(x: Tensor) -> bool:
-    """Whether PyTorch's flash attention over rows of unequal lengths takes this tensor."""
+    """Whether PyTorch's flash attention supports this tensor's device and dtype."""
     return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
 
 
 class GroupLayout:
-    """Who sees whom in a packed row: lengths of the prompts and of the completions after each.
+    """Which token attends to which in a packed row: lengths of prompts and their completions.
 
-    prefix: tokens at the start of the row that all prompts begin with (`--text-first`); lengths of
-    prompts are without them. sequences: see `_sequences`; as tensors, in which compiled layers find
-    no length that is fixed.
+    prefix: number of tokens at the start of the row that all prompts share (`--text-first`);
+    prompt_lengths do not count them. sequences: from `_sequences`, as tensors, so that compiled
+    layers do not specialise on lengths.
     """
 
     def __init__(
@@ -67,13 +66,13 @@ class GroupLayout:
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Group attention over the row. q: (1, H, L, D); k, v: (1, K, L, D). Returns (1, H, L, D).
 
-        No mask over (L, L): a call for each prompt and each completion, or on a GPU one flash
-        attention of everything, which took 0.84 of the time of two calls a group.
+        No (L, L) mask is made. A CPU makes one call per prompt and completion; a GPU one flash
+        attention call in all, in 0.84 of the time of two calls per group.
         """
         if has_flash(q):
             keys, *ends = self.sequences
             q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
-            # from fp32, so that backward adds up the gradients of a prompt's keys in fp32
+            # via fp32, so that backward sums the gradients of a prompt's keys in fp32
             k, v = (x.float().index_select(0, keys).to(x.dtype) for x in (k, v))
             causal = {"window_size": (-1, 0), "scale": scaling, **GROUPED}
             return varlen_attn(q, k, v, *ends, **causal).transpose(0, 1)[None]
@@ -87,15 +86,15 @@ class GroupLayout:
         return torch.cat(outputs, dim=2)
 
     def _sequences(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int, int]:
-        """Prompts and completions as sequences of their own, each with the keys that it sees.
+        """Prompts and completions as separate sequences, each with the keys that it attends to.
 
-        Returns the keys' places in the row, sequence after sequence; where the queries and the keys
-        of each sequence begin and the last ends (int32); the longest of both.
+        Returns the indices of all keys in the row, sequence after sequence; the cumulative lengths
+        of queries and of keys (int32, from 0); the longest of both.
         """
         prefix, start = torch.arange(self.prefix), self.prefix
         keys, queries = ([prefix], [self.prefix]) if self.prefix else ([], [])
         for prompt, own in zip(self.prompt_lengths, self.completion_lengths):
-            if len(own) <= 1:  # an ordinary row
+            if len(own) <= 1:  # prompt and completion are one causal sequence
                 prompt, own = prompt + sum(own), ()
             shared = torch.cat([prefix, torch.arange(start, start + prompt)])
             keys.append(shared)
@@ -110,18 +109,15 @@ class GroupLayout:
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """Causal attention: the last token sees all keys, each one before it one less."""
+    """Causal attention, aligned at the end: the last query sees all keys."""
     mask, gqa = causal_lower_right(q.shape[2], k.shape[2]), q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scaling, enable_gqa=gqa)
 
 
 def _attend_group(q, k, v, prompt_length, completion_lengths, scaling, prefix):
-    """One group, (1, heads, S + C_1 + .. + C_G, D): the prompt causal, completions over both.
-
-    prefix: its queries, keys and values, which come before the prompt's; None without one.
-    """
+    """Attention of one group, (1, heads, S + C_1 + .. + C_G, D). prefix: its q, k, v, or None."""
     lengths = (prompt_length, *completion_lengths)
-    if len(lengths) == 2:  # one completion, as in SFT: an ordinary row, 6 % faster whole
+    if len(lengths) == 2:  # one completion, as in SFT: one causal sequence is 6 % faster
         lengths = (sum(lengths),)
     # split, not sliced: backward of each slice would fill a whole row with zeros
     (q, *own_q), (k, *own_k), (v, *own_v) = (x.split(lengths, dim=2) for x in (q, k, v))
@@ -135,10 +131,7 @@ def _attend_group(q, k, v, prompt_length, completion_lengths, scaling, prefix):
 
 
 def _group_attention(module, query, key, value, attention_mask, scaling, layout, **kwargs):
-    """The library's attention call. layout: as the model was given it, here or in DecodeStep.
-
-    kwargs: the library passes every attention function further names; none concerns this one.
-    """
+    """The library's attention call. layout: a GroupLayout or a DecodeStep."""
     return layout.attend(module, query, key, value, scaling).transpose(1, 2), None
 
 
@@ -147,32 +140,28 @@ def _window_attention(
 ):
     """The vision tower's attention within windows or images, which follow each other in a row.
 
-    query, key, value: (1, H, L, D). cu_seq_lens_q: (windows + 1,), where each begins and the last
-    ends. The library's own way with SDPA is a call for each window, some 27 an image and layer.
+    query, key, value: (1, H, L, D). cu_seq_lens_q: (windows + 1,) cumulative lengths. With SDPA the
+    library would make one call per window, about 27 per image and layer.
     """
-    if has_flash(query):  # with 16 images 0.3 of the time of the way below
+    if has_flash(query):  # with 16 images 0.3 of the time of SDPA below
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         return varlen_attn(q, k, v, *ends, scale=scaling)[None], None
     q, k, v = (x[0] for x in (query, key, value))
-    return _windows_by_length(q, k, v, cu_seq_lens_q, scaling)[None], None
-
-
-def _windows_by_length(q: Tensor, k: Tensor, v: Tensor, ends: Tensor, scaling: float) -> Tensor:
-    """Attention within windows, those of one length in one call. (H, L, D) -> (L, H, D)"""
-    lengths = ends.diff().long()
+    lengths = cu_seq_lens_q.diff().long()
     counts, outputs, start = Counter(lengths.tolist()), [], 0
-    # patches with those of short windows first; a window's own stay together and in order
+    # patches of short windows first; the patches of a window stay together and in order
     order = lengths.repeat_interleave(lengths, output_size=q.shape[1]).argsort(stable=True)
     if len(counts) > 1:
         q, k, v = (x.index_select(1, order) for x in (q, k, v))
-    for length, count in sorted(counts.items()):
+    for length, count in sorted(counts.items()):  # one call for all windows of a length
         cut = (x[:, start : start + length * count] for x in (q, k, v))
         windows = (x.unflatten(1, (count, length)).transpose(0, 1) for x in cut)
         output = F.scaled_dot_product_attention(*windows, scale=scaling)
         outputs.append(output.transpose(1, 2).flatten(0, 1))  # (patches, H, D)
         start += length * count
-    return outputs[0] if len(counts) == 1 else torch.cat(outputs)[order.argsort()]
+    output = outputs[0] if len(counts) == 1 else torch.cat(outputs)[order.argsort()]
+    return output[None], None
 
 
 AttentionInterface.register(GROUP_ATTENTION, _group_attention)
@@ -180,12 +169,12 @@ AttentionInterface.register(WINDOW_ATTENTION, _window_attention)
 
 
 def use_group_attention(model: nn.Module) -> nn.Module:
-    """Give a Qwen2.5-VL the attention functions of this module, and return it.
+    """Switch a model to this module's attention functions, and return it.
 
-    Its vision tower embeds patches by a matmul from then on, equal up to rounding.
+    Its vision tower then embeds patches by a matmul, equal up to rounding.
     """
     model.config.text_config._attn_implementation = GROUP_ATTENTION
-    # set here: asked for when a model is loaded, a name with "flash" is looked for on the hub
+    # not in from_pretrained, which looks up a name with "flash" on the hub
     model.config.vision_config._attn_implementation = WINDOW_ATTENTION
     patches = model.model.visual.patch_embed
     patches.forward = partial(_embed_patches, patches.proj)
@@ -198,5 +187,3 @@ def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
     pixels: (patches, patch size). On a CPU it takes a ninth of the convolution's time.
     """
     return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)
-
-

@@ -1,22 +1,19 @@
-"""The folder of a model: what may be wrong with it is said in one line, before or after loading.
+"""The folder of a model: faults are named in one line, before or after loading.
 
-transformers takes what it finds: it draws weights that are missing and leaves out those that it has
-no place for. Its loading report tells; `require_complete` turns the report into an error.
+transformers initialises missing weights at random and ignores surplus ones. It reports both, and
+`require_complete` turns its report into an error.
 """
 
 import hashlib
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from transformers import AutoConfig
-from transformers.utils import (
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    cached_file,
-    logging,
-)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file, logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from engine.files import read_object
@@ -31,12 +28,12 @@ WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.
 
 def read_from_model(read: Callable, model: str, what: str):
     """read(model), a reader of the library. Raises InputError naming the folder if it cannot."""
-    require_folder(model)
     try:
+        require_folder(model)
         return read(model)
-    except InputError as error:  # of the layers of quantized.py, which do not know the folder
+    except InputError as error:  # these do not name the folder
         raise InputError(f"--model {model}: {error}") from None
-    except Exception as error:  # the libraries raise some twenty kinds for broken files
+    except Exception as error:  # the libraries raise about twenty kinds for broken files
         cause = textwrap.shorten(str(error), 200) or type(error).__name__
         absent = "" if Path(model).is_dir() else "there is no such folder here, and "
         said = f"--model {model}: {absent}no {what} that can be read ({cause})"
@@ -44,38 +41,32 @@ def read_from_model(read: Callable, model: str, what: str):
 
 
 def require_folder(model: str) -> None:
-    """Raise InputError if `model` is a path to no folder, or to one whose fault can be told."""
+    """Raise InputError if `model` is a path to no folder, or to one with a known fault."""
     folder = Path(model)
     if not folder.is_dir():
         if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") != 1:
-            raise InputError(f"--model {model}: there is no such folder")
+            raise InputError("there is no such folder")
         return  # a hub name
-    if fault := folder_fault(folder):
-        raise InputError(f"--model {model}: {fault}")
-
-
-def folder_fault(folder: Path) -> str:
-    """Why no model can be loaded from a folder; "" if nothing is known to be wrong."""
     weights = [*folder.glob("*.safetensors")]
     for file in [*weights, *folder.glob("*.json")]:
         with open(file, "rb") as content:
             if content.read(len(LFS_POINTER)) == LFS_POINTER:
-                return f"{file.name} is a git-lfs pointer; fetch the file with `git lfs pull`"
+                said = "is a git-lfs pointer; fetch the file with `git lfs pull`"
+                raise InputError(f"{file.name} {said}")
     full = [file for file in weights if file.name != ADAPTER_WEIGHTS]
     if not full and [*folder.glob("pytorch_model*.bin")]:
-        return "weights in pytorch_model.bin; convert them to safetensors"
+        raise InputError("weights in pytorch_model.bin; convert them to safetensors")
     if not (folder / "config.json").is_file():
         inside = folder / "model"
         hint = f"; is {inside} meant?" if inside.is_dir() else ""
-        return f"no config.json in this folder{hint}"
-    return ""
+        raise InputError(f"no config.json in this folder{hint}")
 
 
 def model_and_adapter(model: str, adapter: str) -> tuple[str, str]:
     """The model and the adapter that --model and --adapter name.
 
-    --model may name the folder of a LoRA adapter, which tells the model that it belongs to. Raises
-    InputError if it does not, or if that model is not where it was.
+    --model may name the folder of a LoRA adapter, which records its base model. Raises InputError
+    if that model is not found.
     """
     folder = Path(model)
     full = [file for file in folder.glob("*.safetensors") if file.name != ADAPTER_WEIGHTS]
@@ -91,44 +82,46 @@ def model_and_adapter(model: str, adapter: str) -> tuple[str, str]:
 
 
 def model_warnings(model: str, config) -> list[str]:
-    """What in a model's folder is not used though one might expect it, a line each."""
+    """Warnings about files in a model's folder that are not used."""
     folder, lines = Path(model), []
-    if not folder.is_dir():
-        return lines
     single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
     if single.is_file() and index.is_file():
         lines.append(f"{single.name} is read, and the shards of {index.name} are not")
     if (folder / ADAPTER_CONFIG).is_file():
         lines.append("the LoRA adapter in this folder is not used; the full weights are")
-    if config.tie_word_embeddings and heads_differ(weight_files(model)):
+    if config.tie_word_embeddings and heads_differ(model):
         lines.append(
             "lm_head.weight is not used: config.json ties it to the embedding, which differs"
         )
     return [f"warning: --model {model}: {line}" for line in lines]
 
 
-def heads_differ(files: list[str]) -> bool:
-    """Whether lm_head and the embedding are both stored and differ in their first rows."""
-    rows = {}
-    for file in files:
+def heads_differ(model: str) -> bool:
+    """Whether lm_head and the embedding are both stored, with different first rows."""
+    found = []
+    for file in weight_files(model):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():
                 if name.endswith(("lm_head.weight", "embed_tokens.weight")):
-                    rows[name.split(".")[-2]] = tensors.get_slice(name)[:64]
-    if len(rows) < 2:
-        return False
-    head, embedding = rows["lm_head"], rows["embed_tokens"]
-    return head.shape != embedding.shape or bool((head != embedding).any())
+                    found.append(tensors.get_slice(name)[:64].float())
+    return len(found) == 2 and not torch.equal(*found)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the library's warnings, inside a `with`."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def read_model_config(model: str):
-    """The configuration of a model. Raises InputError for a kind that is not in FAMILIES."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it warns of token ids, which Examples checks
-    try:
+    """The configuration of a model. Raises InputError for a family that is not in FAMILIES."""
+    with quiet():  # about token ids, which Examples checks
         config = read_from_model(AutoConfig.from_pretrained, model, "config.json")
-    finally:
-        logging.set_verbosity(verbosity)
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
         raise InputError(f"--model {model}: a {config.model_type}; the known kinds are {known}")
@@ -139,38 +132,36 @@ def read_model_config(model: str):
 
 def weight_files(model: str) -> list[str]:
     """The safetensors files of a folder or of a hub's model. Raises InputError without any."""
-    names = SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME
-    if Path(model).is_dir() and not any((Path(model) / name).is_file() for name in names):
-        raise InputError(f"--model {model}: no {names[0]} and no {names[1]} in this folder")
+    folder, names = Path(model), (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    if folder.is_dir() and not any((folder / name).is_file() for name in names):
+        raise InputError(f"no {names[0]} and no {names[1]} in this folder")
     try:
         return [cached_file(model, SAFE_WEIGHTS_NAME)]
-    except OSError:  # there are several, which an index lists
+    except OSError:  # there are several files, listed in an index
         index = cached_file(model, SAFE_WEIGHTS_INDEX_NAME)
         return get_checkpoint_shard_files(model, index)[0]
 
 
 def weights_fingerprint(model: str, adapter: str = "") -> str:
-    """A hash of the names and first values of a model's weights; few bytes are read.
+    """A hash of the names and first values of a model's weights; reads few bytes.
 
-    adapter: the folder of a LoRA adapter on it. Raises InputError if there are no weights.
+    adapter: folder of a LoRA adapter, or "". Raises InputError if there are no weights.
     """
-    files = read_from_model(weight_files, model, "weights in safetensors")
-    files += [str(Path(adapter) / ADAPTER_WEIGHTS)] if adapter else []
-    return read_from_model(lambda _: _hash_first_values(files), model, "weights in safetensors")
 
+    def first_values(model: str) -> str:
+        digest, adapters = hashlib.sha256(), [Path(adapter) / ADAPTER_WEIGHTS] if adapter else []
+        for file in [*weight_files(model), *adapters]:
+            with safe_open(file, "pt") as tensors:
+                for name in tensors.keys():
+                    values = tensors.get_slice(name)[:1].float().flatten()
+                    digest.update(name.encode() + values.numpy().tobytes())
+        return digest.hexdigest()[:16]
 
-def _hash_first_values(files: list[str]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():
-                values = tensors.get_slice(name)[:1].float().flatten()
-                digest.update(name.encode() + values.numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return read_from_model(first_values, model, "weights in safetensors")
 
 
 def require_complete(report: dict, model: str) -> None:
-    """Raise InputError unless the library's loading report says that all weights fit.
+    """Raise InputError unless all weights of the model were loaded.
 
     report: the loading info of from_pretrained, with ignore_mismatched_sizes.
     """

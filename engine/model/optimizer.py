@@ -1,9 +1,8 @@
-"""The optimizer's step, the learning rate's schedule, and how a batch is cut into micro-batches."""
+"""Optimizer step, learning-rate schedule, and the split of a batch into micro-batches."""
 
 import math
 
 import torch
-from torch import Tensor
 
 from engine.model.lora import trained
 from engine.ranks import Ranks
@@ -13,7 +12,7 @@ MAX_BAD_STEPS = 10  # steps in a row with a non-finite loss or gradient before a
 
 
 class ClippedAdamW:
-    """AdamW with clipping, which changes nothing when the loss or the gradient is not finite."""
+    """AdamW with clipping; skips a step whose loss or gradient is not finite."""
 
     def __init__(self, policy, *, beta2: float, weight_decay: float, max_grad_norm: float):
         self.max_grad_norm, self.bad_in_a_row = max_grad_norm, 0
@@ -25,18 +24,18 @@ class ClippedAdamW:
             fused=True,  # no temporary copy of the parameters
         )
         for parameter in self.parameters:
-            # before the first save, which would create it by a step of its own and count that
+            # at once: a save would otherwise create it by an extra step
             self.adamw.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
             }
 
     def step(self, lr: float, loss: float) -> float:
         """Apply the accumulated gradient at this rate. Returns its norm before clipping.
 
         loss: of the global batch, so that all ranks decide alike. Raises InputError after
-        MAX_BAD_STEPS steps in a row that had to be left out.
+        MAX_BAD_STEPS skipped steps in a row.
         """
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         norm = float(norm.full_tensor())
@@ -50,8 +49,8 @@ class ClippedAdamW:
         self.adamw.zero_grad()
         if self.bad_in_a_row == MAX_BAD_STEPS:
             raise InputError(
-                f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite: lower "
-                "--learning-rate and --resume; the last lines of metrics.jsonl show how it came"
+                f"{MAX_BAD_STEPS} steps in a row had a loss or gradient that is not finite: "
+                "--resume with a lower --learning-rate; see the last lines of metrics.jsonl"
             )
         return norm
 
@@ -69,9 +68,9 @@ def micro_batches(
 ) -> list[tuple[list[int], list[float]]]:
     """Split items into micro-batches of at most `budget` tokens: indices and weights of each.
 
-    The longest come first, so that memory runs out at once if it does. An item over the budget has
-    a micro-batch to itself. Every rank gets the same number, an extra one as item 0 with weight 0.
-    shared: tokens that all items begin with, which a micro-batch has once.
+    The longest items come first: if memory runs out, it does so at once. An item over the budget
+    gets its own micro-batch. All ranks get the same number; extra ones hold item 0 with weight 0.
+    shared: tokens that all items begin with; a micro-batch holds them once.
     """
     micros: list[list[int]] = []
     room = 0
@@ -84,8 +83,3 @@ def micro_batches(
     extra = int(max(ranks.numbers(len(micros)))) - len(micros)
     weighted = [(indices, [weights[i] for i in indices]) for indices in micros]
     return weighted + [([0], [0.0])] * extra
-
-
-def summed(totals: dict[str, Tensor], ranks: Ranks) -> dict[str, float]:
-    """Each total over all ranks. Read once a step: each reading waits for the GPU."""
-    return {name: ranks.sum(float(value)) for name, value in totals.items()}

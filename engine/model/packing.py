@@ -1,4 +1,4 @@
-"""The packed row: prompts and their completions as one batch, and the log-probs of its tokens.
+"""Packing: prompts and completions in one flat row, and the log-probs of their tokens.
 
 Axes as in attention.py.
 """
@@ -14,29 +14,29 @@ from torch.utils.checkpoint import checkpoint
 from engine.model.attention import GroupLayout, to_device
 from engine.model.families import CACHE
 
-LEAST_PREFIX = 128  # tokens; sharing the 15 of image-first prompts takes longer than it saves
+LEAST_PREFIX = 128  # tokens; sharing the 15 of image-first prompts costs more than it saves
 HEAD_CHUNK = 1024  # completion tokens whose logits exist at a time: 0.6 GB with V = 151,936
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One image and its question, as the model reads them (CPU tensors)."""
+    """One image and its question as model inputs (CPU tensors)."""
 
-    prompt_ids: Tensor  # (S,) long, one image placeholder for each image token
+    prompt_ids: Tensor  # (S,) long, with a placeholder for each image token
     pixel_values: Tensor  # (patches, patch size) float
     image_grid_thw: Tensor  # (1, 3) long, patches in time, height, width
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Prompts and their completions as one flat row on the device that computes."""
+    """Prompts and their completions as one flat row on the computing device."""
 
     input_ids: Tensor  # (1, L)
     position_ids: Tensor  # (3, 1, L)
     pixel_values: Tensor  # (patches of all images, patch size)
     image_grid_thw: Tensor  # (P, 3)
     layout: GroupLayout
-    predicted_from: Tensor  # (N,) place in the row whose hidden state predicts the completion token
+    predicted_from: Tensor  # (N,) index in the row of the state that predicts each completion token
     completion_ids: Tensor  # (N,)
     completion_mask: Tensor  # (B, C) bool, from lengths
 
@@ -56,37 +56,34 @@ def pack(
 ) -> PackedBatch:
     """Lay P prompts, each with its completions (1-D id tensors), in one flat row.
 
-    Every completion's positions restart at max(prompt position) + 1, as if it alone followed.
-    device: of the row, where it is not that of the model's parameters (`--offload`).
+    Every completion's positions restart at max(prompt position) + 1, as if no other came before.
+    device: of the row, if the model's parameters are elsewhere (`--offload`).
     """
     start = prefix = shared_prefix(prompts, model.config.image_token_id)
     ids, positions = [prompts[0].prompt_ids[:prefix]], [torch.arange(prefix).expand(3, -1)]
     sources, empty = [], torch.zeros(0, dtype=torch.long)
     for prompt, group in zip(prompts, completions, strict=True):
         at_prompt = prompt_positions(model, prompt)
-        ids.append(prompt.prompt_ids[prefix:])
+        ids += [prompt.prompt_ids[prefix:], *group]
         positions.append(at_prompt[:, prefix:])
         start += len(prompt.prompt_ids) - prefix
         last = start - 1
         for completion in group:
             steps = torch.arange(len(completion))
-            ids.append(completion)
             positions.append((at_prompt.max() + 1 + steps).expand(3, -1))
-            # token 0 is predicted by the prompt's last state, token t by the state of token t - 1
+            # the prompt's last state predicts token 0, the state of token t - 1 predicts token t
             sources.append(torch.where(steps == 0, last, start + steps - 1))
             start += len(completion)
+    own = tuple(len(prompt.prompt_ids) - prefix for prompt in prompts)
     lengths = tuple(tuple(len(completion) for completion in group) for group in completions)
-    device = device or model.device
-    to = partial(to_device, device=device)
+    to = partial(to_device, device=device or model.device)
     return PackedBatch(
         input_ids=to(torch.cat(ids)[None]),
         position_ids=to(torch.cat(positions, dim=1)[:, None]),
-        # joined on the device: a new tensor of 100 MB on the host takes longer than all copies
+        # joined on the device: joining 100 MB on the host takes longer than all copies
         pixel_values=torch.cat([to(prompt.pixel_values) for prompt in prompts]),
         image_grid_thw=to(torch.cat([prompt.image_grid_thw for prompt in prompts])),
-        layout=GroupLayout(
-            tuple(len(p.prompt_ids) - prefix for p in prompts), lengths, device, prefix
-        ),
+        layout=GroupLayout(own, lengths, device or model.device, prefix),
         predicted_from=to(torch.cat([empty, *sources])),
         completion_ids=to(torch.cat([empty, *sum(completions, [])])),
         completion_mask=to(mask_from_lengths(torch.tensor(sum(lengths, ())))),
@@ -94,9 +91,9 @@ def pack(
 
 
 def shared_prefix(prompts: Sequence[Prompt], image_id: int) -> int:
-    """How many tokens all prompts begin with, none of an image; 0 if too few to be worth sharing.
+    """Number of text tokens that all prompts begin with; 0 if sharing them does not pay.
 
-    With `--text-first` that is nearly all of the text; it is then in the row once.
+    With `--text-first` that is nearly all of the text, which a row then holds once.
     """
     first = prompts[0].prompt_ids
     room = min(len(prompt.prompt_ids) for prompt in prompts)
@@ -117,7 +114,7 @@ def token_logprobs(
     """log pi_theta of each completion token given image, prompt and tokens before it (Eqs. 1-4).
 
     temperature and banned ((V,) bool or None) must be those the tokens were sampled with.
-    Returns (B, C) fp32 with gradient, zeros behind each completion's end.
+    Returns (B, C) fp32 with gradient, zeros after each completion's end.
     """
     hidden = hidden_states(model, batch, None)[batch.predicted_from]
     logprobs = head_logprobs(model.lm_head, hidden, batch.completion_ids, temperature, banned)
@@ -128,10 +125,9 @@ def token_logprobs(
 def head_logprobs(
     head: nn.Module, hidden: Tensor, ids: Tensor, temperature: float, banned: Tensor | None
 ) -> Tensor:
-    """Log-prob of each id where its last hidden state predicts it. (N, width), (N,) -> (N,) fp32.
+    """Log-prob of each id from the hidden state that predicts it. (N, width), (N,) -> (N,) fp32.
 
-    In chunks, and where there are several backward computes each again: of logits in fp32 no more
-    than (HEAD_CHUNK, V) exist at a time.
+    Works in chunks, which backward recomputes: at most (HEAD_CHUNK, V) fp32 logits exist at a time.
     """
     chunk = chunk_logprobs(temperature, compiled=ids.is_cuda)
     if len(ids) <= HEAD_CHUNK:
@@ -142,25 +138,25 @@ def head_logprobs(
 
 @cache
 def chunk_logprobs(temperature: float, *, compiled: bool) -> Callable[..., Tensor]:
-    """`head_logprobs` of one chunk, at this temperature.
+    """The function that computes `head_logprobs` of one chunk at this temperature.
 
-    compiled: one graph for chunks of any size, with fewer passes over the logits. The temperature
-    is a constant in it: as an argument it is a CPU scalar, whose code needs a C++ compiler.
+    compiled: as one graph for chunks of any size. The temperature is a constant of the graph; as an
+    input it would be a CPU scalar, which needs a C++ compiler.
     """
-    scale = str(temperature)  # Dynamo would make an input of a float, and takes a string as it is
+    scale = str(temperature)  # Dynamo turns a float into an input, but not a string
 
     def logprobs(head, hidden, ids, banned):
         logits = head(hidden).float() / float(scale)
         if banned is not None:
             logits = logits.masked_fill(banned, -torch.inf)
-        # not log_softmax: it would write all of (chunk, V) only to gather from it
+        # not log_softmax, which writes all of (chunk, V) although one value per row is needed
         return logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(-1)
 
     return torch.compile(logprobs, dynamic=True) if compiled else logprobs
 
 
 def hidden_states(model, batch, cache):
-    """Last hidden states (L, width) of a packed row; `cache` (or None) collects keys and values."""
+    """Last hidden states (L, width) of a packed row. cache: collects keys and values, or None."""
     return model.model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

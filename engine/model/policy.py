@@ -1,40 +1,29 @@
 """The three policies: loading, sharding over the ranks with FSDP2, and pi_old's refresh."""
 
 import types
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Set
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed import fsdp
 from transformers.utils import logging
 
 import engine.model.quantized  # noqa: F401  reads AWQ folders
+from engine.model import model_files
 from engine.model.attention import use_group_attention
 from engine.model.families import FAMILIES
 from engine.model.lora import Adapter, add_adapters, share, trained
-from engine.model.model_files import (
-    read_from_model,
-    read_model_config,
-    require_complete,
-    weight_files,
-)
 from engine.model.packing import token_logprobs
 
-logging.disable_progress_bar()  # of the library's loading and saving
+logging.disable_progress_bar()  # the library's, for loading and saving
 
-MOST_GRAPHS = 32  # of a function; after torch's own 8 it would run uncompiled
-SMALLEST_PART = 1_000_000  # parameters of a part that FSDP gathers by a call of its own
+MOST_GRAPHS = 32  # per function; beyond the limit, 8 by default, it runs uncompiled
+SMALLEST_PART = 1_000_000  # parameters; FSDP gathers smaller parts with the root
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """What forward and backward compute in: bf16 on a GPU, fp32 on a CPU."""
+    """The dtype of forward and backward: bf16 on a GPU, fp32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -43,51 +32,45 @@ def load_model(path: str, device: torch.device, dtype: torch.dtype | None = None
 
     Raises InputError if weights are missing, or do not fit config.json.
     """
-    config = read_model_config(path)
+    config = model_files.read_model_config(path)
     family = FAMILIES[config.model_type]
     options = {"dtype": dtype or compute_dtype(device), "use_safetensors": True}
     options |= {"config": config, "ignore_mismatched_sizes": True}
 
     def read(path: str):
-        weight_files(path)  # names what is missing; the library points to a page of its hub
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # it warns of what `require_complete` refuses
-        try:
-            return family.model.from_pretrained(
-                path, **options, output_loading_info=True
-            )
-        finally:
-            logging.set_verbosity(verbosity)
+        model_files.weight_files(path)  # to name what is missing; the library points to its hub
+        with model_files.quiet():  # about what `require_complete` refuses
+            return family.model.from_pretrained(path, **options, output_loading_info=True)
 
-    model, report = read_from_model(read, path, "weights in safetensors")
-    require_complete(report, path)
+    model, report = model_files.read_from_model(read, path, "weights in safetensors")
+    model_files.require_complete(report, path)
     return use_group_attention(model).to(device).eval()
 
 
 def checkpoint_activations(model) -> None:
-    """Recompute activations in backward; under this name from transformers 5.23 on."""
+    """Recompute activations in backward. transformers 5.23 renamed the method."""
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
 
 
 def compile_layers(model, device: torch.device) -> None:
-    """Let a GPU fuse what lies between a layer's matrix products: an eighth of an update's time.
+    """Compile each layer on a GPU, which saves an eighth of an update's time.
 
-    Both towers' layers of pi_theta and pi_ref run the same code of the library, where graphs are
-    counted: with and without gradient, for the first shape and for any, they are ten.
+    Graphs are counted per function of the library. The layers of both towers, in pi_theta and in
+    pi_ref, with and without gradient, for the first shape and for any shape, need ten.
     """
     if device.type == "cuda":
         torch._dynamo.config.recompile_limit = MOST_GRAPHS
         for layer in [*model.model.visual.blocks, *model.model.language_model.layers]:
-            layer.compile(fullgraph=True)  # checkpointing forbids a break in what is compiled
+            layer.compile(fullgraph=True)  # checkpointing forbids graph breaks
 
 
-def sharded_parts(model, ignored: Collection[nn.Parameter] = ()) -> list:
-    """What FSDP gathers by calls of their own: the whole vision tower, and each layer of the text.
+def sharded_parts(model, ignored: Set[nn.Parameter] = frozenset()) -> list:
+    """The parts that FSDP gathers one by one: the vision tower, and each layer of the text model.
 
-    A block of the tower alone would wait for the gathering. So would a part of fewer than
-    SMALLEST_PART parameters, which goes with the root: all of the toy, whose step takes 0.87 of the
-    time so (two processes on a CPU).
+    Smaller parts, such as a block of the tower, would wait for their gathering. Parts of fewer than
+    SMALLEST_PART parameters are gathered with the root: all parts of the toy, whose step then takes
+    0.87 of the time (two processes on a CPU).
     """
     parts = [model.model.visual, *model.model.language_model.layers]
     sizes = [sum(x.numel() for x in p.parameters() if x not in ignored) for p in parts]
@@ -95,22 +78,21 @@ def sharded_parts(model, ignored: Collection[nn.Parameter] = ()) -> list:
 
 
 def shard(
-    model, device: torch.device, offload: bool, ignored: Collection[nn.Parameter] = (), **options
+    model, device: torch.device, offload: bool, ignored: Set[nn.Parameter] = frozenset(), **options
 ) -> None:
     """Shard a model over all ranks, part by part. options: of fully_shard.
 
-    offload: parameters and gradients stay in pinned host memory. ignored: parameters that each rank
-    keeps whole, on the device already.
+    offload: parameters and gradients stay in pinned host memory. ignored: parameters that are not
+    sharded, and are on the device already.
     """
     options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-    options["offload_policy"] = CPUOffloadPolicy() if offload else OffloadPolicy()
-    ignored = set(ignored)
+    options["offload_policy"] = fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy()
     for part in [*sharded_parts(model, ignored), model]:
-        # moves it to the device, all but offloaded parameters
-        fully_shard(part, ignored_params=ignored, **options)
+        # also moves it to the device, except offloaded parameters
+        fsdp.fully_shard(part, ignored_params=ignored, **options)
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
     model.token_logprobs = types.MethodType(token_logprobs, model)
-    register_fsdp_forward_method(model, "token_logprobs")
+    fsdp.register_fsdp_forward_method(model, "token_logprobs")
 
 
 def load_policies(
@@ -124,18 +106,21 @@ def load_policies(
     gradient_checkpointing: bool = True,
     offload: bool = False,
 ) -> tuple:
-    """pi_theta, pi_old and pi_ref, the last two None if they are not asked for.
+    """pi_theta; pi_old if `replica`, else None; pi_ref if `reference`, else None.
 
-    adapter: the only part that is trained, from `seed` if it has no weights; None: all weights are.
-    The three then share one base.
+    adapter: what to train, initialised from `seed` if it has no weights; the policies then share
+    one base. None: all weights are trained.
     """
+    dtype, pi_old, pi_ref = compute_dtype(device), None, None
     memory = {"gradient_checkpointing": gradient_checkpointing, "offload": offload}
     if adapter is None:
         policy = load_policy(path, device, **memory)
         pi_old = load_model(path, device) if replica else None
-        return policy, pi_old, load_reference(path, device, offload=offload) if reference else None
-    base, dtype, pi_old, pi_ref = load_model(path, device), compute_dtype(device), None, None
-    base.requires_grad_(False)
+        if reference:
+            pi_ref = load_model(path, torch.device("cpu"), dtype)
+            shard_reference(pi_ref, device, offload=offload)
+        return policy, pi_old, pi_ref
+    base = load_model(path, device).requires_grad_(False)
     if replica:
         pi_old = add_adapters(share(base), adapter, dtype, seed)
     if reference:
@@ -151,7 +136,7 @@ def load_policies(
 def load_policy(path: str, device: torch.device, **options):
     """pi_theta: fp32 parameters sharded over all ranks, computing in compute_dtype.
 
-    At lr 1e-6 a step moves a weight by less than half a bf16 ulp: bf16 parameters would stay put.
+    At lr 1e-6 a step moves a weight by less than half a bf16 ulp: bf16 parameters would not move.
     options: of `shard_policy`.
     """
     return shard_policy(load_model(path, torch.device("cpu"), torch.float32), device, **options)
@@ -162,42 +147,34 @@ def shard_policy(
 ):
     """pi_theta from a model in fp32, which it changes: sharded, on the device, in train mode.
 
-    If both options are off, gathered parameters stay gathered until the last backward: 2 bytes each
-    on a GPU, 7.5 GB of a 3B model.
-    offload: parameters and gradients stay in pinned host memory, so AdamW's state and step do too.
-    The GPU holds the parameters of the root and of the layer that is computed.
+    If both options are off, gathered parameters stay gathered until the last backward: 7.5 GB for a
+    3B model on a GPU. offload: parameters, gradients and AdamW's state and step stay in host
+    memory. The GPU then holds the parameters of the root and of one layer.
     """
     if gradient_checkpointing:
         checkpoint_activations(policy)
     compile_layers(policy, device)
-    # inputs stay as they are: cast, the vision tower's rotary angles would be coarser than pi_old's
-    precision = MixedPrecisionPolicy(
+    # a cast of inputs would make the vision tower's rotary angles coarser than pi_old's
+    precision = fsdp.MixedPrecisionPolicy(
         param_dtype=compute_dtype(device), reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     policy.gathered_once = not gradient_checkpointing and not offload
-    # None: after all parts but the root
-    reshard = False if policy.gathered_once else None
-    frozen = [p for p in policy.parameters() if not p.requires_grad]  # all but LoRA's adapters
+    reshard = False if policy.gathered_once else None  # None: all parts but the root
+    frozen = {p for p in policy.parameters() if not p.requires_grad}  # all but LoRA's adapters
     shard(policy, device, offload, frozen, mp_policy=precision, reshard_after_forward=reshard)
     return policy.train()
 
 
-def load_reference(path: str, device: torch.device, *, offload: bool = False):
-    """pi_ref, the policy that RL starts from: frozen, in compute_dtype, sharded over all ranks."""
-    model = load_model(path, torch.device("cpu"), compute_dtype(device))
-    return shard_reference(model, device, offload=offload)
-
-
 def shard_reference(reference, device: torch.device, *, offload: bool = False):
-    """pi_ref from a model, which it changes: frozen, sharded, on the device."""
+    """pi_ref, the policy that RL starts from: a model, which is frozen and sharded in place."""
     compile_layers(reference.requires_grad_(False), device)
-    # True: the root too, which has no backward after which it would be freed
+    # True: the root too, as no backward would free it
     shard(reference, device, offload, reshard_after_forward=True)
     return reference
 
 
 def gathered(policy, micro_batches: Iterable) -> Iterator:
-    """The micro-batches of one step. A policy that stays gathered is freed by the last backward."""
+    """The micro-batches of one step; the last backward frees a policy that stays gathered."""
     micro_batches = list(micro_batches)
     for number, micro in enumerate(micro_batches, start=1):
         if policy.gathered_once:
@@ -209,5 +186,5 @@ def gathered(policy, micro_batches: Iterable) -> Iterator:
 def refresh(replica, policy) -> None:
     """Copy pi_theta's weights into pi_old, in place and parameter by parameter."""
     for copy, parameter in zip(trained(replica), trained(policy), strict=True):
-        # on the copy's device, so that GPUs gather it, and half the traffic where it is bf16
+        # first to the copy's device and dtype: GPUs gather, with half the traffic in bf16
         copy.copy_(parameter.to(copy.device, copy.dtype).full_tensor())

@@ -1,12 +1,12 @@
-"""Linear layers in 4 bits, as AWQ checkpoints hold them: Table 1's rows of 32B and 72B.
+"""Linear layers in 4 bits, as in AWQ checkpoints: the 32B and 72B rows of Table 1.
 
-transformers hands `quant_method: "awq"` to packages that this project does without. Importing this
-module registers its own quantizer in their place: `from_pretrained` then replaces the linear layers
-of the language model's decoder, and nothing else. Head, embedding and vision tower stay plain.
+transformers needs further packages for `quant_method: "awq"`. Importing this module registers a
+quantizer in their place: `from_pretrained` then replaces the linear layers of the language model's
+decoder. Head, embedding and vision tower stay as they are.
 
-Layout "gemm" with zero points: the weight of input i and output o is (q - zero) * scale, where q is
-one of 0..15 and each group of inputs has a zero and a scale for every output. Such a model is not
-trained itself; LoRA adapters on it are.
+Layout "gemm" with zero points: the weight of input i and output o is (q - zero) * scale, with q in
+0..15. Each group of inputs has a zero and a scale for every output. Such weights are frozen; LoRA
+adapters on them can be trained.
 """
 
 import torch
@@ -19,12 +19,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hicodet import InputError
 
 PER_WORD = 8  # values of 4 bits in an int32
-SUPPORTED = {  # of quantization_config
-    "quant_method": "awq",
-    "version": "gemm",
-    "bits": "4",
-    "zero_point": "true",
-}
+# of quantization_config
+SUPPORTED = {"quant_method": "awq", "version": "gemm", "bits": "4", "zero_point": "true"}
 
 
 def unpack(words: Tensor) -> Tensor:
@@ -32,37 +28,31 @@ def unpack(words: Tensor) -> Tensor:
 
     From its lowest four bits up, a word holds columns 0, 2, 4, 6, 1, 3, 5, 7 of its eight.
     """
-    # made at each call: of one tensor for all layers a compiler makes one kernel that unpacks all
+    # not a constant: a compiler would unpack all layers in one kernel
     column = torch.arange(PER_WORD, dtype=torch.int32, device=words.device)
     shifts = 4 * (column // 2 + 4 * (column % 2))
     return (words[..., None] >> shifts & 15).flatten(-2)
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight is not trained; takes the place of a plain one and its bias."""
+    """A frozen linear layer in 4 bits; it keeps the bias of the layer that it replaces."""
 
     def __init__(self, linear: nn.Linear, group_size: int):
         super().__init__()
         rows, columns = linear.in_features, linear.out_features
         groups, words = rows // group_size, columns // PER_WORD
-
-        def buffer(name: str, dtype: torch.dtype, *shape: int) -> None:
-            self.register_buffer(name, torch.empty(shape, dtype=dtype, device=linear.weight.device))
-
-        buffer("qweight", torch.int32, rows, words)
-        buffer("qzeros", torch.int32, groups, words)
-        buffer("scales", torch.float16, groups, columns)
+        packed = {"dtype": torch.int32, "device": linear.weight.device}
+        self.qweight = nn.Buffer(torch.empty(rows, words, **packed))
+        self.qzeros = nn.Buffer(torch.empty(groups, words, **packed))
+        self.scales = nn.Buffer(torch.empty(groups, columns, **packed | {"dtype": torch.float16}))
         self.bias = linear.bias
         self.in_features, self.out_features = rows, columns
 
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        """(in, out): exact in fp32, then rounded once."""
-        return unpacked_weight(self.qweight, self.qzeros, self.scales, dtype)
-
     def forward(self, x: Tensor) -> Tensor:
+        packed = self.qweight, self.qzeros, self.scales
         if not x.requires_grad:
-            return F.linear(x, self.weight(x.dtype).T, self.bias)
-        product = _PackedProduct.apply(x, self.qweight, self.qzeros, self.scales)
+            return F.linear(x, unpacked_weight(*packed, x.dtype).T, self.bias)
+        product = _PackedProduct.apply(x, *packed)
         return product if self.bias is None else product + self.bias
 
 
@@ -70,12 +60,12 @@ def unpacked_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, dtype: torc
     """(in, out): exact in fp32, then rounded once."""
     zeros, scales = unpack(qzeros)[:, None], scales.float()[:, None]
     words = qweight.unflatten(0, (len(zeros), -1))  # (groups, group, out / 8)
-    # no variable for what is unpacked: it would stay in memory while the product is made
+    # in one expression, so that the unpacked integers are freed before the result is used
     return ((unpack(words) - zeros) * scales).flatten(0, 1).to(dtype)
 
 
 class _PackedProduct(torch.autograd.Function):
-    """x W, whose backward unpacks W again, so that no unpacked weight is kept until then."""
+    """x W; backward unpacks W again, so that no unpacked weight is kept in between."""
 
     @staticmethod
     def forward(ctx, x: Tensor, *packed: Tensor) -> Tensor:
@@ -88,7 +78,7 @@ class _PackedProduct(torch.autograd.Function):
 
 
 def pack_layers(model: nn.Module, group_size: int) -> None:
-    """Replace the linear layers of the language model's decoder, whose weights are then empty.
+    """Replace the linear layers of the language model's decoder by empty packed layers.
 
     Raises InputError if the groups do not divide a layer's inputs, or words its outputs.
     """
@@ -121,33 +111,32 @@ class PackedConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, values: dict):
-        """The library's call."""
+        """Called by the library."""
         return cls(values)
 
 
 class PackedQuantizer(HfQuantizer):
-    """What `from_pretrained` calls for a model in 4 bits."""
+    """Hooks that `from_pretrained` calls for a model in 4 bits."""
 
-    requires_calibration = True  # reads such models and makes none
+    requires_calibration = True  # only reads such models
     is_trainable = False
 
     def is_serializable(self) -> bool:
         return False
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        """kwargs: the library passes further names; none concerns these layers."""
         pack_layers(model, self.quantization_config.group_size)
 
     def _process_model_after_weight_loading(self, model, **kwargs):
-        for parameter in model.parameters():  # 5.17 leaves some in the dtype that the files have
+        for parameter in model.parameters():  # 5.17 leaves some in the dtype of the files
             parameter.data = parameter.data.to(model.config.dtype)
 
 
-# assigned, as the library's register functions refuse a name that is taken
+# assigned directly, as the library's register functions refuse a name that is taken
 AUTO_QUANTIZER_MAPPING["awq"] = PackedQuantizer
 AUTO_QUANTIZATION_CONFIG_MAPPING["awq"] = PackedConfig
 
 
 def is_packed(config) -> bool:
-    """Whether a model of this configuration has quantised weights, which cannot be trained."""
+    """Whether a model of this configuration has quantised weights."""
     return getattr(config, "quantization_config", None) is not None

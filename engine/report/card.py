@@ -24,14 +24,14 @@ implementation of HOI-R1 (arXiv 2510.05609).
 
 
 def model_card(run: RunRecord) -> str:
-    """Markdown that says what a run's model was trained on, and how.
+    """The card of a run's model: how it was trained, and on what.
 
     Raises InputError naming a damaged line of the traces.
     """
     return CARD.format(
         name=run.folder.resolve().name,
         model=run.config["model"],
-        method=run.stage.upper(),
+        method=run.config["stage"].upper(),
         steps=run.metrics[-1]["step"] if run.metrics else 0,
         batch=run.config["batch_size"],
         data=run.config["data"],
@@ -41,7 +41,7 @@ def model_card(run: RunRecord) -> str:
 
 
 def _traces(path: str) -> str:
-    """The number of traces of each teacher; "template" made sentences from the ground truth."""
+    """The number of traces of each teacher. "template" wrote them from the ground truth."""
     if not path or not Path(path).exists():
         return "none"
     counts = Counter(row.get("teacher", "unknown") for _, row in json_lines(path, cut_last=True))

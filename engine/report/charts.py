@@ -1,6 +1,6 @@
 """Line charts as SVG, written by hand: axes with round numbers, a limit, gaps.
 
-Colours are the page's CSS variables, so a chart follows its light and its dark theme.
+Colours are the page's CSS variables, so a chart has the colours of its light or dark theme.
 """
 
 import html
@@ -12,10 +12,10 @@ import numpy as np
 
 WIDTH, HEIGHT = 340, 190  # of a chart; a page shows it at about this size in pixels
 LEFT, RIGHT, TOP, BOTTOM = 40, 10, 10, 34  # margins of the plot
-FLOOR = HEIGHT - BOTTOM
-DOTS_BELOW = 25  # lines with fewer points show them
-SMOOTH_ABOVE = 40  # lines with more points are drawn faintly, under a line of means
-FAINT_POINTS, SMOOTH_POINTS = 300, 30  # most of such a line, and of its means
+END, FLOOR = WIDTH - RIGHT, HEIGHT - BOTTOM
+DOTS_BELOW = 25  # a line with fewer points shows them
+SMOOTH_ABOVE = 40  # a line with more points is faint, under a line of means
+FAINT_POINTS, SMOOTH_POINTS = 300, 30  # most points of a faint line, and of its means
 
 Place = Callable[[float, float], tuple[float, float]]  # from a value's to the drawing's x and y
 
@@ -33,24 +33,24 @@ class Line:
 def line_chart(lines: Sequence[Line], label: str, limit: float | None = None) -> str:
     """An SVG of the lines against steps from 0.
 
-    label: what a screen reader says of it. limit: a dotted horizontal line.
+    label: a text for screen readers. limit: a dotted horizontal line.
     """
     last = max([1, *(x for line in lines for x in line.x)])
     values = [value for line in lines for value in line.y if math.isfinite(value)]
     values += [] if limit is None else [limit]
-    low, high = (min(values), max(values)) if values else (0.0, 1.0)
+    low, high = min(values, default=0.0), max(values, default=1.0)
     if math.isclose(low, high, rel_tol=1e-6) or 0 < low < 0.7 * high:  # 0 is near
         low, high = min(low, 0.0), max(high, 0.0)
     y_ticks = ticks(low, high, count=4)
 
     def place(x: float, y: float) -> tuple[float, float]:
         up = (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return LEFT + x / last * (WIDTH - LEFT - RIGHT), FLOOR - up * (FLOOR - TOP)
+        return LEFT + x / last * (END - LEFT), FLOOR - up * (FLOOR - TOP)
 
     x_ticks = [x for x in ticks(0, last, count=5) if x <= last and x % 1 == 0]
     parts = [_axes(x_ticks, y_ticks, place)]
     if limit is not None:
-        parts.append(f'<path class="limit" d="M{LEFT} {place(0, limit)[1]:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="limit" d="M{LEFT} {place(0, limit)[1]:.1f}H{END}"/>')
     parts += [_curve(line, place) for line in lines]
     opening = f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label='
     return f'{opening}"{html.escape(label)}">{"".join(parts)}</svg>'
@@ -76,33 +76,31 @@ def means(values: Sequence[float], most: int) -> list[float]:
 
 def _axes(x_ticks: Sequence[float], y_ticks: Sequence[float], place: Place) -> str:
     """Fine horizontal lines at the values, and numbers at both axes."""
-    parts = []
+    parts = [f'<text class="x" x="{(LEFT + END) / 2}" y="{HEIGHT - 4}">step</text>']
     for value in y_ticks:
         y, kind = place(0, value)[1], "axis" if value == y_ticks[0] else "grid"
-        parts.append(f'<path class="{kind}" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<path class="{kind}" d="M{LEFT} {y:.1f}H{END}"/>')
         parts.append(f'<text class="y" x="{LEFT - 6}" y="{y + 3.5:.1f}">{value:g}</text>')
     for value in x_ticks:
         x = place(value, y_ticks[0])[0]
         parts.append(f'<text class="x" x="{x:.1f}" y="{FLOOR + 14}">{value:g}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    return "".join([*parts, f'<text class="x" x="{middle}" y="{HEIGHT - 4}">step</text>'])
+    return "".join(parts)
 
 
 def _curve(line: Line, place: Place) -> str:
-    """The line; a long one faintly under its means, a short one with its points."""
-    parts = [f"<title>{html.escape(line.name)}</title>"]
-    drawn = [("line", FAINT_POINTS)]
+    """The line. A long one is faint under its means, and a short one shows its points."""
+    name = html.escape(line.name)
+    parts, drawn = [f"<title>{name}</title>"], [("line", FAINT_POINTS)]
     if len(line.x) > SMOOTH_ABOVE:
         drawn = [("line faint", FAINT_POINTS), ("line", SMOOTH_POINTS)]
     for kind, most in drawn:
         path = _path(means(line.x, most), means(line.y, most), place)
         parts.append(f'<path class="{kind}" stroke="{line.colour}" d="{path}"/>')
-    if len(line.x) < DOTS_BELOW:
-        for step, value in zip(line.x, line.y):
-            if math.isfinite(value):
-                title = f"<title>{html.escape(line.name)}, {step:g}: {value:.4g}</title>"
-                centre = 'cx="{:.1f}" cy="{:.1f}"'.format(*place(step, value))
-                parts.append(f'<circle {centre} r="2.6" fill="{line.colour}">{title}</circle>')
+    for step, value in zip(line.x, line.y) if len(line.x) < DOTS_BELOW else ():
+        if math.isfinite(value):
+            centre = 'cx="{:.1f}" cy="{:.1f}"'.format(*place(step, value))
+            title = f"<title>{name}, {step:g}: {value:.4g}</title>"
+            parts.append(f'<circle {centre} r="2.6" fill="{line.colour}">{title}</circle>')
     return f"<g>{''.join(parts)}</g>"
 
 

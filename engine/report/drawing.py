@@ -1,8 +1,8 @@
 """Ground truth and prediction of one image side by side, one colour per pair.
 
-A predicted pair has the colour of the true pair that it finds; missed true pairs say so, and
-predictions that find nothing are grey. A line runs from the person, where it has a dot, to the
-object. Labels do not cover each other: one without room is a line below the picture.
+A predicted pair has the colour of the true pair that it finds, and is grey if it finds none. The
+labels of missed true pairs say so. A line runs from the person, where it has a dot, to the object.
+Labels do not cover each other. A label without room is a line of text below the picture.
 Boxes are xyxy in pixels of the original image.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from hicodet import HOI, Box, iou, to_model_frame
+from hicodet import HOI, Box, in_frame, iou
 
 COLOURS = ("#0072b2", "#d1495b", "#00875f", "#8e44ad", "#b35900", "#00829b", "#5f6b00", "#a13d7d")
 UNMATCHED = "#5c6066"
@@ -65,24 +65,22 @@ def draw_pairs(
     """A new picture, `width` wide, with both boxes of every pair, its line and its label.
 
     colours: for each pair an index into COLOURS that wraps around, or None for grey.
-    notes: what to add to each label. caption: what to write below the picture.
+    notes: added to each label. caption: written below the picture.
     """
     size = width, max(1, round(width * image.height / image.width))
     picture = image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(picture)
     font = ImageFont.load_default(size=max(17, width // 32))
-    tones = [UNMATCHED if c is None else COLOURS[c % len(COLOURS)] for c in colours]
-    pairs = [
-        [_corners(to_model_frame(box, image.size, size)) for box in (hoi.human, hoi.object)]
-        for hoi in hois
-    ]
-    for boxes, tone in zip(pairs, tones, strict=True):
+    labels = []
+    for hoi, colour, note in zip(hois, colours, notes or [""] * len(hois), strict=True):
+        tone = UNMATCHED if colour is None else COLOURS[colour % len(COLOURS)]
+        scaled = in_frame(hoi, image.size, size)
+        boxes = [_corners(box) for box in (scaled.human, scaled.object)]
         _draw_pair(draw, *boxes, tone, thick=max(3, width // 200))
-    noted = zip(hois, notes or [""] * len(hois), strict=True)
-    texts = [f"{', '.join(hoi.verbs)} {hoi.object_class}{note}" for hoi, note in noted]
-    # labels last, so that no line crosses one; several pairs may share the larger box
-    smaller = (min(boxes, key=lambda b: (b[2] - b[0]) * (b[3] - b[1])) for boxes in pairs)
-    left_out = _draw_labels(draw, size, font, zip(texts, smaller, tones))
+        # several pairs may share the larger box, so the label is at the smaller one
+        smaller = min(boxes, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))
+        labels.append((f"{', '.join(hoi.verbs)} {hoi.object_class}{note}", smaller, tone))
+    left_out = _draw_labels(draw, size, font, labels)  # last, so that no line crosses one
     return _with_lines_below(picture, [caption] * bool(caption) + left_out, font)
 
 
@@ -98,7 +96,7 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
 
 
 def _corners(box: Box) -> Box:
-    """A box that a model may have written the wrong way round, as Pillow wants it."""
+    """The box as Pillow wants it: a model may have exchanged its corners."""
     return min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])
 
 
@@ -127,7 +125,7 @@ def _draw_labels(
         x = min(max((box[0] + box[2] - width) / 2, 0), max(size[0] - width, 0))
         heights = sorted(range(0, size[1] - height, 4), key=lambda y: abs(y - box[3] - 2))
         places = ((x, y, x + width, y + height) for y in heights if width <= size[0])
-        place = next((p for p in places if not any(_overlap(p, other) for other in taken)), None)
+        place = next((p for p in places if not any(iou(p, other) for other in taken)), None)
         if place is None:
             left_out.append(text)
             continue
@@ -138,12 +136,8 @@ def _draw_labels(
     return left_out
 
 
-def _overlap(a: Box, b: Box) -> bool:
-    return a[0] <= b[2] and b[0] <= a[2] and a[1] <= b[3] and b[1] <= a[3]
-
-
 def _with_lines_below(picture: Image.Image, lines: Iterable[str], font) -> Image.Image:
-    """The picture with lines below it, each once."""
+    """The picture with lines of text below it. Equal lines are written once."""
     columns = max(1, int(picture.width / font.getlength("n")) - 2)
     rows = [row for line in dict.fromkeys(lines) for row in textwrap.wrap(line, columns)]
     step = round(font.size * 1.4)

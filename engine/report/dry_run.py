@@ -10,15 +10,15 @@ from engine.data.examples import Example, Examples
 from engine.data.images import read_image
 from engine.report import drawing
 
-LEAST_WIDTH = 640  # pixels; on narrower images labels cannot be read
+LEAST_WIDTH = 640  # pixels; labels on a narrower picture cannot be read
 
 
 def picture(example: Example) -> Image.Image:
-    """The image as the model sees it, with the boxes that text and rewards speak of."""
-    image = read_image(example.sample).resize(example.model_size, Image.Resampling.BICUBIC)
-    sizes, (width, height) = (example.text_size, example.model_size), example.model_size
-    hois = [hicodet.in_frame(hoi, *sizes) for hoi in example.text_hois]
-    caption = f"{example.sample.file_name}, seen as {width} x {height}"
+    """The image at the size that the model sees, with the boxes of the text."""
+    size = example.model_size
+    image = read_image(example.sample).resize(size, Image.Resampling.BICUBIC)
+    hois = [hicodet.in_frame(hoi, example.text_size, size) for hoi in example.text_hois]
+    caption = f"{example.sample.file_name}, seen as {size[0]} x {size[1]}"
     wide = max(image.width, LEAST_WIDTH)
     return drawing.draw_pairs(image, hois, range(len(hois)), width=wide, caption=caption)
 
@@ -26,9 +26,9 @@ def picture(example: Example) -> Image.Image:
 def describe(
     examples: Examples, example: Example, reward: Callable[[str, tuple], dict] | None = None
 ) -> str:
-    """What --dry-run prints: the prompt, its token counts, and what is supervised or rewarded.
+    """The text of --dry-run: the prompt, its token counts, and what is supervised or rewarded.
 
-    reward(text, hois): of a completion; None if there is no ground truth.
+    reward(text, hois): the rewards of a completion; None if there is no ground truth.
     """
     decode, ids, sample = examples.tokenizer.decode, example.prompt.prompt_ids, example.sample
     images, pad = int((ids == examples.image_id).sum()), decode([examples.image_id])

@@ -7,14 +7,14 @@ from engine.report.run_view import attempt
 
 
 class Events:
-    """The event file of a run; without the package, and after a failure, it does nothing."""
+    """The event file of a run. It does nothing without the package, and after a failure."""
 
     def __init__(self, folder: Path, first_step: int):
-        """first_step: the next step of the run; TensorBoard drops later steps of earlier files."""
+        """first_step: the next step of the run. TensorBoard drops later steps of older files."""
         self.writer = attempt(lambda: _writer(folder, first_step), "the TensorBoard file", None)
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Write the finite values of a step at once, as metrics.jsonl is written."""
+        """Write the finite values of a step."""
         if self.writer and not attempt(lambda: self._write(step, values), "an event", False):
             self.writer = None
 

@@ -1,13 +1,12 @@
 """The figures of a run's page: curves, a group (Fig. 6), examples.
 
-Each function takes the page's columns, one per run, and returns HTML: "" if no run has what it
-shows. What a model or a file wrote is escaped.
+Each function returns HTML, or "" if a run lacks the files. Texts from files are escaped.
 """
 
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -21,8 +20,8 @@ from engine.scoring.predictions import line_hois
 from hicodet import HOI
 
 STAGES = {"sft": "SFT", "grpo": "GRPO", "predict": "Prediction"}
-GROUP_PICTURES = 8  # most of a group
-EXAMPLES = 4  # most of the best answers, and of the worst
+GROUP_PICTURES = 8  # most completions shown of a group
+EXAMPLES = 4  # most answers shown of the best, and of the worst
 PICTURE_WIDTH, JPEG_QUALITY = 400, 78  # about 30 KB each
 CURVES = (  # field, title, unit, factor
     ("eval_map", "mAP of greedy answers, first test images", "%", 1),
@@ -55,39 +54,34 @@ class Column:
     run: RunRecord
 
 
-def curves(columns: Sequence[Column]) -> str:
-    """What the trainings logged, stage by stage: SFT takes many times the steps of RL."""
-    parts = []
-    for stage in ("sft", "grpo"):
-        some = [column for column in columns if column.run.stage == stage and column.run.metrics]
-        if some:
-            charts = "".join(_chart(some, *row) for row in (*CURVES, *_part_curves(some)))
-            names = "".join(map(key, some)) if len(some) > 1 else ""
-            parts.append(f'<h3>{STAGES[stage]} {names}</h3><div class="grid">{charts}</div>')
-    return "".join(parts)
-
-
 def key(column: Column) -> str:
     """The name of a run next to its colour."""
     return f'<span class="key" style="--tone:{column.tone}">{escape(column.name)}</span>'
 
 
-def _part_curves(columns: Sequence[Column]) -> list[tuple[str, str, str, float]]:
+def curves(columns: Sequence[Column]) -> str:
+    """What the trainings logged. SFT and GRPO are apart, as their numbers of steps differ much."""
+    parts = []
+    for stage in ("sft", "grpo"):
+        some = [c for c in columns if c.run.config["stage"] == stage and c.run.metrics]
+        charts = "".join(_chart(some, *row) for row in (*CURVES, *_part_curves(some)))
+        if charts:
+            names = "".join(map(key, some)) if len(some) > 1 else ""
+            parts.append(f'<h3>{STAGES[stage]} {names}</h3><div class="grid">{charts}</div>')
+    return "".join(parts)
+
+
+def _part_curves(columns: Sequence[Column]) -> Iterator[tuple[str, str, str, float]]:
     """Rows as in CURVES for each part of the rewards, and for its share in the advantages."""
-    parts = {name: part for c in columns for name, part in c.run.reward_parts.items()}
-    rows = [
-        (f"reward_{name}", f"Reward: {part['title']}", f"at most {part['largest']:g}", 1)
-        for name, part in parts.items()
-    ]
-    shares = [
-        (f"advantage_{name}", f"Share in advantages: {part['title']}", "%", 100)
-        for name, part in parts.items()
-    ]
-    return rows + shares
+    parts = {n: part for c in columns for n, part in c.run.config.get("reward_parts", {}).items()}
+    for name, part in parts.items():
+        yield f"reward_{name}", f"Reward: {part['title']}", f"at most {part['largest']:g}", 1
+    for name, part in parts.items():
+        yield f"advantage_{name}", f"Share in advantages: {part['title']}", "%", 100
 
 
 def _chart(columns: Sequence[Column], field: str, title: str, unit: str, factor: float) -> str:
-    """The runs' values of a logged field, the ground truth's, and the limit; "" without values."""
+    """The runs' values of a field, the ground truth's, and the limit; "" without values."""
     lines = []
     for column in columns:
         for name, tone, end in ((column.name, column.tone, ""), ("truth", "var(--soft)", "_true")):
@@ -104,47 +98,41 @@ def _chart(columns: Sequence[Column], field: str, title: str, unit: str, factor:
     return f"<figure><figcaption>{caption}</figcaption>{svg}</figure>"
 
 
-def groups(columns: Sequence[Column]) -> str:
-    """A group of completions with rewards and advantages for each run, as in Fig. 6."""
-    return "".join(_group(column) for column in columns if column.run.group)
-
-
-def _group(column: Column) -> str:
+def group(column: Column) -> str:
+    """A group of completions, the best first, with rewards and advantages, as in Fig. 6."""
     run, row = column.run, column.run.group
-    ranked = sorted(row["completions"], key=lambda completion: -completion["rewards"]["total"])
-    shown, image = ranked[:GROUP_PICTURES], stored_image(run, "train", row["file_name"])
+    if not row:
+        return ""
+    shown = sorted(row["completions"], key=lambda c: -c["rewards"]["total"])[:GROUP_PICTURES]
+    image = stored_image(run, "train", row["file_name"])
+    parts = run.config["reward_parts"]
+    cards = "".join(_completion(completion, image, parts) for completion in shown)
     title = f"{column.name}, step {row['step']}, {row['file_name']}, "
-    title += f"the best {len(shown)} of {len(ranked)}"
-    titles = {name: part["title"] for name, part in run.reward_parts.items()}
-    most = sum(part["largest"] for part in run.reward_parts.values())
-    cards = []
-    for completion in shown:
-        rewards = completion["rewards"]
-        parts = " · ".join(f"{titles[name]} {rewards[name]:.2f}" for name in titles)
-        about = f"<h3>Advantage {completion['advantage']:+.2f}, "
-        about += f"reward {rewards['total']:.2f} of {most:g}</h3>"
-        about += f'<p class="soft">{escape(parts)}</p><pre>{escape(completion["text"])}</pre>'
-        picture = _drawn(image, line_hois(completion))
-        cards.append(f'<div class="answer"><div>{picture}</div><div>{about}</div></div>')
-    return f'<h3>{escape(title)}</h3><div class="answers">{"".join(cards)}</div>'
+    title += f"the best {len(shown)} of {len(row['completions'])}"
+    return f'<h3>{escape(title)}</h3><div class="answers">{cards}</div>'
 
 
-def examples(columns: Sequence[Column]) -> str:
-    """Predicted images next to their ground truth, for each prediction."""
-    return "".join(_examples(column) for column in columns if column.run.predictions)
+def _completion(completion: dict, image: Image.Image | None, parts: dict[str, dict]) -> str:
+    """The picture and the text of a completion. parts: of the reward, by name."""
+    rewards, most = completion["rewards"], sum(part["largest"] for part in parts.values())
+    earned = " · ".join(f"{part['title']} {rewards[name]:.2f}" for name, part in parts.items())
+    head = f"Advantage {completion['advantage']:+.2f}, reward {rewards['total']:.2f} of {most:g}"
+    about = f'<h3>{head}</h3><p class="soft">{escape(earned)}</p>'
+    about += f"<pre>{escape(completion['text'])}</pre>"
+    picture = _drawn(image, line_hois(completion))
+    return f'<div class="answer"><div>{picture}</div><div>{about}</div></div>'
 
 
-def _examples(column: Column) -> str:
-    """The best and the worst by reward; the first if all rewards are equal or unknown."""
+def examples(column: Column) -> str:
+    """Predicted images: the best and the worst by reward, or the first if no reward differs."""
     rows = column.run.predictions
-    rewarded = [row for row in rows if row["reward"]]
+    ranked = sorted((r for r in rows if r["reward"]), key=lambda r: -r["reward"]["total"])
     chosen = {"first images": rows[: 2 * EXAMPLES]}
-    if len({row["reward"]["total"] for row in rewarded}) > 1:
-        ranked = sorted(rewarded, key=lambda row: -row["reward"]["total"])
+    if ranked and ranked[0]["reward"]["total"] > ranked[-1]["reward"]["total"]:
         half = min(EXAMPLES, len(ranked) // 2)
         chosen = {"best by reward": ranked[:half], "worst by reward": ranked[-half:]}
     parts = []
-    for which, some in chosen.items():
+    for which, some in chosen.items() if rows else ():
         cards = "".join(_example(row, column.run) for row in some)
         title = escape(f"{column.name}: the {len(some)} {which}")
         parts.append(f'<h3>{title}</h3><div class="examples">{cards}</div>')
@@ -152,6 +140,7 @@ def _examples(column: Column) -> str:
 
 
 def _example(row: dict, run: RunRecord) -> str:
+    """An image with its prediction, next to its ground truth if that can be read."""
     line, split = row["line"], run.config["split"]
     hois, name = line_hois(line), line["file_name"]
     image, truth = stored_image(run, split, name), ground_truth(run.config["data"], split).get(name)
@@ -166,7 +155,7 @@ def _example(row: dict, run: RunRecord) -> str:
 
 
 def _drawn(image: Image.Image | None, hois: Sequence[HOI]) -> str:
-    """The image with its predicted pairs; their names alone if it cannot be read."""
+    """The image with its predicted pairs, or their names if it cannot be read."""
     if image is None:
         return f"<p>{escape(_labels(hois))}</p>"
     drawn = drawing.draw_pairs(image, hois, range(len(hois)), width=PICTURE_WIDTH)

@@ -34,11 +34,11 @@ class Check:
 
     field: str
     name: str
-    figure: str  # format of what `of` makes of all values
+    figure: str  # format of the number that `of` returns
     high: float
-    advice: str  # beyond the limits
+    advice: str  # for a number beyond the limits
     low: float = -math.inf
-    of: Callable[[Sequence[float]], float] = recent_mean
+    of: Callable[[Sequence[float]], float] = recent_mean  # takes the values of all steps
 
 
 CHECKS = (
@@ -73,9 +73,6 @@ class Verdict:
     text: str
     advice: str = ""
 
-    def __str__(self) -> str:
-        return f"{self.status:5s}  {self.name}: {self.text}. {self.advice}".rstrip()
-
 
 def judge(run: RunRecord) -> list[Verdict]:
     """The verdicts on a training, or on the summary of a prediction."""
@@ -87,19 +84,14 @@ def verdicts(metrics: Sequence[dict], fewest: int = FEWEST) -> list[Verdict]:
 
     metrics: one dict per step; a value may be missing or None.
     """
-    found = []
-    for check in CHECKS:
-        values = series(metrics, check.field)
-        if len(values) >= fewest:
-            found.append(_verdict(check, check.of(values)))
-        elif values:
-            text = f"too early: {len(values)} of {fewest} steps"
-            found.append(Verdict(check.name, "early", text))
-    return found
+    found = [(check, series(metrics, check.field)) for check in CHECKS]
+    return [_verdict(check, values, fewest) for check, values in found if values]
 
 
-def _verdict(check: Check, value: float) -> Verdict:
-    form = "{:.0%}" if "%" in check.figure else "{:g}"
+def _verdict(check: Check, values: Sequence[float], fewest: int) -> Verdict:
+    if len(values) < fewest:
+        return Verdict(check.name, "early", f"too early: {len(values)} of {fewest} steps")
+    value, form = check.of(values), "{:.0%}" if "%" in check.figure else "{:g}"
     limits = " and ".join(form.format(x) for x in (check.low, check.high) if math.isfinite(x))
     text = f"{check.figure.format(value)} (limit {limits})"
     if check.low <= value <= check.high:
@@ -109,11 +101,12 @@ def _verdict(check: Check, value: float) -> Verdict:
 
 def as_text(found: Sequence[Verdict]) -> str:
     """The verdicts for the terminal, one per line."""
-    return "\n".join([f"Is this run healthy? {summary(found)}", *(f"  {v}" for v in found)])
+    lines = [f"  {v.status:5s}  {v.name}: {v.text}. {v.advice}".rstrip() for v in found]
+    return "\n".join([f"Is this run healthy? {summary(found)}", *lines])
 
 
 def summary(found: Sequence[Verdict]) -> str:
-    """How many checks are good, and how many come too early."""
+    """The number of good checks, and of those that come too early."""
     statuses = [verdict.status for verdict in found]
     early = statuses.count("early")
     later = f", {early} too early" if early else ""

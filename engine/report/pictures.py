@@ -1,4 +1,4 @@
-"""Pictures of images with ground truth and prediction, and what the model said of photographs.
+"""Pictures of images with ground truth and prediction, and the answers for photographs.
 
     python hoi_r1.py show --data hico_20160224_det --predictions runs/test/predictions.jsonl
     python hoi_r1.py predict --image photo.jpg --model runs/grpo/model --out photos
@@ -18,9 +18,9 @@ from engine.scoring.predictions import line_hois, read_lines
 from hicodet import ANSWER_OPEN, HOI, InputError, Sample
 
 DEFAULT_IMAGES = 12
-WIDTHS = (640, 1280)  # of a photograph's picture
+LEAST_WIDTH, MOST_WIDTH = 640, 1280  # of a photograph's picture
 COLUMNS = 96  # of text
-UNREAD_LINES = 15  # shown of a text in which no instance can be read
+UNREAD_LINES = 15  # shown of a text without a readable instance
 
 
 def show(
@@ -35,11 +35,11 @@ def show(
 ) -> Iterator[str]:
     """Draw images of a split into OUT/NAME.png, and yield a line for each picture.
 
-    predictions: predictions.jsonl, or "" for the ground truth alone; with it, only images that have
-    a line are drawn. images: the first N. file: the one of this name. worst: the N with most missed
-    interactions, in this order. With none of the three: the first DEFAULT_IMAGES.
+    predictions: predictions.jsonl, to draw only its images; "" draws the ground truth. images: the
+    first N. file: the one of this name. worst: the N with the most missed interactions, in this
+    order. Without these three options: the first DEFAULT_IMAGES.
     Raises InputError naming the option or file that cannot be used, and OSError for a missing
-    file; nothing is drawn if an image is missing.
+    file. If an image is missing, nothing is drawn.
     """
     samples = load_split(data, split)
     found = read_hois(predictions, {sample.file_name for sample in samples}) if predictions else {}
@@ -47,15 +47,14 @@ def show(
     if file:
         wanted = [sample for sample in wanted if sample.file_name == Path(file).name]
         if not wanted:
-            predicted = " with a prediction" if predictions else ""
-            raise InputError(f"--file {file}: no image of this split{predicted}")
+            raise InputError(f"--file {file}: no image of this split, or none with a prediction")
     if worst:
         wanted.sort(key=lambda s: -drawing.missed_pairs(s.hois, found[s.file_name]))
     wanted = wanted[: worst or images or DEFAULT_IMAGES]
     require_images(wanted)
+    Path(out).mkdir(parents=True, exist_ok=True)
     for sample in wanted:
         path = Path(out) / f"{Path(sample.file_name).stem}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
         picture, numbers = draw_sample(sample, found.get(sample.file_name))
         with aside(path) as new:
             picture.save(new, format="PNG")
@@ -63,22 +62,20 @@ def show(
 
 
 def read_hois(path: str, names: Collection[str]) -> dict[str, tuple[HOI, ...]]:
-    """The HOIs of each line of predictions.jsonl by file name; some images may be missing.
+    """The HOIs of predictions.jsonl by file name. Some of the names may be missing.
 
-    Raises InputError, naming file and line, for a line that is not a prediction of this split.
+    Raises InputError for a damaged line, and for an image that is not in `names`.
     """
-    found = {}
-    for where, line in read_lines(path):
-        if line["file_name"] not in names:
-            raise InputError(f"{where}: no image of this split (check --data and --split)")
-        found[line["file_name"]] = line_hois(line)
+    found = {line["file_name"]: line_hois(line) for _, line in read_lines(path)}
+    if other := found.keys() - names:
+        raise InputError(f"{path}: {min(other)!r} is not of this split; see --data, --split")
     return found
 
 
 def draw_sample(sample: Sample, predicted: tuple[HOI, ...] | None) -> tuple[Image.Image, str]:
-    """The ground truth of an image and, unless it is None, the prediction at its right.
+    """The ground truth of an image, with the prediction at its right unless that is None.
 
-    Returns the picture, and in words the number of interactions: pairs with one of their verbs.
+    Returns the picture, and a text with numbers of interactions. A pair has one for each verb.
     """
     image, truth = open_image(sample.path), sample.hois
     true = sum(len(hoi.verbs) for hoi in truth)
@@ -97,10 +94,6 @@ def photographs(paths: Sequence[str]) -> list[Sample]:
     """
     samples = []
     for path in map(Path, paths):
-        if path.is_dir():
-            raise InputError(f"--image {path} is a folder; give its files: {path / '*.jpg'}")
-        if not path.exists():
-            raise InputError(f"--image {path}: no such file")
         size = open_image(path, upright=True).size
         if too_long(*size):
             raise InputError(f"{path}: one side is more than {LONGEST} times the other; crop it")
@@ -109,24 +102,20 @@ def photographs(paths: Sequence[str]) -> list[Sample]:
 
 
 def picture_paths(paths: Sequence[str], out: str) -> list[Path]:
-    """Where the picture of each photograph goes: OUT/NAME_hois.png, never over a photograph.
+    """Paths of the photographs' pictures: OUT/NAME_hois.png, so none replaces a photograph.
 
     Raises InputError if two photographs have one name.
     """
     found = [Path(out) / f"{Path(path).stem}_hois.png" for path in paths]
-    for path, picture in zip(paths, found):
-        if found.count(picture) > 1:
-            raise InputError(f"--image {path}: another one has this name; predict it on its own")
+    if len(set(found)) < len(found):
+        raise InputError("--image: two photographs have one name; predict them one by one")
     return found
 
 
 def draw_photograph(sample: Sample, line: dict) -> Image.Image:
-    """The photograph with its predicted pairs, at most 1,280 pixels wide.
-
-    line: of predictions.jsonl.
-    """
+    """The photograph with the pairs of its line of predictions.jsonl, at most 1,280 pixels wide."""
     image, hois = open_image(sample.path, upright=True), line_hois(line)
-    width = min(max(image.width, WIDTHS[0]), WIDTHS[1])
+    width = min(max(image.width, LEAST_WIDTH), MOST_WIDTH)
     caption = "" if hois else "no interaction"
     return drawing.draw_pairs(image, hois, range(len(hois)), width=width, caption=caption)
 
@@ -134,13 +123,12 @@ def draw_photograph(sample: Sample, line: dict) -> Image.Image:
 def answer_text(sample: Sample, line: dict) -> str:
     """The reasoning, then a table of interactions with boxes in pixels of the upright image.
 
-    line: of predictions.jsonl. If no instance can be read, the first lines of the whole text.
+    line: of predictions.jsonl. If it has no instances: the first lines of the whole text.
     """
     head = f"{sample.path}, {sample.width} x {sample.height}"
     if not line["instances"]:
         rows = _wrapped(line["text"])
-        more = len(rows) - UNREAD_LINES
-        rest = [f"... and {more} more lines"] if more > 0 else []
+        rest = ["..."] if len(rows) > UNREAD_LINES else []
         unread = "No interaction can be read from the answer."
         return "\n".join([head, *rows[:UNREAD_LINES], *rest, "", unread])
     row = "{:<16} {:<16} {:>6}  {:<21} {}"
@@ -153,7 +141,7 @@ def answer_text(sample: Sample, line: dict) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    """The lines of a text, without <think> tags and without what a terminal would obey."""
+    """The lines of a text, without <think> tags and without terminal control characters."""
     lines = text.replace("<think>", "").replace("</think>", "").strip().splitlines()
     lines = ["".join(c if c.isprintable() else " " for c in line) for line in lines]
     return [row for line in lines for row in textwrap.wrap(line, COLUMNS)]

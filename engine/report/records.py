@@ -1,6 +1,6 @@
-"""What the folder of a run holds, read into one record for the page, the card and the terminal.
+"""The files in the folder of a run, read into one record for the page, the card and the terminal.
 
-A run may still be running: what it has not written is left out.
+A run may still be running. What it has not written yet is left out.
 """
 
 import functools
@@ -19,25 +19,15 @@ from hicodet import HOI, InputError
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The folder of a training or a prediction; what it lacks is empty or None."""
+    """The folder of a training or a prediction. A missing file is empty or None here."""
 
     folder: Path
-    config: dict
+    config: dict  # "stage" is "sft", "grpo" or "predict"; "reward_parts" describes the reward
     metrics: tuple[dict, ...] = ()  # one dict per step, in order; a value may be None
     group: dict | None = None  # the last row of rollouts.jsonl whose rewards differ (Fig. 6)
     summary: dict | None = None  # of a prediction
     result: dict | None = None  # of evaluate.py --json
     predictions: tuple[dict, ...] = ()  # one row per image, with "line" and "reward"
-
-    @property
-    def stage(self) -> str:
-        """ "sft", "grpo" or "predict"."""
-        return self.config["stage"]
-
-    @property
-    def reward_parts(self) -> dict[str, dict]:
-        """The parts of this run's reward by name, each with "title" and "largest"."""
-        return self.config.get("reward_parts", {})
 
     @property
     def command(self) -> str:
@@ -76,7 +66,7 @@ def _rows(path: Path) -> list[dict]:
 
 
 def _last_group(rows: list[dict]) -> dict | None:
-    """The last group whose rewards differ; if none do, the last one."""
+    """The last group whose rewards differ, or else the last one."""
     differ = [r for r in rows if len({c["rewards"]["total"] for c in r["completions"]}) > 1]
     return next(reversed(differ or rows), None)
 
@@ -96,7 +86,7 @@ def stored_image(run: RunRecord, split: str, name: str) -> Image.Image | None:
         return None
 
 
-@functools.lru_cache(maxsize=1)  # reading takes seconds, and runs side by side share their data
+@functools.lru_cache(maxsize=1)  # reading takes seconds, and runs on one page share their data
 def ground_truth(data: str, split: str) -> dict[str, tuple[HOI, ...]]:
     """The HOIs of each image of a split; {} if the annotations cannot be read."""
     try:

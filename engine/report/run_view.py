@@ -1,6 +1,6 @@
-"""What a run leaves for people to read: its page, its verdicts and its model's card.
+"""What a run writes for people: its page, its health and its model's card.
 
-A failure here is one line of warning: no mistake in a page is worth days of training.
+A failure here is one line of warning. It does not stop a training.
 """
 
 import sys
@@ -28,7 +28,7 @@ def model_card(folder: Path) -> str:
 
 
 def attempt(make: Callable[[], object], what: str, otherwise: object):
-    """What `make` returns; after a failure of any kind a warning, and `otherwise`."""
+    """What `make` returns. After any exception, print a warning and return `otherwise`."""
     try:
         return make()
     except Exception as error:

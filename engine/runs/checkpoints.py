@@ -1,7 +1,7 @@
-"""Checkpoints: a policy and its optimizer as torch.distributed.checkpoint (DCP) writes them.
+"""Checkpoints of policy and optimizer, by torch.distributed.checkpoint (DCP).
 
 DCP restores them on any number of ranks. One of its files is a pickle, and unpickling runs code:
-resume only folders of your own.
+resume only folders that you trust.
 """
 
 import re
@@ -12,17 +12,13 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from engine.files import naming
 from hicodet import InputError
 
 CHECKPOINT = re.compile(r"checkpoint-\d{6,}")
-TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # of LoRA only the adapters
+TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)  # LoRA: adapters only
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -36,15 +32,15 @@ def steps_of(checkpoint: Path) -> int:
 
 
 def _states(policy, optimizer) -> dict[str, dict]:
-    """What a checkpoint holds: each trained parameter once, and the optimizer's state."""
+    """The content of a checkpoint: each trained parameter once, and the optimizer's state."""
     model, moments = get_state_dict(policy, optimizer, options=TRAINED)
-    # of a tied head the state has the second name too, even if it is frozen
+    # without the second name of a tied head, which the state has even if it is frozen
     named = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
     return {"model": {name: model[name] for name in named}, "optimizer": moments}
 
 
 def write_checkpoint(path: Path, policy, optimizer) -> None:
-    """Write a checkpoint to a new folder; every rank writes files of its own.
+    """Write a checkpoint to a new folder; every rank writes its own files.
 
     Raises OSError on every rank, naming the file, if one of them cannot write.
     """
@@ -58,10 +54,7 @@ def write_checkpoint(path: Path, policy, optimizer) -> None:
 
 
 def read_checkpoint(path: Path, policy, optimizer) -> None:
-    """Restore a checkpoint.
-
-    Raises InputError on every rank if it cannot be read, naming it and the one before.
-    """
+    """Restore a checkpoint. Raises InputError naming an unreadable one and the one before it."""
     states = _states(policy, optimizer)
     try:
         dcp.load(states, checkpoint_id=path)
@@ -78,13 +71,13 @@ def read_checkpoint(path: Path, policy, optimizer) -> None:
 
 
 def _cause(error: CheckpointException) -> BaseException:
-    """What went wrong on one of the ranks: an OSError, if one is among it."""
+    """The cause on one of the ranks, preferably an OSError."""
     causes = [cause for cause, _ in error.failures.values()]
     return next((c for c in causes if isinstance(c, OSError)), causes[0] if causes else error)
 
 
 class _NamingFiles(FileSystem):
-    """DCP's files, whose errors name the file; torch.save hides them behind a RuntimeError."""
+    """DCP's file access with errors that name the file; torch.save raises a RuntimeError."""
 
     @contextmanager
     def create_stream(self, path, mode):

@@ -1,4 +1,4 @@
-"""What metrics.jsonl says of a step's completions: means over all ranks."""
+"""Metrics of a step's completions for metrics.jsonl: means over all ranks."""
 
 from collections.abc import Sequence
 
@@ -11,17 +11,16 @@ from hicodet import HOI
 def advantage_shares(parts: dict[str, np.ndarray], eps: float = 1e-4) -> dict[str, float]:
     """Each reward part's share in the advantages (Eq. 5).
 
-    parts: (P, G) each. Their sum is the reward, so an advantage A is a sum too: of a_part, the part
-    less its group's mean, over the group's std of the reward plus eps. A part's share is the sum of
-    a_part A over all outputs, divided by the sum of A squared. In one group that is the covariance
-    of part and reward over the variance of the reward. Shares sum to 1. The others outvote a part
-    whose share is below 0. All shares are 0 if no rewards differ.
+    parts: (P, G) each; their sum is the reward. An advantage A is then a sum of terms a_part: the
+    part minus its group mean, over the group's std of the reward plus eps. A part's share is the
+    sum of a_part A over all outputs, divided by the sum of A squared. Shares sum to 1. The other
+    parts outvote one whose share is negative. All shares are 0 if no rewards differ.
     """
     spread = sum(parts.values()).std(1, ddof=1, keepdims=True) + eps
     terms = {name: (part - part.mean(1, keepdims=True)) / spread for name, part in parts.items()}
     advantages = sum(terms.values())
     whole = (advantages**2).sum()
-    if whole < 1e-9:  # equal but for rounding, which has no parts
+    if whole < 1e-9:  # equal up to rounding
         return dict.fromkeys(parts, 0.0)
     return {name: float((term * advantages).sum() / whole) for name, term in terms.items()}
 
@@ -34,9 +33,9 @@ def counts(instances: Sequence) -> dict[str, int]:
 def group_row(
     hois: Sequence[HOI], rollout: Rollout, rewards: list[dict], predicted: list[Sequence]
 ) -> dict:
-    """What `rollout_metrics` needs of the G completions of an image.
+    """What `rollout_metrics` needs from the G completions of an image.
 
-    hois: the ground truth. rewards, predicted: of each completion, its rewards and its instances.
+    hois: the ground truth. rewards, predicted: the rewards and the instances of each completion.
     """
     return {
         "ids": [tuple(ids.tolist()) for ids in rollout.completion_ids],
@@ -56,28 +55,24 @@ def rollout_metrics(groups: list[dict], seconds: dict[str, float]) -> dict[str, 
         for name in groups[0]["rewards"][0]
     }
     for name, values in rewards.items():
-        within = values.std(1, ddof=1)  # across images it would hide that groups are alike
+        within = values.std(1, ddof=1)  # within groups, as only these differences train
         logged[f"reward_{name}"], logged[f"reward_{name}_std"] = values.mean(), within.mean()
         if name == "total":
             logged["zero_variance_groups"] = np.mean(within < 1e-3)
     rewards.pop("total")
     logged |= {f"advantage_{name}": v for name, v in advantage_shares(rewards).items()}
-    # a sampler that is nearly greedy shows here first
+    # a nearly greedy sampler is seen here first
     distinct = [len(set(group["ids"])) for group in groups]
     logged["distinct_completions"] = np.mean(distinct) / len(groups[0]["ids"])
     lengths = [len(ids) for group in groups for ids in group["ids"]]
     logged["completion_length"] = np.mean(lengths)
     logged["entropy"] = sum(sum(group["entropies"]) for group in groups) / sum(lengths)
-    logged |= _written([one for group in groups for one in group["written"]], "")
-    logged |= _written([group["true"] for group in groups], "_true")
+    written = [one for group in groups for one in group["written"]]
+    for suffix, rows in (("", written), ("_true", [group["true"] for group in groups])):
+        instances, verbs = (sum(row[name] for row in rows) for name in ("instances", "verbs"))
+        logged[f"instances{suffix}"] = instances / len(rows)
+        logged[f"verbs_per_instance{suffix}"] = verbs / max(instances, 1)
     logged["truncated"] = np.mean([not done for group in groups for done in group["finished"]])
     for name in ("sample", "update"):
         logged[f"{name}_tokens_per_second"] = sum(lengths) / seconds[name]
     return {name: float(value) for name, value in logged.items()}
-
-
-def _written(rows: list[dict[str, int]], suffix: str) -> dict[str, float]:
-    """Instances per answer and verbs per instance, 0 without any. rows: of `counts`."""
-    instances, verbs = (sum(row[name] for row in rows) for name in ("instances", "verbs"))
-    means = instances / len(rows), verbs / max(instances, 1)
-    return {f"instances{suffix}": means[0], f"verbs_per_instance{suffix}": means[1]}

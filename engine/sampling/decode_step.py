@@ -1,4 +1,4 @@
-"""One decoding step: the keys and values of the slots, and attention of one new token per row.
+"""One decoding step: cached keys and values of the slots, and attention of one token per row.
 
 Axes as in engine/model/attention.py.
 """
@@ -15,15 +15,15 @@ from engine.model.attention import GroupLayout, has_flash
 from engine.model.families import head_size
 
 KEY_BLOCK = 128  # keys that a GPU reads or skips together
-STAGES = 2  # of the decoding kernel's pipeline; 3 have not been measured
+STAGES = 2  # of the decoding kernel's pipeline; 3 were not measured
 
 
 class GroupCache:
     """Keys and values of `slots` groups: each prompt's once, and each of its G rows' own.
 
     Lists over layers: prompts' (slots, K, S, D), and rows' own (slots, K, G * C, D). On a GPU both
-    are the same tensors, (slots, K, S + G * C, D), in which own tokens start behind the prompt's,
-    with S and C rounded up to whole blocks; a CPU's products are faster on tensors of their own.
+    are the same tensors, (slots, K, S + G * C, D): the prompt's tokens, then own tokens, with S and
+    C rounded up to whole blocks. A CPU is faster with separate tensors.
     """
 
     def __init__(self, model, slots: int, group_size: int, prompt_room: int, completion_room: int):
@@ -40,7 +40,7 @@ class GroupCache:
 
         self.heads, self.served = heads, config.num_attention_heads // heads
         self.prompt_room, self.own_room = prompt_room, completion_room
-        self.start = prompt_room if self.as_blocks else 0  # of what is a row's own
+        self.start = prompt_room if self.as_blocks else 0  # of the rows' own tokens
         room = self.start + group_size * completion_room
         self.own_keys, self.own_values = buffers(room), buffers(room)
         self.prompt_keys, self.prompt_values = self.own_keys, self.own_values
@@ -49,29 +49,29 @@ class GroupCache:
 
 
 def whole_blocks(room: int) -> int:
-    """Room for so many keys, as whole blocks."""
+    """The number of keys rounded up to whole blocks."""
     return -(-room // KEY_BLOCK) * KEY_BLOCK
 
 
 def kernel_options(queries: int) -> dict[str, int]:
     """Warps and stages of the decoding kernel for this many queries per slot and key-value head.
 
-    On an H200 PyTorch's own choice, 2 warps and 1 stage, spills registers: 176 bytes a thread at
-    32 queries, 38,246 at 72. These do not spill from sm_80 to sm_90, and need at most 98,304 bytes
-    of shared memory.
+    On an H200 PyTorch's default, 2 warps and 1 stage, spills registers: 176 bytes per thread at 32
+    queries, 38,246 at 72. These values do not spill on sm_80 to sm_90, and need at most 98,304
+    bytes of shared memory.
     """
     return {"num_warps": 4 if queries <= 64 else 8, "num_stages": STAGES}
 
 
 class Prefill:
-    """Collects the keys and values of a packed row of prompts into slots of a GroupCache."""
+    """Copies the keys and values of a packed row of prompts into slots of a GroupCache."""
 
     def __init__(self, cache: GroupCache, slots: list[int], layout: GroupLayout):
         self.cache, self.slots = cache, slots
         self.lengths = (layout.prefix, *layout.prompt_lengths)
 
     def update(self, key, value, layer, kwargs=None):
-        """The library's call in each layer; kwargs from transformers 5.24 on, not used."""
+        """Called by the library in each layer. kwargs: from transformers 5.24 on, not used."""
         for buffer, new in ((self.cache.prompt_keys, key), (self.cache.prompt_values, value)):
             prefix, *rows = new[0].split(self.lengths, dim=1)
             for slot, row in zip(self.slots, rows):
@@ -84,8 +84,8 @@ class Prefill:
 class DecodeStep:
     """One new token in each row of the first slots: `update` and `attend` of every layer.
 
-    prompt_lengths: (slots,). own_lengths: (slots, G), tokens that the row has in the cache. room:
-    places that the longest row needs, its new token included.
+    prompt_lengths: (slots,). own_lengths: (slots, G), cached tokens of each row. room: cached
+    tokens of the longest row, with its new token.
     """
 
     def __init__(self, cache: GroupCache, prompt_lengths, own_lengths, room: int):
@@ -95,26 +95,21 @@ class DecodeStep:
             torch.arange(n, device=own_lengths.device)
             for n in (self.slots, cache.heads, self.group_size)
         )
-        # where new keys go, as (slots, K, G) indices of (slots, K, S + G * C, D): a write to a view
-        # of these buffers would be compiled to two copies of all of it
+        # where new keys go, as (slots, K, G) indices of (slots, K, S + G * C, D); a compiler turns
+        # a write to a view of these buffers into two copies of all of it
         places = cache.start + members * cache.own_room + own_lengths
         self.places = slots[:, None, None], heads[:, None], places[:, None]
         self.mask = self._block_mask() if cache.as_blocks else None
 
-    def update(
-        self, key: Tensor, value: Tensor, layer: int, kwargs: dict | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The library's call in each layer: write the new token's (1, K, B, D) to its row.
-
-        kwargs: from transformers 5.24 on, not used.
-        """
+    def update(self, key, value, layer, kwargs=None):
+        """Called as `Prefill.update`: write the new tokens' keys and values, (1, K, B, D)."""
         for buffer, new in ((self.cache.own_keys, key), (self.cache.own_values, value)):
             new = new[0].unflatten(1, (self.slots, -1)).transpose(0, 1)
             buffer[layer][self.places] = new.to(buffer[layer].dtype)
         return key, value
 
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """Group attention of one new token a row, one softmax over prompt and own tokens.
+        """Group attention of one new token per row, one softmax over prompt and own tokens.
 
         q: (1, H, B, D). Returns (1, H, B, D). A prompt's keys are read once for its G rows.
         """
@@ -126,7 +121,7 @@ class DecodeStep:
         return output.to(v.dtype).permute(1, 3, 0, 2, 4).flatten(2, 3).flatten(0, 1)[None]
 
     def _attend_whole(self, q: Tensor, layer: int, scaling: float) -> Tensor:
-        """With scores in memory, in fp32. q and what is returned: (slots, K, G, heads, D)."""
+        """Attention with fp32 scores in memory. q and result: (slots, K, G, heads, D)."""
         cache, slots, shape = self.cache, self.slots, q.shape[:4]
         prompt_keys, prompt_values = (
             x[layer][:slots, :, : cache.prompt_room].flatten(0, 1).float()
@@ -156,7 +151,7 @@ class DecodeStep:
         return (from_prompt.view(q.shape) + from_own.view(q.shape)) / total
 
     def _attend_blocks(self, q: Tensor, layer: int, scaling: float) -> Tensor:
-        """With flex attention over a slot's filled blocks. Shapes as in `_attend_whole`."""
+        """Flex attention over a slot's filled blocks. Shapes as in `_attend_whole`."""
         keys, values = self.cache.own_keys[layer], self.cache.own_values[layer]
         keys, values = keys[: self.slots], values[: self.slots]
         output = flex_attention(
@@ -170,15 +165,15 @@ class DecodeStep:
         return output.view(q.shape)
 
     def _block_mask(self) -> BlockMask:
-        """Which keys of a slot its rows' queries see, and the blocks in which there are any."""
+        """Which keys of a slot its rows' queries see, and which blocks hold such keys."""
         cache, device = self.cache, self.own_lengths.device
         prompt_room, own_room = cache.prompt_room, cache.own_room
         of_prompt = torch.arange(prompt_room, device=device) < self.prompt_lengths[:, None]
         own = torch.arange(own_room, device=device) <= self.own_lengths[..., None]
-        # (slots, S + G * C), held: Inductor fuses a cat into the kernel, which cannot read it there
+        # (slots, S + G * C); `_hold`, as Inductor fails on a cat inside of flex attention
         filled = _hold(torch.cat([of_prompt, own.flatten(1)], dim=1))
-        # (slots, 1, 1, blocks) before, not behind, what is computed: axes put into its result have
-        # stride 0 in a compiled step, by which the kernel for 128 queries goes from slot to slot
+        # (slots, 1, 1, blocks): the axes come before argsort and sum, or they have stride 0 in a
+        # compiled step, and the kernel for 128 queries reads the wrong slot
         blocks = filled.unflatten(1, (-1, KEY_BLOCK)).any(2)[:, None, None]
         order = blocks.int().argsort(dim=3, descending=True, stable=True).int()
         counts = blocks.sum(3).int()
@@ -202,10 +197,10 @@ class _Fused:
     """Linear layers that are called one after the other on the same input, as one matmul.
 
     Small batches are launch-bound, so fewer and larger products are faster. With LoRA, each layer's
-    y = W x + B (s A x) becomes [W B] [x, s A x]: two matmuls for all layers, and one rounding. In
-    bf16 a product of its own for B would lose most of a small update. The layers' parameters become
-    views of the whole, so copying into them updates it. They get no gradient, and the model must
-    not be deepcopied afterwards.
+    y = W x + B (s A x) becomes [W B] [x, s A x]: two matmuls for all layers, and one rounding. A
+    separate product for B would lose most of a small update in bf16. The layers' parameters become
+    views of the fused weight, so copying into them updates it. They get no gradient, and the model
+    must not be deepcopied afterwards.
     """
 
     def __init__(self, *layers: nn.Module):
@@ -228,11 +223,11 @@ class _Fused:
             columns = [row[:, width:].split(ranks, dim=1)[i] for i, row in enumerate(rows)]
             _become_views([m.lora_B.weight for m in adapters], columns)
         for number, layer in enumerate(layers):
-            layer._forward_hooks.clear()  # lora.py's
+            layer._forward_hooks.clear()  # the adapter's, from lora.py
             layer.forward = partial(self.forward, number)
 
     def forward(self, number: int, x: Tensor) -> Tensor:
-        """The matmul for all layers at the first call, and then each one's part of it."""
+        """Layer 0 computes the matmul of all layers; each layer returns its part."""
         if number == 0:
             if self.low is not None:
                 x = torch.cat([x, F.linear(x, self.low) * self.scale], dim=-1)
@@ -244,7 +239,7 @@ class _Fused:
 
 
 def _become_views(parameters: list[Tensor], views: Sequence[Tensor]) -> None:
-    """Copy each parameter into its view, and let it be that view."""
+    """Copy each parameter into its view, and replace it by the view."""
     for parameter, view in zip(parameters, views, strict=True):
         view.copy_(parameter)
         parameter.data = view
@@ -254,8 +249,8 @@ def _become_views(parameters: list[Tensor], views: Sequence[Tensor]) -> None:
 def prepare_for_decoding(model: nn.Module) -> None:
     """Fuse projections: fewer kernel launches per step. Idempotent.
 
-    The model is for inference from then on, though its parameters may be written to. Layers other
-    than nn.Linear, as in a quantised model, are left alone.
+    Afterwards the model is for inference only; its parameters may still be written to. Layers other
+    than nn.Linear, as in a quantised model, stay as they are.
     """
     if getattr(model, "prepared_for_decoding", False):
         return
@@ -283,5 +278,5 @@ def _(x: Tensor) -> Tensor:
 
 
 def _hold_angles(module, arguments, angles):
-    """Without `_hold` sines are computed in every layer."""
+    """Hold the rotary angles, or a compiled step computes sines in every layer."""
     return tuple(_hold(x) for x in angles)

@@ -1,4 +1,4 @@
-"""Choosing the next token: from the exact distribution, or the likeliest.
+"""Choosing the next token: sampled from the exact distribution, or the likeliest.
 
 Axes: B rows, V vocabulary.
 """
@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DRAW_BLOCK = 512  # tokens of the vocabulary that are looked through at a time
+DRAW_BLOCK = 512  # tokens of the vocabulary that are searched at a time
 
 
 def penalise(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
-    """Logits with those of ids already written made less likely, as the library does.
+    """Make ids that were already written less likely, as the library does.
 
     logits: (B, V). written: (B, V) bool. A positive logit is divided, a negative one multiplied.
     """
@@ -26,9 +26,8 @@ def draw_tokens(
 
     logits: (B, V). uniforms: (B,) in [0, 1), the only randomness (None when greedy). banned: (V,)
     bool. Returns ids (B,), their fp32 log-probs (B,) and the entropy of the distribution (B,), in
-    nats, both at this temperature (greedy: at 1). Nothing is left out of the distribution; the sum
-    over a block of DRAW_BLOCK tokens is rounded to fp32, so that a block's share may be off by a
-    millionth of itself.
+    nats, both at this temperature (greedy: at 1). The distribution is not truncated. Sums over
+    blocks of DRAW_BLOCK tokens are rounded to fp32, a relative error of about 1e-6.
     """
     logits = logits.float() / (temperature or 1.0)
     logits = logits if banned is None else logits.masked_fill(banned, -torch.inf)
@@ -44,13 +43,13 @@ def draw_tokens(
 
 
 def _invert_cdf(blocks: Tensor, masses: Tensor, uniforms: Tensor) -> Tensor:
-    """The first token of each row at which the distribution function passes u.
+    """The first token of each row at which the cumulative distribution exceeds u.
 
     blocks: (B, blocks, DRAW_BLOCK) logits. masses: (B, blocks), the log-sum-exp of each, fp64.
     uniforms: (B,). Returns (B,).
 
-    First the block of tokens, then the token in it: one running sum over V is slow on a GPU, which
-    adds up blocks side by side. A banned token adds nothing, so it is never the first to pass.
+    Finds the block of tokens first, then the token in it: a GPU is slow at one running sum over V,
+    but sums blocks in parallel. A banned token adds nothing, so it is never the first to exceed u.
     """
     cdf = (masses - masses.amax(-1, keepdim=True)).exp().cumsum(-1)
     target = uniforms.double()[:, None] * cdf[:, -1:]
@@ -59,6 +58,6 @@ def _invert_cdf(blocks: Tensor, masses: Tensor, uniforms: Tensor) -> Tensor:
     share = (target - before) / (cdf.gather(1, block) - before)  # of the block, before the token
     inside = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].double()
     inside = (inside - masses.gather(1, block)).exp().cumsum(-1)
-    # by rounding the share may be 1, at the block's end, behind which there is no token
+    # rounding may make the share 1, beyond the last token of the block
     target = inside[:, -1:] * share.clamp(max=1 - 2**-52)
     return block[:, 0] * DRAW_BLOCK + (inside <= target).sum(-1)

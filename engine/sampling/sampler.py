@@ -12,17 +12,12 @@ from torch import Tensor, nn
 
 from engine.model.families import CACHE
 from engine.model.packing import Prompt, hidden_states, pack
-from engine.sampling.decode_step import (
-    DecodeStep,
-    GroupCache,
-    Prefill,
-    prepare_for_decoding,
-)
+from engine.sampling.decode_step import DecodeStep, GroupCache, Prefill, prepare_for_decoding
 from engine.sampling.draw import draw_tokens, penalise
 from hicodet import InputError
 
-PREFILL_PROMPTS = 16  # prompts of one prefill, which keeps its activations below the update's
-LOOK_EVERY = 16  # steps on a GPU between two looks at which rows are done
+PREFILL_PROMPTS = 16  # most prompts per prefill; its activations stay below the update's
+LOOK_EVERY = 16  # on a GPU, steps between two checks of which rows are done
 
 
 @dataclass(frozen=True)
@@ -30,23 +25,22 @@ class Rollout:
     """The G completions of one prompt (CPU tensors)."""
 
     completion_ids: list[Tensor]  # G of (length,), the closing end-of-turn token included
-    logprobs: list[Tensor]  # G of (length,) fp32, of what was sampled, at its temperature
+    logprobs: list[Tensor]  # G of (length,) fp32, of the sampled tokens, at the temperature
     finished: Tensor  # (G,) bool: ended by itself, not cut at max_new_tokens
-    entropies: list[Tensor]  # G of (length,) fp32, nats of what each token was drawn from
+    entropies: list[Tensor]  # G of (length,) fp32, nats, of each token's distribution
 
 
 class Sampler:
-    """Samples G completions of every prompt of a stream, in slots that do not wait for each other.
+    """Samples G completions of every prompt of a stream.
 
-    A slot holds a prompt and its G rows, each row with a length of its own; when all of them are
-    done, the slot goes to the next prompt. A step is one function of tensors that stay where they
-    are, and nothing of it is read back: on a GPU it is compiled and replayed as a CUDA graph.
+    A slot holds a prompt and its G rows, which may differ in length. When all rows of a slot are
+    done, the next prompt takes the slot. A step is one function of tensors with fixed addresses and
+    reads nothing back, so a GPU compiles it and replays it as a CUDA graph.
 
     model: in eval mode; on a GPU `prepare_for_decoding` changes it. slots: groups held at a time.
     prompt_room: tokens of the longest prompt. A completion ends with end_id or at max_new_tokens.
-    temperature 0 is greedy decoding. banned: (V,) bool, ids that are never drawn.
-    repetition_penalty: 1, or divides positive logits of ids already written, prompt included, and
-    multiplies negative ones, as the library does.
+    temperature 0 is greedy decoding. banned: (V,) bool, ids that are never sampled.
+    repetition_penalty: see `penalise`; 1 is none. Prompt tokens count as written.
     """
 
     def __init__(
@@ -74,15 +68,15 @@ class Sampler:
         self.logprobs = state(group_size, max_new_tokens, dtype=torch.float32)
         self.entropies = torch.zeros_like(self.logprobs)
         self.uniforms = state(group_size, max_new_tokens, dtype=torch.float32)
-        self.counts = state(group_size)  # tokens drawn; all but the last are in the cache
+        self.counts = state(group_size)  # sampled tokens; all but the last are in the cache
         self.done = state(group_size, dtype=torch.bool).fill_(True)
         self.repetition_penalty, self.written = repetition_penalty, None
-        if repetition_penalty != 1:  # which ids a row's prompt and text hold
+        if repetition_penalty != 1:  # which ids occur in a row's prompt and completion
             vocabulary = model.config.text_config.vocab_size
             self.written = state(group_size, vocabulary, dtype=torch.bool)
         self.owners: list[int | None] = [None] * slots  # the prompt in each slot, by its number
-        self.active = slots  # a step computes so many slots, from the first
-        self.graph: torch.cuda.CUDAGraph | None = None  # of a step, made when first needed
+        self.active = slots  # number of slots that a step computes, from the first
+        self.graph: torch.cuda.CUDAGraph | None = None  # of a step, captured when first needed
 
     @torch.no_grad()
     def run(
@@ -90,11 +84,11 @@ class Sampler:
     ) -> Iterator[tuple[int, Rollout]]:
         """Yield each prompt's number and its G completions, in the order in which groups end.
 
-        prompts: each with the seeds of its G completions, None when greedy. They are taken as slots
-        come free. Raises ValueError if a prompt is too long, or its seeds do not fit.
+        prompts: each with the seeds of its G completions, None when greedy; read as slots become
+        free. Raises ValueError if a prompt is too long, or has another number of seeds.
         """
         arriving, more, self.active = enumerate(prompts), True, len(self.owners)
-        self.owners = [None] * self.active  # nothing stays of a run that was broken off
+        self.owners = [None] * self.active  # an earlier run may have been interrupted
         while True:
             free = self.slots(busy=False)
             if more and len(free) * 4 >= len(self.owners):  # prefill several prompts at a time
@@ -109,7 +103,7 @@ class Sampler:
             yield from self.finish()
 
     def slots(self, busy: bool) -> list[int]:
-        """The slots that hold a prompt, or those that are free."""
+        """The slots that hold a prompt, or the free ones."""
         return [slot for slot, owner in enumerate(self.owners) if (owner is not None) == busy]
 
     def prefill_all(self, slots: list[int], taken: list[tuple]) -> None:
@@ -126,7 +120,7 @@ class Sampler:
             slots, taken = slots[count:], taken[count:]
 
     def prefill(self, slots: list[int], numbers, arrived) -> None:
-        """Prefill prompts into free slots and draw the first token of each of their rows."""
+        """Prefill prompts into free slots and sample the first token of each of their rows."""
         prompts, seeds = zip(*arrived)
         needed = self.group_size if self.temperature else 0
         if any(len(group or ()) != needed for group in seeds):
@@ -135,16 +129,17 @@ class Sampler:
         prefix, own = batch.layout.prefix, batch.layout.prompt_lengths
         lengths = tuple(prefix + length for length in own)
         if max(lengths) > self.prompt_room:
-            said = f"where prompt_room is {self.prompt_room}"
-            raise ValueError(f"a prompt of {max(lengths)} tokens, {said}")
+            raise ValueError(f"prompt of {max(lengths)} tokens; prompt_room is {self.prompt_room}")
         hidden = hidden_states(self.model, batch, Prefill(self.cache, slots, batch.layout))
         at = torch.tensor(slots, device=hidden.device)
         self.prompt_lengths[at] = torch.tensor(lengths, device=at.device)
         positions = batch.position_ids[:, :, prefix:].split(own, dim=2)
-        last = [of_one.max() for of_one in positions]
-        self.first_positions[at] = torch.stack(last) + 1
-        if self.temperature:
-            self.uniforms[at] = self.random_numbers(seeds).to(at.device)
+        self.first_positions[at] = torch.stack([of_one.max() for of_one in positions]) + 1
+        if self.temperature:  # numbers of a row's own seed do not depend on its slot
+            rows = [torch.Generator().manual_seed(seed) for group in seeds for seed in group]
+            draws = [torch.rand(self.max_new_tokens, generator=row) for row in rows]
+            uniforms = torch.stack(draws).view(len(seeds), self.group_size, -1)
+            self.uniforms[at] = uniforms.to(at.device)
         self.counts[at], self.done[at] = 0, False
         if self.written is not None:
             self.written[at] = False
@@ -155,18 +150,10 @@ class Sampler:
         ends = prefix + torch.tensor(own, device=at.device).cumsum(0) - 1
         self.draw(at, self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0))
 
-    def random_numbers(self, seeds: tuple[list[int], ...]) -> Tensor:
-        """(prompts, G, C) from each row's own seed, whatever its neighbours and slot. CPU."""
-        rows = [torch.Generator().manual_seed(seed) for group in seeds for seed in group]
-        draws = [torch.rand(self.max_new_tokens, generator=generator) for generator in rows]
-        return torch.stack(draws).view(len(seeds), self.group_size, -1)
-
     def step(self, room: int) -> None:
-        """Feed the last token of every row and draw the next.
+        """Feed the last token of every row and sample the next; rows that are done are discarded.
 
-        Finished rows are computed and discarded.
-
-        room: tokens that the longest row has then.
+        room: tokens of the longest row after this step.
         """
         slots = torch.arange(self.active, device=self.counts.device)
         own_lengths = (self.counts[slots] - 1).clamp(min=0)
@@ -183,7 +170,7 @@ class Sampler:
         self.draw(slots, self.model.lm_head(hidden))
 
     def draw(self, slots: Tensor, logits: Tensor) -> None:
-        """Draw a token for each row of these slots and add it to those that are not done."""
+        """Sample a token for each row of these slots, and add it to rows that are not done."""
         counts, done = self.counts[slots], self.done[slots]
         members = torch.arange(self.group_size, device=slots.device)
         at = (slots[:, None], members, counts.clamp(max=self.max_new_tokens - 1))
@@ -207,19 +194,18 @@ class Sampler:
         self.done[slots] = done | (ids == self.end_id) | (counts == self.max_new_tokens)
 
     def decode(self, compact: bool) -> None:
-        """A step for every row; on a GPU several, between two looks at which rows are done."""
-        cuda = self.model.device.type == "cuda"
-        if compact and not cuda and len(self.slots(busy=True)) * 2 <= self.active:
-            self.compact()
-        for _ in range(LOOK_EVERY if cuda else 1):
-            if cuda:
-                self.graph = self.graph or self.capture()
+        """One step for every row; on a GPU LOOK_EVERY steps."""
+        if self.model.device.type == "cuda":
+            self.graph = self.graph or self.capture()
+            for _ in range(LOOK_EVERY):
                 self.graph.replay()
-            else:
-                self.step(int(self.counts[self.slots(busy=True)].max()))
+        else:
+            if compact and len(self.slots(busy=True)) * 2 <= self.active:
+                self.compact()
+            self.step(int(self.counts[self.slots(busy=True)].max()))
 
     def compact(self) -> None:
-        """Bring the busy slots to the front and compute no others: on a CPU rows cost time."""
+        """Move the busy slots to the front and compute no others, as a CPU pays for each row."""
         busy, cache = self.slots(busy=True), self.cache
         cached = [*cache.prompt_keys, *cache.prompt_values, *cache.own_keys, *cache.own_values]
         tensors = [self.prompt_lengths, self.first_positions, self.ids, self.logprobs]
@@ -235,14 +221,14 @@ class Sampler:
     def capture(self) -> torch.cuda.CUDAGraph:
         """Compile a step and record its kernels.
 
-        A later Sampler of the same shapes, as of the next evaluation, takes what was compiled; too
-        many shapes are an error, never a step that runs uncompiled. Warm-up runs with every row
-        marked done; the cache slot it writes is overwritten by the next step.
+        A later Sampler of the same shapes reuses the compiled code. Too many shapes are an error,
+        never a step that runs uncompiled. Warm-up runs with every row marked done, and the next
+        step overwrites what it wrote to the cache.
         """
         prepare_for_decoding(self.model)
         step, done = torch.compile(self.step, dynamic=False, fullgraph=True), self.done.clone()
         self.done.fill_(True)
-        for _ in range(2):  # the first compiles, and the second may find a reason to do it again
+        for _ in range(2):  # the second call may compile once more
             step(self.max_new_tokens)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -251,27 +237,21 @@ class Sampler:
         return graph
 
     def finish(self) -> Iterator[tuple[int, Rollout]]:
-        """Free the slots in which every row is done, and yield what they hold."""
+        """Free the slots in which every row is done, and yield their completions."""
         done = self.done.all(1).tolist()
         for slot in self.slots(busy=True):
             if done[slot]:
                 number, self.owners[slot] = self.owners[slot], None
-                yield number, self.rollout(slot)
+                lengths = self.counts[slot].tolist()
+                ids, logprobs, entropies = (
+                    [row[:length].clone() for row, length in zip(rows[slot].cpu(), lengths)]
+                    for rows in (self.ids, self.logprobs, self.entropies)
+                )
+                finished = torch.stack([row[-1] == self.end_id for row in ids])
+                yield number, Rollout(ids, logprobs, finished, entropies)
 
-    def rollout(self, slot: int) -> Rollout:
-        """The G completions of a slot."""
-        lengths = self.counts[slot].tolist()
-        ids, logprobs, entropies = (
-            [row[:length].clone() for row, length in zip(rows[slot].cpu(), lengths)]
-            for rows in (self.ids, self.logprobs, self.entropies)
-        )
-        finished = torch.stack([row[-1] == self.end_id for row in ids])
-        return Rollout(ids, logprobs, finished, entropies)
-
-    def collect(
-        self, prompts: list[Prompt], seeds: list[list[int]] | None = None
-    ) -> list[Rollout]:
-        """The G completions of each prompt, in the prompts' order. seeds: G a prompt, or greedy."""
+    def collect(self, prompts: list[Prompt], seeds: list[list[int]] | None = None) -> list[Rollout]:
+        """The G completions of each prompt, in order. seeds: G per prompt; None when greedy."""
         seeds = [None] * len(prompts) if seeds is None else seeds
         found = dict(self.run(zip(prompts, seeds, strict=True)))
         return [found[number] for number in range(len(prompts))]

@@ -1,4 +1,4 @@
-"""How many images a GPU decodes at a time."""
+"""How many images are decoded at a time."""
 
 import torch
 
@@ -7,8 +7,8 @@ from engine.ranks import Ranks
 from engine.sampling.decode_step import whole_blocks
 from hicodet import InputError
 
-MOST_SLOTS = 64  # taken if nothing else is asked for, and all of them fit
-FOR_SLOTS = 0.75  # of the free memory; a prefill that needs more takes fewer prompts at a time
+MOST_SLOTS = 64  # the default, if all of them fit
+FOR_SLOTS = 0.75  # share of the free memory; the rest is for prefills
 
 
 def slot_bytes(config, dtype: torch.dtype, group_size: int, prompt_room: int, new: int) -> int:
@@ -32,11 +32,11 @@ def choose_slots(
     new: int,
     share: float = FOR_SLOTS,
 ) -> int:
-    """The slots of this rank: as many as fit into the memory that the loaded model leaves free.
+    """The number of slots of this rank: as many as fit into the memory that is free.
 
-    asked: most slots, 0 for MOST_SLOTS. images: of this rank; no more slots are taken. share: of
-    the free memory that the slots may take. On a CPU memory is not counted. Raises InputError if
-    not one slot fits.
+    asked: most slots, 0 for MOST_SLOTS. images: of this rank, which need no more slots. share: of
+    the free memory, for the slots; a CPU's memory is not checked. Raises InputError if not one slot
+    fits.
     """
     wanted = max(min(asked or MOST_SLOTS, images), 1)
     if ranks.device.type == "cpu":

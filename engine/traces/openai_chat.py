@@ -209,7 +209,8 @@ def write_requests(
 ) -> dict[str, str]:
     """Write the request files of a batch next to `out`. Returns why images have no request.
 
-    size: most requests in a file. Raises InputError if there are such files already: handing them in twice would cost twice.
+    size: most requests in a file. Raises InputError if there are such files already: handing them
+    in twice would cost twice.
     """
     if old := sorted(out.parent.glob(f"{out.stem}.requests-*.jsonl")):
         raise InputError(f"{old[0]} is there already: --collect its results if it was handed in, "
