@@ -52,14 +52,6 @@ def test_loop_over_detections_finds_the_same_map(monkeypatch, tmp_path, capsys):
     assert "ratio" in capsys.readouterr().out
 
 
-def test_options_of_a_step_reach_its_size(capsys):
-    step = bench.BenchConfig(what="step", checkpointing="off", lora_rank=8).size().step
-    assert step == {"gradient_checkpointing": False, "lora_rank": 8}
-    with pytest.raises(SystemExit):
-        bench.main(["sampler", "--lora-rank", "8"])
-    assert "--lora-rank 8: only of step and fits" in capsys.readouterr().err
-
-
 def test_floors_by_hand():
     model = random_model(SMALL, CPU, torch.float32)
     head, vision = 4096 * 256, sum(p.numel() for p in model.model.visual.parameters())

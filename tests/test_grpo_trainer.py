@@ -1,6 +1,5 @@
 """A batch of GRPO: sampling, rewards, and the step, which equals Eqs. 2-5 over plain forwards."""
 
-from dataclasses import replace
 
 import pytest
 import torch
@@ -168,19 +167,6 @@ def test_completions_are_scored_in_the_frame_of_the_text(make_trainer):
     assert first.rewards["total"] == pytest.approx(3.8) and second.rewards["total"] < 3.8
     assert first.text.startswith("<think> a person </think>")
     assert len(second.completion.instances) == len(other)
-
-
-def test_rewards_of_table_3_and_the_duplicate_rule_reach_the_score(make_trainer):
-    trainer, batch = make_trainer(rewards={"without": ("label",), "duplicate_rule": "pair"})
-    hoi = batch[0].text_hois[0]
-    two = (
-        replace(hoi, object=(90.0, 90.0, 99.0, 99.0)),
-        hicodet.HOI(hoi.human, (0.0, 0.0, 9.0, 9.0), "bicycle", ("hold",)),
-    )
-    (scored,) = trainer.score(batch[0], answers_as_rollout(trainer, two))
-    assert scored.rewards["object"] == scored.rewards["verb"] == 0.0
-    # as printed, the second would be a duplicate; one true pair, two written
-    assert scored.rewards["format"] == pytest.approx(0.8)
 
 
 def test_completions_come_from_pi_old_by_their_seeds(make_trainer):

@@ -1,99 +1,71 @@
 """Ranks must agree before anything is written, and how long they wait for each other."""
 
 import shutil
-import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 import hoi_r1
 from engine.model.model_files import weights_fingerprint
-from engine.ranks import Ranks, on_first, require_agreement, start_ranks
-from engine.runs.run_folder import RunFolder, open_run
+from engine.ranks import on_first, require_agreement, start_ranks
+from engine.runs.run_folder import open_run
 from hicodet import InputError
 from tests.runs import SFT_LINE, config_of, on_two_ranks
 
 
-@dataclass(frozen=True)
-class Thread(Ranks):
-    """One of two ranks, which are threads of this process and gather through a list."""
+def refuse_on_a_rank(config, out: str) -> dict[str, str]:
+    """How this rank ends if settings differ, if the first rank fails, and if each has its --out."""
+    ranks, ends = start_ranks(), {}
 
-    barrier: threading.Barrier
-    parts: list
+    def compare(**mine):
+        require_agreement(mine, {"data"}, ranks, {"weights": "content of --model"})
 
-    def gather(self, rows, group=None):
-        self.parts[self.rank] = rows
-        self.barrier.wait()
-        gathered = [row for part in self.parts for row in part]
-        self.barrier.wait()
-        return gathered
-
-
-def on_both(act) -> list:
-    """The result of act(ranks) on each of two ranks, or the exception that ended it."""
-    shared = torch.device("cpu"), threading.Barrier(2, timeout=30), [None, None]
-
-    def one(rank):
-        try:
-            return act(Thread(rank, 2, *shared))
-        except (InputError, SystemExit) as end:
-            return end
-
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(one, (0, 1)))
-
-
-def refusal(ends: list) -> str:
-    """The error line of the first rank. The other one ends without any."""
-    first, second = ends
-    assert type(first) is InputError and type(second) is SystemExit and second.code == 1, ends
-    return str(first)
-
-
-def test_first_difference_is_named():
-    one = {"data": "/a", "seed": 0, "weights": "1"}
-
-    def compared(**changes):
-        both = one, one | changes
-        names = {"weights": "content of --model"}
-        return on_both(lambda r: require_agreement(both[r.rank], {"data"}, r, names))
-
-    assert compared(data="/b") == [None, None]
-    said = refusal(compared(seed=1, weights="2"))
-    assert said.startswith("ranks must agree: --seed 0 on rank 0 (")
-    assert ", 1 on rank 1 (" in said and "weights" not in said
-    assert "content of --model 1 on rank 0 (" in refusal(compared(weights="2"))
-
-
-def test_fault_of_the_first_rank_ends_all():
-    def act():
+    def fail():
         raise PermissionError(13, "Permission denied", "/out")
 
-    assert refusal(on_both(lambda ranks: on_first(ranks, act))) == (
-        "[Errno 13] Permission denied: '/out'"
-    )
-    assert on_both(lambda ranks: on_first(ranks, lambda: "made")) == ["made", None]
-
-
-def test_folder_of_each_host_is_refused(folder, tmp_path):
-    """Each host has its own disk at --out."""
-    config = config_of("sft", folder, tmp_path)
+    compare(data=f"/{ranks.rank}")  # may differ
     settings = {"model": config.model, "stage": "sft"}
+    for name, act in {
+        "options": lambda: compare(seed=ranks.rank, weights=ranks.rank),
+        "content": lambda: compare(seed=0, weights=ranks.rank),
+        "fault": lambda: on_first(ranks, fail),
+        "folder": lambda: open_run(f"{out}{ranks.rank}", config, settings, ranks),
+    }.items():
+        try:
+            act()
+        except (InputError, SystemExit) as end:
+            ends[name] = f"{type(end).__name__} {end}"
+    return ends
 
-    def opened(*outs):
-        return on_both(lambda r: open_run(str(tmp_path / outs[r.rank]), config, settings, r))
 
-    said = refusal(opened("one", "two"))
-    assert said == f"--out {tmp_path / 'one'} must be one folder that all hosts share"
-    assert not (tmp_path / "one" / "config.json").exists() and not (tmp_path / "two").exists()
-    runs = opened("one", "one")
-    runs[0].finish()
-    assert (tmp_path / "one" / "config.json").exists()
+@pytest.fixture(scope="module")
+def said(folder, tmp_path_factory):
+    """The error lines of the first rank. The other one ends without any."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    ends = on_two_ranks(refuse_on_a_rank, config_of("sft", folder, out), str(out))
+    silent, first = sorted(ends, key=lambda each: "InputError" in each["fault"])
+    assert set(silent.values()) == {"SystemExit 1"} and len(silent) == len(first)
+    assert not Path(f"{out}0/config.json").exists() and not Path(f"{out}1").exists()
+    return {name: line.removeprefix("InputError ") for name, line in first.items()}
+
+
+def test_first_difference_is_named(said):
+    assert said["options"].startswith("ranks must agree: --seed 0 on rank 0 (")
+    assert ", 1 on rank 1 (" in said["options"] and "weights" not in said["options"]
+    assert "content of --model 0 on rank 0 (" in said["content"]
+
+
+def test_fault_of_the_first_rank_ends_all(said):
+    assert said["fault"] == "[Errno 13] Permission denied: '/out'"
+
+
+def test_folder_of_each_host_is_refused(said):
+    """Each host has its own disk at --out."""
+    assert said["folder"].endswith("out0 must be one folder that all hosts share")
 
 
 def test_fingerprint_reads_all_weights(folder, tmp_path):
@@ -111,13 +83,13 @@ def test_fingerprint_reads_all_weights(folder, tmp_path):
 
 def export_slowly(words: list[str]) -> None:
     """Run a command that takes 4 seconds to write its model."""
-    write_model = RunFolder._write_model
+    save = PreTrainedModel.save_pretrained
 
-    def slowly(*arguments):
+    def slowly(*arguments, **options):
         time.sleep(4)
-        write_model(*arguments)
+        save(*arguments, **options)
 
-    RunFolder._write_model = slowly
+    PreTrainedModel.save_pretrained = slowly
     hoi_r1.main(words)
 
 

@@ -123,20 +123,6 @@ def test_logits_are_penalised_in_fp32(model):
     assert sampler.ids[0, 0, 0] == 5
 
 
-def test_prompts_and_seeds_must_fit(model, prompts):
-    longest = max(len(prompt.prompt_ids) for prompt in prompts)
-    options = {"slots": 2, "group_size": 2, "max_new_tokens": 3, "end_id": 7}
-    greedy = Sampler(model, prompt_room=longest - 1, temperature=0, **options)
-    with pytest.raises(ValueError, match=f"{longest} tokens.*prompt_room is {longest - 1}"):
-        greedy.collect(prompts, None)
-    with pytest.raises(ValueError, match="need 0 seeds"):
-        list(greedy.run([(prompts[0], [1, 2])]))
-    sampler = Sampler(model, prompt_room=longest, **options)
-    for seeds in ([[1], [2, 3, 4], [5, 6]], [[1, 2], None, None], [], None):
-        with pytest.raises(ValueError):
-            sampler.collect(prompts, seeds)
-
-
 def test_sampler_can_be_used_again(model, prompts):
     """A trainer does so in each step; here also after an unfinished run."""
     options = {"group_size": 2, "max_new_tokens": 12, "end_id": 7}
