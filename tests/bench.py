@@ -3,11 +3,12 @@
     python -m tests.bench update                # a toy's width, anywhere
     python -m tests.bench step --model-size 3b  # the 3B's shape, on a GPU
     python -m tests.bench step --peer trl       # against TRL's GRPOTrainer
+    python -m tests.bench step --lora-rank 16   # with adapters
     python -m tests.bench fits                  # which options fit on a GPU
 
-Prints our time, the baseline's, their ratio, peak memory and, on a GPU whose peaks are known, the
-floor: the time that the work's bytes and operations take at the device's measured rates. Weights
-are random; nothing is downloaded. docs/speed.md has the figures that were measured.
+Prints our time, the baseline's, their ratio and peak memory. On a GPU whose peaks are known it also
+prints the floor: the time that the work's bytes and operations take at the measured rates. Weights
+are random, and nothing is downloaded. docs/speed.md has measured figures.
 """
 
 import json
@@ -16,19 +17,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+import hoi_r1
+
+if __name__ == "__main__":
+    hoi_r1.pin_exact_sizes()  # torch reads it when it is imported
+
 import torch
 
 import engine.sampling.decode_step
-import grpo
 import hicodet
-from engine.configs import GRPOConfig
 from engine.data.examples import Example
 from engine.model.attention import use_group_attention
-from engine.model.optimizer import ClippedAdamW
 from engine.model.packing import pack, token_logprobs
-from engine.model.policy import compute_dtype, refresh, shard_policy, shard_reference
-from engine.options import Config, option, parse_config, required
-from engine.ranks import start_ranks
+from engine.model.policy import compute_dtype, refresh
+from engine.options import Config, flag_of, option, parse_config, required
 from engine.sampling.sampler import Sampler
 from tests import bench_cpu
 from tests.bench_fits import bench_fits
@@ -50,12 +52,13 @@ from tests.bench_models import (
 )
 from tests.bench_peer import Unavailable, bench_peer
 from tests.bench_text_first import bench_text_first
+from tests.bench_trainer import BenchExamples, make_trainer, random_weights
 
 TEST_IMAGES = 9658
 
 
 def with_library(model, function: Callable) -> Callable:
-    """The function, run with the library's own attention in the model."""
+    """The function with the library's own attention in the model."""
 
     def run():
         library_attention(model)
@@ -68,7 +71,7 @@ def with_library(model, function: Callable) -> Callable:
 
 
 def bench_sampler(size: Size, device: torch.device, runs: Runs) -> Result:
-    """G completions of each prompt: Sampler against transformers' generate(), which samples too."""
+    """Sample G completions of each prompt: Sampler against transformers' generate()."""
     model = random_model(size, device, compute_dtype(device))
     prompts, rows = random_prompts(model, size, size.prompts), size.prompts * size.group_size
     seeds = torch.arange(rows).view(size.prompts, -1).tolist()
@@ -108,7 +111,7 @@ def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
     def step(name, logprobs):
         model.zero_grad()
         (logprobs * advantages).mean().backward()
-        if device.type == "cpu":  # in fp32, so that they can be compared
+        if device.type == "cpu":  # where they are fp32 and can be compared
             gradients[name] = [p.grad.clone() for p in model.parameters()]
 
     def ours():
@@ -128,51 +131,14 @@ def bench_update(size: Size, device: torch.device, runs: Runs) -> Result:
     return result(device, measured, what, floor, **details)
 
 
-class BenchExamples:
-    """What GRPO asks of Examples."""
-
-    def __init__(self, size: Size):
-        self.size, self.end_id = size, -1  # no completion ends by itself
-
-    def banned(self, vocabulary: int) -> torch.Tensor:
-        return torch.arange(vocabulary) >= ORDINARY
-
-    def longest_prompt(self) -> int:
-        return self.size.prompt_length
-
-    def decode(self, ids: torch.Tensor) -> str:
-        return bench_cpu.ANSWERS[int(ids[0]) % len(bench_cpu.ANSWERS)]
-
-
-def random_trainer(size: Size, device: torch.device) -> grpo.GRPO:
-    """GRPO with random weights and the size's options of a step."""
-    ranks = start_ranks()
-    options = {"batch_size": size.prompts, "group_size": size.group_size,
-               "max_new_tokens": size.sampled, **size.step}
-    config = GRPOConfig(model="random", data="", out="", **options)
-    policy = shard_policy(
-        random_model(size, device, torch.float32), device,
-        gradient_checkpointing=config.gradient_checkpointing, offload=config.offload)
-    replica, reference = random_model(size, device, compute_dtype(device)), None
-    if config.kl_coef:
-        reference = shard_reference(
-            random_model(size, device, compute_dtype(device)), device, offload=config.offload)
-    optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
-    same = ("group_size", "max_new_tokens", "temperature", "seed", "updates_per_batch",
-            "tokens_per_microbatch")
-    return grpo.GRPO(
-        policy, optimizer, replica, reference, BenchExamples(size), ranks,
-        objective={"kl_coef": config.kl_coef}, rewards={}, slots=min(config.slots, size.prompts),
-        **{name: getattr(config, name) for name in same})
-
-
 def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
     """A whole step of GRPO: sample, reward, pi_ref, update, AdamW, refresh.
 
-    Against generate(), separate rows in pi_ref and pi_theta, and the same AdamW and refresh;
-    without rewards, which take milliseconds.
+    The baseline is generate(), separate rows in pi_ref and pi_theta, and the same AdamW and
+    refresh. It computes no rewards, which take milliseconds.
     """
-    trainer = random_trainer(size, device)
+    with random_weights(size, device):
+        trainer = make_trainer("", BenchExamples(size), size)
     policy, replica, reference = trainer.policy, trainer.replica, trainer.reference
     name, hois = "random.jpg", bench_cpu.HOIS
     sample = hicodet.Sample(name, Path(name), 640, 480, hois, (), frozenset())
@@ -198,17 +164,17 @@ def bench_step(size: Size, device: torch.device, runs: Runs) -> Result:
 
 
 def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
-    """Completions of unequal length: a stream through slots against a batch of generate().
+    """Completions of unequal length: a stream through slots against batches of generate().
 
-    An end is drawn with probability 1/243 at each token, so lengths are geometric around the mean
-    of the real answers, and cut at 2,048 (tiny: a tenth of both).
+    Each token is the end with probability 1/243. So lengths are geometric with the mean of the
+    real answers, and cut at 2,048 (tiny: a tenth of both).
     """
     model = random_model(size, device, compute_dtype(device))
     large = device.type == "cuda"
     mean, longest, count, slots = (243, 2048, 256, 64) if large else (24, 204, 32, 8)
-    compared = slots if large else count  # images that the baseline gets
+    compared = slots if large else count  # images of the baseline
     vocabulary = model.config.text_config.vocab_size
-    allowed = torch.arange(1, mean + 1)  # without 0, which pads what generate() returns
+    allowed = torch.arange(1, mean + 1)  # without 0, which is generate()'s padding
     banned = torch.ones(vocabulary, dtype=torch.bool).index_fill(0, allowed, False).to(device)
     prompts = random_prompts(model, size, count)
     sampler = Sampler(
@@ -236,8 +202,15 @@ def bench_predict(size: Size, device: torch.device, runs: Runs) -> Result:
     return result(device, measured, "prediction / generate() in batches", **details)
 
 
-MODEL_BENCHES = {"sampler": bench_sampler, "update": bench_update, "step": bench_step,
-                 "predict": bench_predict, "text-first": bench_text_first}
+def bench_evaluate(size: Size, device: torch.device, runs: Runs) -> Result:
+    """mAP of 65,000 detections in both settings against a loop over detections; on the CPU."""
+    cpu = torch.device("cpu")
+    measured = measure(cpu, runs, **bench_cpu.mean_average_precision())
+    return result(cpu, measured, "evaluate / a loop over detections")
+
+
+BENCHES = {"sampler": bench_sampler, "update": bench_update, "step": bench_step,
+           "predict": bench_predict, "text-first": bench_text_first, "evaluate": bench_evaluate}
 WHAT = "what to measure"
 
 
@@ -245,21 +218,23 @@ WHAT = "what to measure"
 class BenchConfig(Config):
     """Options of the command."""
 
-    what: Literal[*MODEL_BENCHES, *bench_cpu.BENCHES, "fits"] = required(
-        f"{', '.join([*MODEL_BENCHES, *bench_cpu.BENCHES])} or fits", positional=True,
-        metavar="WHAT", group=WHAT,
+    what: Literal[*BENCHES, "fits"] = required(
+        f"{', '.join(BENCHES)} or fits", positional=True, metavar="WHAT", group=WHAT
     )
     model_size: Literal[*SIZES] = option(
-        "tiny", "width and depth of the model; those of the 3B need a GPU", group=WHAT
+        "tiny", "width and depth of the model; the 3B's need a GPU", group=WHAT
     )
     peer: Literal["trl"] | None = option(
         None, "step only: compare with this program instead", group=WHAT
     )
     checkpointing: Literal["on", "off"] | None = option(
-        None, "step only: gradient checkpointing (default: as the size has it)", group=WHAT
+        None, "step only: gradient checkpointing (default: that of the size)", group=WHAT
+    )
+    lora_rank: int = option(
+        0, "step and fits only: rank of LoRA adapters; 0 trains all weights", least=0, group=WHAT
     )
     num_stages: int | None = option(
-        None, "stages of decoding's attention kernel (default: those that training takes)", least=1,
+        None, "stages of decoding's attention kernel (default: those of training)", least=1,
         group=WHAT,
     )
     repeats: int = option(3, "runs of each, after one that warms up", least=1, group=WHAT)
@@ -270,23 +245,26 @@ class BenchConfig(Config):
         super().__post_init__()
         if self.model_size.startswith("3b") and not torch.cuda.is_available():
             raise ValueError("--model-size 3b needs a GPU, and torch finds none here")
-        for name in ("peer", "checkpointing"):
-            if (value := getattr(self, name)) and self.what != "step":
-                raise ValueError(f"--{name} {value}: only of step")
+        for name, benches in (("peer", ["step"]), ("checkpointing", ["step"]),
+                              ("lora_rank", ["step", "fits"])):  # fmt: skip
+            if (value := getattr(self, name)) and self.what not in benches:
+                raise ValueError(f"{flag_of(name)} {value}: only of {' and '.join(benches)}")
+        if self.peer and self.lora_rank:
+            raise ValueError("--peer trains all weights: leave --lora-rank out")
 
     def size(self) -> Size:
-        """The size, with the step's options that were asked for."""
+        """The size with the options of the step."""
         size = SIZES[self.model_size]
-        if self.checkpointing is None:
-            return size
-        step = size.step | {"gradient_checkpointing": self.checkpointing == "on"}
+        step = size.step | {"lora_rank": self.lora_rank}
+        if self.checkpointing:
+            step["gradient_checkpointing"] = self.checkpointing == "on"
         return replace(size, step=step)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse_config(BenchConfig, __doc__, argv, prog="python -m tests.bench")
     if config.what == "fits":
-        return bench_fits()
+        return bench_fits(config.lora_rank)
     runs = Runs(config.repeats, config.baseline)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if memory := config.size().memory:
@@ -294,15 +272,11 @@ def main(argv: list[str] | None = None) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, memory * 1e9 / total))
     decode_step = engine.sampling.decode_step
     decode_step.STAGES = config.num_stages or decode_step.STAGES
-    if config.what in bench_cpu.BENCHES:
-        make, what = bench_cpu.BENCHES[config.what]
-        found = result(torch.device("cpu"), measure(torch.device("cpu"), runs, **make()), what)
-    else:
-        bench = bench_peer if config.peer else MODEL_BENCHES[config.what]
-        try:
-            found = bench(config.size(), device, runs)
-        except Unavailable as error:
-            return print(f"skipped: TRL cannot be installed here ({error})")
+    bench = bench_peer if config.peer else BENCHES[config.what]
+    try:
+        found = bench(config.size(), device, runs)
+    except Unavailable as error:
+        return print(f"skipped: TRL cannot be installed here ({error})")
     print(report(found))
     if config.json:
         config.json.write_text(json.dumps(asdict(found), indent=2) + "\n")

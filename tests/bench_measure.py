@@ -1,4 +1,4 @@
-"""How a bench is timed, and what it says."""
+"""Timing of the benches, and their reports."""
 
 import resource
 import time
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Result:
-    """Seconds, and what they are of; peak_memory in bytes, of ours (on a CPU of the process)."""
+    """Seconds of ours, the baseline and the floor; peak_memory: bytes of ours, on a CPU of all."""
 
     ours: float
     baseline: float | None
@@ -23,7 +23,7 @@ class Result:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU since the last reset; on a CPU the most this process ever had."""
+    """Most bytes of the GPU since the last reset; on a CPU, of this process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -31,7 +31,7 @@ def peak_memory(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Runs:
-    """How often each function is called, whether the baseline is, and what tells the time."""
+    """How often functions are called, whether the baseline is one of them, and the clock."""
 
     repeats: int
     baseline: bool
@@ -39,9 +39,9 @@ class Runs:
 
 
 def measure(device: torch.device, runs: Runs, **functions: Callable) -> dict:
-    """The best time of each function, called in turn so that a busy machine hits all alike.
+    """The best time of each function. They take turns, so a busy machine slows all of them.
 
-    Each is called once before, for compiling and warming up. Returns {name: (seconds, bytes)}.
+    The first call of each warms up and is not counted. Returns {name: (seconds, bytes)}.
     """
     functions = {name: f for name, f in functions.items() if runs.baseline or name != "baseline"}
     times: dict[str, list[tuple[float, int]]] = {name: [] for name in functions}
@@ -62,7 +62,7 @@ def measure(device: torch.device, runs: Runs, **functions: Callable) -> dict:
 
 
 def result(device, measured: dict, what: str, floor: float | None = None, **details) -> Result:
-    """Ours against the baseline."""
+    """The Result of `measure`."""
     ours, memory = measured["ours"]
     baseline = measured["baseline"][0] if "baseline" in measured else None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
@@ -71,7 +71,7 @@ def result(device, measured: dict, what: str, floor: float | None = None, **deta
 
 
 def report(found: Result) -> str:
-    """The figures, a line each."""
+    """The figures, one per line."""
     rows = {"device": found.device, "ours": f"{found.ours:.4g} s"}
     if found.baseline is not None:
         rows |= {"baseline": f"{found.baseline:.4g} s", "ratio": f"{found.ratio:.2f}"}

@@ -1,28 +1,25 @@
-"""Models, prompts and baselines that `tests/bench.py` measures against, all with random weights.
+"""Models, prompts and baselines of `tests/bench.py`, all with random weights.
 
 Axes are those of grpo.py: P prompts, G completions per prompt, S prompt and C completion length.
 """
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import grpo
-import hicodet
 from engine.model.attention import use_group_attention
 from engine.model.packing import Prompt
 
-REAL_TOKENIZER = Path(__file__).resolve().parents[2] / "shared" / "qwen2.5-vl"
 IMAGE_ID, START_ID, END_ID = 151655, 151652, 151645  # of the real tokenizer
-ORDINARY = 3000  # ids below it are ordinary tokens in every model here
+ORDINARY = 3000  # smaller ids are ordinary tokens in every model here
 
 
 @dataclass(frozen=True)
 class Size:
-    """A model and the shape of the work that it is measured on."""
+    """A model and the shape of its work."""
 
     text: dict
     vision: dict
@@ -30,10 +27,10 @@ class Size:
     group_size: int
     text_tokens: int
     grid: tuple[int, int]  # image tokens, rows x columns
-    sampled: int  # tokens a completion in sampling
-    trained: int  # tokens a completion in the update
+    sampled: int  # tokens per completion in sampling
+    trained: int  # tokens per completion in the update
     step: dict  # options of `hoi_r1.py grpo` in a whole step
-    memory: int = 0  # GB of a GPU's memory that may be taken; 0: all
+    memory: int = 0  # most GB of a GPU's memory; 0: all
 
     @property
     def prompt_length(self) -> int:
@@ -41,7 +38,7 @@ class Size:
 
 
 SIZES = {
-    # a toy's width and depth; the 3B's heads and proportions; prompts that are most of the work
+    # a toy's width and depth, the 3B's heads and proportions; most of the work is in the prompts
     "tiny": Size(
         text={"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 2,
               "num_key_value_heads": 1, "intermediate_size": 1376, "vocab_size": 4096,
@@ -66,7 +63,7 @@ SIZES["tiny-short"] = replace(SIZES["tiny"], text_tokens=35, grid=(4, 4))  # a p
 # the real lengths of prompt and answer, in a toy's width
 SIZES["tiny-long"] = replace(
     SIZES["tiny"], text_tokens=1956, grid=(16, 23), group_size=4, sampled=24, trained=243)
-# a whole step on a GPU of this many GB, with options that fit by `python -m tests.bench fits`
+# a whole step on a GPU with this many GB; `python -m tests.bench fits` gives the options
 for gigabytes, step in {
     24: {"offload": True},
     48: {"offload": True},
@@ -92,7 +89,7 @@ def model_config(size: Size) -> Qwen2_5_VLConfig:
 
 
 def random_model(size: Size, device: torch.device, dtype: torch.dtype):
-    """A Qwen2.5-VL of this size in eval mode, its weights drawn on the device."""
+    """A Qwen2.5-VL of this size in eval mode, initialised on the device."""
     config = model_config(size)
     torch.manual_seed(0)
     with device:
@@ -101,25 +98,17 @@ def random_model(size: Size, device: torch.device, dtype: torch.dtype):
 
 
 def library_attention(model) -> None:
-    """The model as its users have it: the library's own SDPA and convolution."""
+    """Give the model the library's own SDPA and convolution back."""
     model.set_attn_implementation("sdpa")
     vars(model.model.visual.patch_embed).pop("forward", None)
 
 
-def question_ids(length: int, vocabulary: int) -> Tensor:
-    """The first `length` ids of the prompt of Fig. 4, repeated; random ones without a tokenizer."""
-    if vocabulary < IMAGE_ID or not REAL_TOKENIZER.is_dir():
-        return torch.randint(ORDINARY, (length,), generator=torch.Generator().manual_seed(1))
-    ids = AutoTokenizer.from_pretrained(REAL_TOKENIZER)(hicodet.prompt_text())["input_ids"]
-    return torch.tensor(ids * 2)[:length]
-
-
 def random_prompts(model, size: Size, count: int) -> list[Prompt]:
-    """Prompts of one text, each with an image of its own."""
+    """Prompts with one random text, each with an image of its own."""
     rows, columns = size.grid
     image = torch.full((rows * columns,), model.config.image_token_id)
     start = torch.tensor([model.config.vision_start_token_id])
-    text = question_ids(size.text_tokens - 1, model.config.text_config.vocab_size)
+    text = torch.randint(ORDINARY, (size.text_tokens - 1,))
     ids = torch.cat([text[:14], start, image, text[14:]])
     grid = torch.tensor([[1, 2 * rows, 2 * columns]])
     pixels = torch.randn(count, 4 * rows * columns, 3 * 2 * 14 * 14)
@@ -135,7 +124,7 @@ def random_completions(prompts: int, group_size: int, length: int) -> list[list[
 
 
 def library_inputs(model, prompts: list[Prompt], copies: int) -> dict[str, Tensor]:
-    """`copies` rows of each prompt, its image in every row; prompts of one length."""
+    """`copies` rows of each prompt, with its image in every row. Prompts have equal lengths."""
     ids = torch.stack([prompt.prompt_ids for prompt in prompts for _ in range(copies)])
     inputs = {
         "input_ids": ids,
@@ -172,7 +161,7 @@ def separate_logprobs(model, prompt: Prompt, completions: Tensor) -> Tensor:
 
 
 def separate_step(policy, replica, reference, prompts: list[Prompt], size: Size) -> None:
-    """Sampling, pi_ref and the update's gradient by generate() and G rows a prompt."""
+    """Sampling, pi_ref and the update's gradient by generate() and G rows per prompt."""
     models = [model for model in (policy, replica, reference) if model]
     special = list(range(ORDINARY, replica.config.text_config.vocab_size))
     for model in models:
@@ -194,12 +183,12 @@ def separate_step(policy, replica, reference, prompts: list[Prompt], size: Size)
 # Floors: the least time in which the work can be done, from bytes and operations
 
 
-# bf16 matrix products in operations a second and device copies in bytes a second, as measured
+# measured: operations per second of bf16 matrix products, bytes per second of device copies
 PEAKS = {"H200": (790e12, 4.3e12)}
 
 
 def peaks(device: torch.device) -> tuple[float, float] | None:
-    """Operations and bytes a second that this device reaches, if they are known."""
+    """Operations and bytes per second that were measured on this device, or None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((rates for part, rates in PEAKS.items() if part in name), None)
 
@@ -219,7 +208,7 @@ def forward_operations(model, size: Size, completion: int) -> float:
 
 
 def decode_bytes(model, size: Size) -> float:
-    """Bytes in bf16 that a step of decoding reads, at the mean length."""
+    """Bytes in bf16 that a decoding step reads, at the mean length."""
     config = model.config.text_config
     language = sum(p.numel() for p in model.model.language_model.parameters())  # with the tied head
     width = config.hidden_size // config.num_attention_heads * config.num_key_value_heads
@@ -228,9 +217,9 @@ def decode_bytes(model, size: Size) -> float:
 
 
 def floors(model, size: Size, rates: tuple[float, float] | None) -> dict[str, float]:
-    """Least seconds of sampling, an update without recomputation, and a step; {} without rates.
+    """Least seconds of sampling, an update without recomputation, and a step.
 
-    rates: of `peaks`.
+    rates: of `peaks`; if None, the result is empty.
     """
     if rates is None:
         return {}

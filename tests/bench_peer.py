@@ -1,8 +1,8 @@
 """A step of GRPO by TRL's GRPOTrainer and by ours: same model folder, prompts, lengths, rewards.
 
-TRL has an environment of its own, made here, that takes torch and transformers from ours, so that
-both run on the same libraries. Completions are as long as they may be: the end of the turn is not
-drawn in either. The gradient of TRL's first step is computed by ours again.
+TRL is installed into an environment of its own, which uses our torch and transformers. Neither side
+samples the end token, so all completions have the full length. Our code computes the gradient of
+TRL's first step again.
 """
 
 import json
@@ -24,28 +24,26 @@ import hicodet
 import rewards
 from demo import toy
 from engine.data.examples import Example, Examples
-from engine.model.optimizer import ClippedAdamW
-from engine.model.policy import load_policies
-from engine.ranks import start_ranks
 from engine.sampling.sampler import Rollout
 from tests import bench_cpu
 from tests.bench_measure import Result, Runs, measure, result
 from tests.bench_models import Size
+from tests.bench_trainer import make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "peer"  # git ignores runs/
 VERSION = "1.16.0"
-AROUND = 13  # tokens of the chat template around the text, image not counted
-OPTIONS = {"lr": 1e-6, "kl_coef": 0.04, "gradient_checkpointing": False,
-           "tokens_per_microbatch": 16384}
+AROUND = 13  # tokens of the chat template around the text, without the image
+LEARNING_RATE = 1e-6
+OPTIONS = {"kl_coef": 0.04, "gradient_checkpointing": False, "tokens_per_microbatch": 16384}
 
 
 class Unavailable(Exception):
-    """TRL cannot be installed here; the message says why."""
+    """TRL cannot be installed; the message says why."""
 
 
 def environment(folder: Path) -> Path:
-    """The python of an environment with TRL, made if it is not there. Raises Unavailable."""
+    """The python of an environment with TRL, which is made if missing. Raises Unavailable."""
     python = folder / "bin" / "python"
     check = [python, "-c", f"import trl; assert trl.__version__ == '{VERSION}'"]
     if python.exists() and subprocess.run(check, capture_output=True).returncode == 0:
@@ -62,7 +60,7 @@ def environment(folder: Path) -> Path:
 
 
 def write_task(folder: Path, size: Size, repeats: int) -> list[hicodet.Sample]:
-    """Model, images and task.json of both sides. Returns the samples."""
+    """Write model, images and task.json for both sides. Returns the samples."""
     tokenizer, (rows, columns) = toy.toy_tokenizer(), size.grid
     config = toy.model_config(tokenizer, {"text": size.text, "vision": size.vision})
     config.text_config.vocab_size = max(config.text_config.vocab_size, size.text["vocab_size"])
@@ -80,9 +78,10 @@ def write_task(folder: Path, size: Size, repeats: int) -> list[hicodet.Sample]:
             hicodet.Sample(path.name, path, *sides, bench_cpu.HOIS, (), frozenset()))
     ids = tokenizer(hicodet.prompt_text())["input_ids"][: size.text_tokens - AROUND]
     parsed = [hicodet.parse_completion(answer) for answer in bench_cpu.ANSWERS]
-    task = OPTIONS | size.step | {
-        "text": tokenizer.decode(ids), "images": [sample.file_name for sample in samples],
-        "group_size": size.group_size, "new_tokens": size.sampled, "repeats": repeats,
+    task = size.step | {
+        "lr": LEARNING_RATE, "text": tokenizer.decode(ids),
+        "images": [sample.file_name for sample in samples], "group_size": size.group_size,
+        "new_tokens": size.sampled, "repeats": repeats,
         "rewards": [rewards.total_reward(one, bench_cpu.HOIS)["total"] for one in parsed],
         "banned": [*tokenizer.convert_tokens_to_ids(list(toy.SPECIAL_TOKENS)),
                    *range(len(tokenizer), config.text_config.vocab_size)]}
@@ -91,7 +90,7 @@ def write_task(folder: Path, size: Size, repeats: int) -> list[hicodet.Sample]:
 
 
 class PeerExamples(Examples):
-    """Examples whose completions never end and are read as one of three answers."""
+    """Examples whose completions never end, each decoded as one of three answers."""
 
     def __init__(self, model: str, samples: list[hicodet.Sample], task: dict):
         super().__init__(model, samples)
@@ -105,26 +104,10 @@ class PeerExamples(Examples):
         return bench_cpu.ANSWERS[int(ids[0]) % len(bench_cpu.ANSWERS)]
 
 
-def our_trainer(model: str, examples: Examples, task: dict) -> grpo.GRPO:
-    """GRPO as `hoi_r1.py grpo` makes it."""
-    ranks = start_ranks()
-    checkpointing = task["gradient_checkpointing"]
-    policy, replica, reference = load_policies(
-        model, ranks.device, None, replica=True, reference=True,
-        gradient_checkpointing=checkpointing)
-    optimizer = ClippedAdamW(policy, beta2=0.999, weight_decay=0.0, max_grad_norm=1.0)
-    return grpo.GRPO(
-        policy, optimizer, replica, reference, examples, ranks,
-        slots=len(examples), group_size=task["group_size"],
-        max_new_tokens=task["new_tokens"], temperature=1.0, seed=0, updates_per_batch=1,
-        tokens_per_microbatch=task["tokens_per_microbatch"],
-        objective={"kl_coef": task["kl_coef"]}, rewards={})
-
-
 def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -> float:
-    """Of a step, which is taken, on TRL's completions: pairs of a place in the batch and ids.
+    """Take a step on TRL's completions, pairs of a place in the batch and ids.
 
-    TRL takes log-probs over the whole vocabulary, so here no id is excluded.
+    TRL's log-probs are over the whole vocabulary, so no id is banned here.
     """
     groups = []
     for place in range(len(batch)):
@@ -137,7 +120,7 @@ def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -
     sampled = trainer.distribution
     trainer.distribution = {"temperature": 1.0, "banned": None}
     micros = trainer.micro_batches(batch, [1.0] * len(batch), groups, advantages)
-    norm = trainer.optimize(micros, len(completions), OPTIONS["lr"])["grad_norm"]
+    norm = trainer.optimize(micros, len(completions), LEARNING_RATE)["grad_norm"]
     trainer.distribution = sampled
     return norm
 
@@ -145,9 +128,10 @@ def gradient_norm(trainer: grpo.GRPO, batch: list[Example], completions: list) -
 def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
     """A step of GRPO by ours against one of TRL's. Raises Unavailable without TRL.
 
-    On a CPU it counts the CPU seconds of each process, as others may share the machine, and takes
-    4 prompts and G = 4: TRL needs minutes for the size's own.
+    On a CPU it counts CPU seconds of each process, as other programs may share the machine. There
+    it uses 4 prompts and G = 4, as TRL needs minutes for more.
     """
+    size = replace(size, step=OPTIONS | size.step)
     if device.type == "cpu":
         size = replace(size, prompts=4, group_size=4)
     python = environment(FOLDER / "trl")
@@ -158,7 +142,7 @@ def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
     task = json.loads((FOLDER / "task.json").read_text())
     examples = PeerExamples(str(FOLDER / "model"), samples, task)
     batch = [examples[i] for i in range(len(examples))]
-    trainer = our_trainer(str(FOLDER / "model"), examples, task)
+    trainer = make_trainer(str(FOLDER / "model"), examples, size)
     details = {
         "prompt": len(batch[0].prompt.prompt_ids), "peak_memory_of_trl": theirs["peak_memory"],
         "grad_norm_of_trl": theirs["grad_norm"],
@@ -166,6 +150,6 @@ def bench_peer(size: Size, device: torch.device, runs: Runs) -> Result:
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     measured = measure(
         device, replace(runs, baseline=False, clock=clock),
-        ours=lambda: trainer.update(0, batch, [1.0] * len(batch), task["lr"]))
+        ours=lambda: trainer.update(0, batch, [1.0] * len(batch), LEARNING_RATE))
     measured["baseline"] = (min(theirs["seconds"][1:]), theirs["peak_memory"])
     return result(device, measured, f"GRPO step / TRL {VERSION}", **details)

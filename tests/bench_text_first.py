@@ -1,8 +1,8 @@
-"""What `--text-first` saves: an update, a prefill and a prediction with the image after the text.
+"""What `--text-first` saves in an update, a prefill and a prediction.
 
     python -m tests.bench text-first --model-size tiny-long
 
-Both sides compute the same; only the order of the prompts differs.
+Both sides do the same work; only the order of text and image differs.
 """
 
 from dataclasses import replace
@@ -17,7 +17,7 @@ from tests.bench_models import ORDINARY, Size, random_completions, random_model,
 
 AFTER = 6  # tokens of text after the image, as in the chat template
 BUDGET = 16384  # --tokens-per-microbatch
-IMAGES = 32  # of a prefill half of them, of a prediction all
+IMAGES = 32  # of a prediction; a prefill has half of them
 
 
 def text_first(model, prompts: list[Prompt]) -> list[Prompt]:
@@ -30,7 +30,7 @@ def text_first(model, prompts: list[Prompt]) -> list[Prompt]:
 
 
 def groups_of_a_row(size: Size) -> dict[str, int]:
-    """How many prompts with their completions are within BUDGET, by the order of the prompt."""
+    """How many prompts with their completions fit into BUDGET, for each order."""
     own, shared = size.group_size * size.trained, size.text_tokens - AFTER
     rest = size.prompt_length - shared + own
     return {"text_first": (BUDGET - shared) // rest, "image_first": BUDGET // (rest + shared)}
@@ -41,8 +41,8 @@ def bench_text_first(size: Size, device: torch.device, runs: Runs) -> Result:
     model = random_model(size, device, compute_dtype(device))
     completions = random_completions(size.prompts, size.group_size, size.trained)
     banned = (torch.arange(model.config.text_config.vocab_size) >= ORDINARY).to(device)
-    options = {"prompt_room": size.prompt_length, "end_id": -1, "banned": banned, "group_size": 1}
-    options["temperature"] = 0
+    options = {"prompt_room": size.prompt_length, "end_id": -1, "banned": banned}
+    options |= {"group_size": 1, "temperature": 0}
     prefill = Sampler(model, slots=IMAGES // 2, max_new_tokens=1, **options)
     predict = Sampler(model, slots=IMAGES // 4, max_new_tokens=size.sampled, **options)
     prompts, groups = {"image_first": random_prompts(model, size, IMAGES)}, groups_of_a_row(size)

@@ -1,4 +1,4 @@
-"""Settings of all tests, made before torch is imported, and what several of them share."""
+"""Settings of all tests, made before torch is imported, and shared fixtures."""
 
 import copy
 import os
@@ -13,7 +13,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may ask a hub
 
 
 def pytest_configure(config):
-    """No GPU for the tests that are not about one: bit for bit is a promise for the CPU."""
+    """Hide GPUs from all but the cuda tests: equality to the bit is promised for the CPU."""
     if config.getoption("-m") != "cuda":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
@@ -38,8 +38,8 @@ def photo():
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """The toy data, a tiny model and traces, as the demo has them but smaller."""
-    from tests import runs  # torch, which must not be imported before the settings above
+    """Toy data, a tiny model and traces, smaller than those of the demo."""
+    from tests import runs  # imports torch, which must come after the settings above
 
     folder = tmp_path_factory.mktemp("toy")
     runs.write_toy(folder)
@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def sharded_in_parts():
-    """The tests' small models are sharded as large ones are; not in processes that tests start."""
+    """Shard small models in parts, as large ones are; not in processes that tests start."""
     import engine.model.policy
 
     with pytest.MonkeyPatch.context() as patch:
@@ -58,7 +58,7 @@ def sharded_in_parts():
 
 @pytest.fixture(scope="session", autouse=True)
 def locked_means_locked():
-    """Tests do not wait for a lock that nobody will free; nor in processes that they fork."""
+    """Do not wait for locks that nobody will release; also in forked processes."""
     import engine.files
 
     with pytest.MonkeyPatch.context() as patch:
@@ -68,7 +68,7 @@ def locked_means_locked():
 
 @pytest.fixture
 def ranks():
-    """A process group of this process alone."""
+    """A process group with one rank."""
     import torch
 
     from engine.ranks import start_ranks
@@ -79,7 +79,7 @@ def ranks():
 
 @pytest.fixture
 def any_reward(monkeypatch):
-    """A reward that random text earns too: an untrained model's answers are all worth 0."""
+    """A reward that random text earns too; answers of an untrained model all earn 0."""
     import grpo
     from tests.runs import score_tokens
 
@@ -88,10 +88,10 @@ def any_reward(monkeypatch):
 
 @pytest.fixture(scope="module")
 def seed():
-    """The same in every run, as tests compare sampled ids.
+    """One seed for every run, as tests compare sampled ids.
 
-    A row's logits differ in their last bits with the rows next to it. With random weights that
-    changes a token about once in a thousand runs.
+    The last bits of a row's logits depend on the other rows. With random weights that changes a
+    token about once in a thousand runs.
     """
     return 20
 

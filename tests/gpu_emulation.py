@@ -1,4 +1,4 @@
-"""A GPU's code without a GPU: lowered by Inductor, compiled by ptxas, run by Triton's interpreter.
+"""Compile a GPU's code without a GPU: Inductor lowers it, ptxas compiles it.
 
     python -m tests.gpu_emulation decode --gpu h200
     python -m tests.gpu_emulation decode --gpu 4090 --steps 3b:4 7b:4
@@ -6,31 +6,27 @@
     python -m tests.gpu_emulation interpret
 
 `decode` lowers decoding steps. `train` lowers a text layer, a vision block and the head, forward
-and backward. Both compile every Triton kernel, and print a JSON line for each candidate of its
-autotuning: warps, stages, bytes of shared memory, registers of a thread and bytes that it spills.
-Of several greedy or several sampling steps all kernels of the first are compiled, and of the others
-that of flex attention. `interpret` runs that kernel on the CPU and prints the largest difference
-from `DecodeStep._attend_whole`.
+and backward. Both compile every Triton kernel and print a JSON line for each candidate of its
+autotuning: warps, stages, bytes of shared memory, registers and spilled bytes of a thread. Steps
+that differ only in sizes have the same kernels except flex attention, so only that one is compiled
+again. `interpret` runs that kernel in Triton's interpreter, in fp32 on the CPU, and prints the
+largest difference from `DecodeStep._attend_whole`.
 
-What is fake:
-- `torch.cuda`. It has one device, with the properties of an H200, an A100 or an RTX 4090 (`GPUS`).
-- CUDA in C++ (`FAKE_CUDA`). It is there, its device guard does nothing, and it has one stream.
-- Triton's driver. It names the GPU's architecture, and loads no kernel.
-- Tensors. They have shapes and no memory. Modules that Inductor writes are kept and do not run.
-- What would run kernels during compilation: Inductor does not fold constants or pad products, and
-  its patterns, as those of attention, are traced on the CPU.
+Fake are:
+- `torch.cuda`: one device with the properties of an H200, an A100 or an RTX 4090 (`GPUS`).
+- CUDA in C++ (`FAKE_CUDA`) and Triton's driver: they name a device and do nothing.
+- Tensors: they have shapes and no memory. Inductor's modules are kept and do not run.
+- Inductor does not fold constants or pad products, as both would run kernels.
 
-What is real: Dynamo, AOTAutograd, Inductor's lowering, fusion and code, Triton's compiler, ptxas.
+Real are Dynamo, AOTAutograd, Inductor's lowering and fusion, Triton's compiler and ptxas. It does
+not show speed, which candidate autotuning takes, what libraries compute, or CUDA graphs.
 
-What it does not show: speed, the candidate that autotuning takes, what libraries compute (products,
-flash attention), CUDA graphs. It shows that numbers are right for flex attention alone, in fp32.
-
-It patches torch for its whole process, so it is a program and no library. It needs g++ and pip,
-which installs Triton into a folder of its own.
+It patches torch for its whole process, so it runs as a program. It needs g++ and pip, which
+installs Triton into a folder of its own.
 """
 
+import argparse
 import ctypes
-import inspect
 import io
 import json
 import os
@@ -38,19 +34,17 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import version
-from importlib.util import find_spec, module_from_spec, spec_from_file_location
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Literal
 from unittest.mock import patch
 
 FOLDER = Path(__file__).resolve().parents[1] / "runs" / "gpu_emulation"  # git ignores runs/
-TORCH, TRITON = "2.13", "3.7.1"  # with CUDA this torch asks for this Triton
+TORCH, TRITON = "2.13", "3.7.1"  # with CUDA, this torch requires this Triton
 LIBRARY = FOLDER / f"fake_cuda-{version('torch')}.so"
 FAKE_CUDA = """
 #include <ATen/detail/CUDAHooksInterface.h>
@@ -76,15 +70,15 @@ REGISTER_CUDA_HOOKS(CUDAHooks)
 
 
 class Unavailable(Exception):
-    """This machine lacks what the emulation needs; the message says why."""
+    """This machine cannot run the emulation; the message says why."""
 
 
 def prepare() -> None:
-    """Put Triton and the fake CUDA into FOLDER, if they are not there. Raises Unavailable."""
+    """Put Triton and the fake CUDA into FOLDER unless they are there. Raises Unavailable."""
     if not version("torch").startswith(f"{TORCH}."):
-        raise Unavailable(f"it is written for torch {TORCH}, and here is {version('torch')}")
+        raise Unavailable(f"it needs torch {TORCH}; this is {version('torch')}")
     if not shutil.which("g++"):
-        raise Unavailable("there is no g++ here")
+        raise Unavailable("g++ is missing")
     if not (FOLDER / "triton" / f"triton-{TRITON}.dist-info").exists():
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", "--target"]
         call([*pip, FOLDER / "triton", f"triton=={TRITON}"])
@@ -97,21 +91,21 @@ def prepare() -> None:
 
 
 def call(command: list) -> None:
-    """Run a command. Raises Unavailable with the last error that it prints."""
+    """Run a command. Raises Unavailable with the last error it prints."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         errors = [line for line in done.stderr.splitlines() if "error" in line.lower()]
         raise Unavailable((errors or [f"{command[0]} failed"])[-1])
 
 
-if __name__ == "__main__":  # before torch is imported, which asks only once whether CUDA is there
+if __name__ == "__main__":  # before torch is imported, which looks for CUDA only once
     try:
         prepare()
     except Unavailable as reason:
         sys.exit(str(reason))
     ctypes.CDLL(str(LIBRARY))
     sys.path.insert(0, str(FOLDER / "triton"))
-    if "interpret" in sys.argv:  # Triton, too, asks once
+    if "interpret" in sys.argv:  # Triton reads this when it is imported
         os.environ["TRITON_INTERPRET"] = "1"
 
 import torch  # noqa: E402
@@ -126,23 +120,24 @@ from torch._inductor.runtime import triton_helpers  # noqa: E402
 from torch._subclasses import FakeTensorMode  # noqa: E402
 
 import engine.sampling.decode_step  # noqa: E402
-from engine.model.attention import GroupLayout, head_logprobs  # noqa: E402
+from engine.model.attention import GroupLayout  # noqa: E402
+from engine.model.lora import Adapter, add_adapters  # noqa: E402
+from engine.model.packing import head_logprobs  # noqa: E402
 from engine.model.quantized import pack_layers  # noqa: E402
-from engine.options import Config, option, parse_config, required  # noqa: E402
 from engine.sampling.sampler import Sampler  # noqa: E402
 from tests.bench_models import SIZES, random_model  # noqa: E402
+from tests.gpu_interpreter import kernel_of, run_kernel  # noqa: E402
 from tests.test_blocks import random_step  # noqa: E402
 
 
 @dataclass(frozen=True)
 class GPU:
-    """What the compilers ask about a device."""
+    """The properties of a device that compilers read."""
 
-    name: str
     capability: tuple[int, int]
     processors: int
-    shared_memory: int  # bytes, the most of a block
-    threads: int  # the most of a processor
+    shared_memory: int  # most bytes of a block
+    threads: int  # most threads of a processor
 
     @property
     def arch(self) -> int:
@@ -150,32 +145,30 @@ class GPU:
 
 
 GPUS = {
-    "h200": GPU("NVIDIA H200", (9, 0), 132, 232448, 2048),
-    "a100": GPU("NVIDIA A100", (8, 0), 108, 166912, 2048),
-    "4090": GPU("NVIDIA GeForce RTX 4090", (8, 9), 128, 101376, 1536),
+    "h200": GPU((9, 0), 132, 232448, 2048),
+    "a100": GPU((8, 0), 108, 166912, 2048),
+    "4090": GPU((8, 9), 128, 101376, 1536),
 }
-MODELS = {  # what differs from the 3B
-    "3b": {},
+MODELS = {  # fields that differ from the 3B
+    "3b": {}, "3b-lora": {},
     "7b": {"hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4,
            "intermediate_size": 18944, "vocab_size": 152064},
     "32b-awq": {"hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8,
                 "intermediate_size": 27648, "vocab_size": 152064},
 }  # fmt: skip
-STEPS = ("32b-awq:1", "3b:1", "3b:4", "3b:8", "3b:9", "3b:16", "7b:4")  # 1: greedy prediction
+# MODEL:G; G = 1 is greedy, as in a prediction
+STEPS = ("32b-awq:1", "3b:1", "3b:4", "3b:8", "3b:9", "3b:16", "7b:4", "3b-lora:4")
 INTERPRETED = ("3b:1", "3b:4", "3b:9", "3b:16")
-ATTENTION = "triton_tem"  # its kernel is a template, the only one
-LAYERS = 2  # so that something lies between two layers
-# options of Inductor: what runs kernels while it compiles, or takes the place of Triton's compiler
+ATTENTION = "triton_tem"  # begins the name of its kernel, the only one made from a template
+LAYERS = 2  # so that kernels between two layers are compiled too
+# options of Inductor that run kernels during compilation, or replace Triton's compiler
 OFF = ("joint_graph_constant_folding", "shape_padding", "fx_graph_cache",
        "use_static_triton_launcher")  # fmt: skip
 KERNEL = re.compile(r"^(triton_\w+) = async_compile\.triton\('\w+', '''(.*?)'''", re.S | re.M)
 
 
-# The fake GPU
-
-
 def pretend(gpu: GPU) -> None:
-    """Let torch and Triton find this GPU, and compile for it without running anything."""
+    """Make torch and Triton compile for this GPU without running anything."""
     for name in OFF:
         setattr(torch._inductor.config, name, False)
     torch._inductor.config.compile_threads = 1
@@ -197,15 +190,15 @@ def pretend(gpu: GPU) -> None:
 
 
 def always(answer):
-    """A function that returns this, whatever it is asked."""
-    return lambda *asked, **options: answer
+    """A function that always returns this."""
+    return lambda *arguments, **options: answer
 
 
 def answers_of(gpu: GPU) -> dict:
-    """What functions of `torch.cuda`, and of Dynamo's interface to it, return."""
+    """Return values of the functions of `torch.cuda` and of Dynamo's interface to it."""
     major, minor = gpu.capability
     properties = SimpleNamespace(
-        name=gpu.name, major=major, minor=minor, warp_size=32, total_memory=80 * 10**9,
+        name="emulated", major=major, minor=minor, warp_size=32, total_memory=80 * 10**9,
         multi_processor_count=gpu.processors, max_threads_per_multi_processor=gpu.threads,
         max_threads_per_block=1024, regs_per_multiprocessor=65536, L2_cache_size=50 * 2**20,
         shared_memory_per_block_optin=gpu.shared_memory, shared_memory_per_block=49152,
@@ -218,13 +211,13 @@ def answers_of(gpu: GPU) -> dict:
         "get_device_properties": properties,
         "get_device_capability": gpu.capability,
         "get_compute_capability": gpu.arch,
-        "get_device_name": gpu.name,
+        "get_device_name": "emulated",
         "get_rng_state": torch.empty(0),
     }
 
 
 def pretend_to_triton(gpu: GPU) -> None:
-    """Give Triton a driver of this GPU's architecture, and let it print what ptxas says."""
+    """Give Triton a driver of this GPU's architecture; it then prints the output of ptxas."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -235,12 +228,12 @@ def pretend_to_triton(gpu: GPU) -> None:
 
 
 class Stop(BaseException):
-    """The code is kept and does not run."""
+    """Raised where Inductor's code would run."""
 
 
 @contextmanager
 def kept_code() -> Iterator[list[str]]:
-    """Fake tensors, and a list of the modules Inductor writes. The first that would run ends it."""
+    """Fake tensors, and a list of the modules that Inductor writes. The first call ends it."""
     modules = []
 
     def call(arguments):
@@ -259,17 +252,16 @@ def kept_code() -> Iterator[list[str]]:
         yield modules
 
 
-# Lowering
-
-
 def model_of(name: str):
-    """A model of this name's shapes with LAYERS layers, on the GPU, among fake tensors."""
+    """A model with these shapes and LAYERS layers, its tensors fake, on the GPU."""
     text = SIZES["3b"].text | MODELS[name] | {"num_hidden_layers": LAYERS}
     vision = SIZES["3b"].vision | {"depth": 1, "fullatt_block_indexes": [0]}
     size = replace(SIZES["3b"], text=text, vision=vision)
     model = random_model(size, torch.device("meta"), torch.bfloat16)
     if name.endswith("awq"):
         pack_layers(model, 128)
+    if name.endswith("lora"):
+        add_adapters(model, Adapter(16, 32, ""), torch.bfloat16, seed=0)
     for module in model.modules():  # `to_empty` takes no fake tensors
         for name, x in module._parameters.items():
             if x is not None:
@@ -282,7 +274,7 @@ def model_of(name: str):
 def lowered_step(
     name: str, group_size: int, *, slots: int = 16, prompt_room: int = 2338, new: int = 400
 ) -> str:
-    """The module of a decoding step as RL samples, or with a group of one as `predict` decodes."""
+    """The module of a decoding step of GRPO, or with a group of one of `predict`."""
     greedy = {"temperature": 0, "repetition_penalty": 1.05} if group_size == 1 else {}
     with kept_code() as modules, torch.no_grad():
         model = model_of(name)
@@ -297,7 +289,7 @@ def lowered_step(
 
 
 def lowered_training() -> Iterator[tuple[str, str]]:
-    """Parts of the 3B's update, each with its module: two of each part, forward and backward."""
+    """Name and module of each part of the 3B's update, forward and backward."""
     layout = GroupLayout((2338, 900), ((400, 300, 200, 100), (50, 60, 70, 80)))
     tokens, patches, drawn = 2338 + 1000 + 900 + 260, 5904, 1000
 
@@ -311,7 +303,8 @@ def lowered_training() -> Iterator[tuple[str, str]]:
         layout.sequences = (*tensors, longest_q, longest)
         angles = on_gpu(1, tokens, 128).detach(), on_gpu(1, tokens, 128).detach()
         layer = torch.compile(model.model.language_model.layers[0], fullgraph=True, dynamic=True)
-        layer(on_gpu(1, tokens, 2048), attention_mask=None, layout=layout, position_embeddings=angles)
+        options = {"layout": layout, "position_embeddings": angles}
+        layer(on_gpu(1, tokens, 2048), attention_mask=None, **options)
 
     def vision_block(model):
         angles = (on_gpu(patches, 80, dtype=torch.float32) for _ in range(2))
@@ -330,15 +323,9 @@ def lowered_training() -> Iterator[tuple[str, str]]:
             yield f"{part.__name__} {way}".replace("_", " "), module
 
 
-# Compiling
-
-
 def compiled(module: str, wanted: str = "") -> Iterator[dict]:
-    """What the kernels of a module take of the GPU, for each candidate of their autotuning.
-
-    wanted: what their names begin with.
-    """
-    assert "async_compile.cpp" not in module, "a kernel for the CPU, which needs a C++ compiler"
+    """The resources of each kernel and candidate of a module. wanted: how kernel names begin."""
+    assert "async_compile.cpp" not in module, "a CPU kernel, which needs a C++ compiler"
     for name, source in KERNEL.findall(module):
         if name.startswith(wanted):
             kernel = getattr(PyCodeCache.load(source), name)
@@ -347,7 +334,7 @@ def compiled(module: str, wanted: str = "") -> Iterator[dict]:
 
 
 def resources(kernel, candidate) -> dict[str, int]:
-    """Of a kernel compiled as this candidate; registers, and bytes that find none, of a thread."""
+    """Compile a kernel as this candidate. Registers and spilled bytes are those of a thread."""
     with redirect_stdout(io.StringIO()) as said:  # by ptxas
         binary = kernel._precompile_config(candidate).kernel
     names = {"registers": r"Used (\d+) registers", "spills": r"(\d+) bytes spill stores"}
@@ -356,17 +343,11 @@ def resources(kernel, candidate) -> dict[str, int]:
     return taken | {"shared": binary.metadata.shared} | found
 
 
-# Running flex attention on the CPU
-
-
 def interpreted(model: str, group_size: int) -> float:
-    """How far the flex kernel is from scores in memory: largest difference, of random values."""
+    """Largest difference of the flex kernel from scores in memory, on random values."""
     sizes = {"slots": 3, "prompt_room": 300}
-    name, source = next(
-        (name, source)
-        for name, source in KERNEL.findall(lowered_step(model, group_size, new=200, **sizes))
-        if name.startswith(ATTENTION)
-    )
+    kernels = KERNEL.findall(lowered_step(model, group_size, new=200, **sizes))
+    name, source = next(kernel for kernel in kernels if kernel[0].startswith(ATTENTION))
     text = SimpleNamespace(**SIZES["3b"].text | MODELS[model] | {"num_hidden_layers": 1})
     config = SimpleNamespace(text_config=text)
     shapes = SimpleNamespace(config=config, dtype=torch.float32, device="cpu")
@@ -379,70 +360,14 @@ def interpreted(model: str, group_size: int) -> float:
     return float((found.view(shape) - step._attend_whole(q, 0, 128**-0.5)).abs().max())
 
 
-def kernel_of(name: str, source: str):
-    """The function of a template's source for Triton's interpreter, which wants it in a file."""
-    source = re.sub(r"@triton_heuristics\.template\(.*?\n\)\n", "", source, flags=re.S)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.py"
-        path.write_text(source)
-        spec = spec_from_file_location("kernel", path)
-        module = module_from_spec(spec)
-        spec.loader.exec_module(module)
-        kernel = getattr(module, name)
-        kernel.rewrite()
-    return kernel
-
-
-def run_kernel(kernel, source: str, step: engine.sampling.decode_step.DecodeStep, q: torch.Tensor):
-    """Flex attention by a kernel. q and what is returned: (slots, K, queries, D)."""
-
-    def constant(name):
-        return int(re.search(rf"{name} : tl.constexpr = (\d+)", source)[1])
-
-    strides = re.search(r"stride_qz,.*? = ([\d, ]+)", source)[1].split(", ")
-    strides = [int(strides[place]) for place in (0, 1, -2, -1)]
-    q = torch.empty_strided(q.shape, strides).copy_(q)
-    slots, heads, queries, _ = q.shape
-    keys, values = (x[0][:slots] for x in (step.cache.own_keys, step.cache.own_values))
-    filled = inspect.getclosurevars(step.mask.mask_mod).nonlocals["filled"]
-    unused = torch.empty(0)
-    mask = step.mask.kv_num_blocks, step.mask.kv_indices, unused, unused, filled
-    blocks, nan = -(-queries // constant("BLOCK_M")), float("nan")
-    if "SPLIT_KV : " not in source:
-        output = torch.full(q.shape, nan)
-        sums = torch.full((2, slots, heads, queries), nan)
-        kernel[blocks, slots, heads](q, keys, values, *sums, *mask, output)
-        return output
-    split = constant("SPLIT_KV")
-    highest, total = torch.full((2, slots, split, heads, queries), nan)
-    outputs = torch.full((slots, split, heads, queries, q.shape[3]), nan)
-    kernel[blocks, slots * heads, split](q, keys, values, highest, total, *mask, outputs)
-    # the parts' sum, which a GPU computes by kernels that are not templates
-    weight = (highest - highest.amax(1, keepdim=True)).exp2()
-    return (outputs * weight[..., None]).sum(1) / (total * weight).sum(1)[..., None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmulationConfig(Config):
-    """Options of the command."""
-
-    what: Literal["decode", "train", "interpret"] = required(
-        "decode, train or interpret", positional=True, metavar="WHAT"
-    )
-    gpu: Literal[*GPUS] = option("h200", "GPU to compile for")
-    steps: tuple[str, ...] = option(
-        (), f"decoding steps, of {', '.join(MODELS)} and any G (default: {' '.join(STEPS)}; "
-        f"interpret: {' '.join(INTERPRETED)})", metavar="MODEL:G")  # fmt: skip
-
-
-def decoding(steps: tuple[str, ...]) -> Iterator[dict]:
+def decoding(steps: list[str]) -> Iterator[dict]:
     """The rows of `compiled` of these steps."""
     seen = set()
     for step in steps:
         name, group_size = split(step)
-        greedy = group_size == 1
-        wanted = ATTENTION if greedy in seen else ""  # the rest differs in sizes alone
-        seen.add(greedy)
+        kind = group_size == 1, name.endswith("lora")
+        wanted = ATTENTION if kind in seen else ""  # the other kernels differ in sizes alone
+        seen.add(kind)
         for row in compiled(lowered_step(name, group_size), wanted):
             yield {"part": step} | row
 
@@ -453,14 +378,18 @@ def split(step: str) -> tuple[str, int]:
     return name, int(group_size)
 
 
-def main(argv: list[str] | None = None) -> None:
-    config = parse_config(EmulationConfig, __doc__, argv, prog="python -m tests.gpu_emulation")
-    pretend(GPUS[config.gpu])
-    if config.what == "interpret":
-        steps = config.steps or INTERPRETED
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.gpu_emulation")
+    parser.add_argument("what", choices=("decode", "train", "interpret"))
+    parser.add_argument("--gpu", choices=GPUS, default="h200")
+    parser.add_argument("--steps", nargs="+", metavar="MODEL:G")
+    options = parser.parse_args()
+    pretend(GPUS[options.gpu])
+    if options.what == "interpret":
+        steps = options.steps or INTERPRETED
         rows = ({"part": step, "off": interpreted(*split(step))} for step in steps)
-    elif config.what == "decode":
-        rows = decoding(config.steps or STEPS)
+    elif options.what == "decode":
+        rows = decoding(options.steps or STEPS)
     else:
         rows = ({"part": part} | row for part, code in lowered_training() for row in compiled(code))
     for row in rows:

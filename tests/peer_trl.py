@@ -1,10 +1,10 @@
-"""Steps of TRL's GRPOTrainer on the folder that tests/bench_peer.py wrote; in TRL's environment.
+"""Run steps of TRL's GRPOTrainer on the folder that tests/bench_peer.py wrote.
 
     python tests/peer_trl.py FOLDER
 
 FOLDER holds model/, images, and task.json: text, images, rewards by first token, and the options.
 Writes FOLDER/trl.json: seconds of each step, peak memory, completions and gradient norm of the
-first step. Nothing of this project is imported.
+first step. It runs in TRL's environment and imports nothing of this project.
 """
 
 import json
@@ -28,7 +28,7 @@ CUDA = torch.cuda.is_available()
 
 
 class WithoutVideo(Qwen2_5_VLProcessor):
-    """Text and images alone: the video half needs torchvision."""
+    """The processor without video, which needs torchvision."""
 
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
@@ -39,7 +39,7 @@ class WithoutVideo(Qwen2_5_VLProcessor):
 
 
 class Clock(TrainerCallback):
-    """When training began and each step ended: seconds of this process, on a GPU of the clock."""
+    """Notes when training began and each step ended: in CPU seconds, on a GPU by the clock."""
 
     def __init__(self):
         self.times = []
@@ -53,7 +53,7 @@ class Clock(TrainerCallback):
 
 
 def config_of(folder: Path, task: dict) -> GRPOConfig:
-    """The paper's options where TRL's defaults are others (loss dapo, beta 0, bf16)."""
+    """The paper's options, where TRL's defaults differ (loss dapo, beta 0, bf16)."""
     return GRPOConfig(
         output_dir=str(folder / "trl"), max_steps=task["repeats"] + 1,
         per_device_train_batch_size=task["group_size"],

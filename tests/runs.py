@@ -1,7 +1,9 @@
-"""What tests of whole runs share: configs of small runs, their parts, and what they wrote."""
+"""Shared by tests of whole runs: small configs, the parts of a run, two ranks, results."""
 
 import gc
 import json
+import multiprocessing
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -23,7 +25,10 @@ from engine.model.policy import load_policy
 from engine.traces.template import template_trace
 from engine.traces.trace_file import read_traces
 
-# a small SFT as a command line; --out and its length are missing
+# forks of a process that has imported everything and runs no threads, which a fork would lose
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["hoi_r1", "predict", "train"])
+# command line of a small SFT, without --out and --max-steps
 SFT_LINE = (
     "hoi_r1.py sft --model {folder}/model --data {folder}/data --traces {folder}/traces.jsonl "
     "--untraced skip --no-task-description --batch-size 4 --learning-rate 1e-3"
@@ -31,14 +36,14 @@ SFT_LINE = (
 
 
 def write_toy(folder):
-    """What most tests work on: 24 and 6 drawings, a tiny model of random weights, 20 traces."""
+    """Write 24 and 6 drawings, a tiny model with random weights, and 20 traces."""
     toy.main([str(folder), "--train", "24", "--test", "6"])
     toy.tiny_model(3).save_pretrained(folder / "model")
     write_traces(folder, 20)
 
 
 def write_traces(folder, count=None):
-    """traces.jsonl from the ground truth of the first `count` training images."""
+    """Write traces.jsonl from the ground truth of the first `count` training images."""
     samples = annotations.load_split(folder / "data", "train")[:count]
     rows = [{"file_name": s.file_name, "think": template_trace(s.hois)} for s in samples]
     (folder / "traces.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -46,13 +51,8 @@ def write_traces(folder, count=None):
 
 def config_of(stage, folder, out, **changes):
     """A small config of a stage."""
-    values = {
-        "model": str(folder / "model"),
-        "data": str(folder / "data"),
-        "out": str(out),
-        "task_description": False,
-        "workers": 0,
-    }
+    values = {"model": str(folder / "model"), "data": str(folder / "data"), "out": str(out)}
+    values |= {"task_description": False, "workers": 0}
     if stage == "sft":
         values |= {"traces": str(folder / "traces.jsonl"), "untraced": "skip"}
         values |= {"batch_size": 4, "learning_rate": 1e-3}
@@ -65,7 +65,7 @@ def run(config):
     """Run a stage in this process."""
     try:
         hoi_r1.run_stage(config)
-    except SystemExit as end:  # a finished run is resumed
+    except SystemExit as end:  # finished before, or stopped by a signal
         assert end.code == 0
     finally:
         hoi_r1.leave_ranks(failed=False)
@@ -85,14 +85,14 @@ def refusal(config) -> str:
 
 
 def examples_of(config, samples, thinks=None):
-    """The samples as a stage reads them; with traces as SFT does."""
+    """The samples as a stage reads them; thinks: the traces of an SFT."""
     target = None if thinks is None else sft.supervised_text
     options = predict.asked_options(config)
     return Examples(config.model, samples, options, thinks=thinks, target_text=target)
 
 
 def training_examples(config):
-    """All annotated training images of a config, for SFT with their traces."""
+    """All annotated training images of a config; in an SFT those with traces."""
     samples = [s for s in annotations.load_split(config.data, "train") if s.hois]
     if not hasattr(config, "traces"):
         return examples_of(config, samples)
@@ -116,8 +116,31 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def on_two_ranks(act, *arguments) -> list:
+    """Run act(*arguments) on two ranks, each in its own process. Returns both results."""
+    results, port = SERVER.SimpleQueue(), free_port()
+    given = [(results, rank, port, act, arguments) for rank in (0, 1)]
+    ranks = [SERVER.Process(target=_act_on, args=one) for one in given]
+    for rank in ranks:
+        rank.start()
+    try:
+        for rank in ranks:
+            rank.join(100)
+            assert rank.exitcode == 0
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [results.get() for _ in ranks]
+
+
+def _act_on(results, rank: int, port: int, act, arguments: tuple) -> None:
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "RANK": rank}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    results.put(act(*arguments))
+
+
 def score_tokens(stage, example, rollout):
-    """In place of GRPO.score: a reward that random text earns too."""
+    """Replaces GRPO.score: a reward that random text earns too."""
     texts = [stage.examples.decode(ids) for ids in rollout.completion_ids]
     values = [float((ids % 7).float().mean()) for ids in rollout.completion_ids]
     parts = [{"format": v, "object": 0.0, "verb": 0.0, "iou": 0.0, "total": v} for v in values]
@@ -125,7 +148,7 @@ def score_tokens(stage, example, rollout):
 
 
 def as_killed(out, amid):
-    """Turn a finished run into what kill -9 leaves. amid: what is written, model or a checkpoint."""
+    """Turn a finished run into what kill -9 leaves. amid: the folder that was being written."""
     (out / amid).rename(new := (out / amid).with_suffix(".tmp"))
     largest = max(new.iterdir(), key=lambda path: path.stat().st_size)
     half = largest.read_bytes()[:1000]

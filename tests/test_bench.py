@@ -6,19 +6,12 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+import hoi_r1
 from engine.configs import GRPOConfig
-from engine.sampling import decode_step
 from tests import bench, bench_cpu, bench_fits, bench_peer
-from tests.bench_fits import GIGABYTES, Options, Parameters, choose, kept_bytes, row, step_bytes
+from tests.bench_fits import GIGABYTES, Options, Parameters, choose, kept_bytes, step_bytes
 from tests.bench_measure import Runs
-from tests.bench_models import (
-    SIZES,
-    decode_bytes,
-    floors,
-    forward_operations,
-    model_config,
-    random_model,
-)
+from tests.bench_models import SIZES, decode_bytes, floors, model_config, random_model
 
 CPU = torch.device("cpu")
 SMALL = replace(
@@ -31,15 +24,17 @@ COUNT = Parameters(layer=77_076_992, layers=36, vision=668_684_288, root=311_166
 @pytest.fixture
 def process_group():
     yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    hoi_r1.leave_ranks(failed=False)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", bench.MODEL_BENCHES)
-def test_every_bench_of_a_model_runs(name, process_group):
+@pytest.mark.parametrize("name, step", [
+    *((name, {}) for name in bench.BENCHES), ("step", {"lora_rank": 4})
+])  # fmt: skip
+def test_bench_runs(name, step, process_group, monkeypatch):
+    monkeypatch.setattr(bench_cpu, "IMAGES", 30)
     runs = Runs(repeats=1, baseline=name != "predict")
-    found = bench.MODEL_BENCHES[name](SMALL, CPU, runs)
+    found = bench.BENCHES[name](replace(SMALL, step=step), CPU, runs)
     assert found.ours > 0 and found.peak_memory > 0 and found.device == "CPU"
     if runs.baseline:
         assert found.ratio == pytest.approx(found.baseline / found.ours)
@@ -48,38 +43,13 @@ def test_every_bench_of_a_model_runs(name, process_group):
     assert bench.report(found).startswith(found.what)
 
 
-def test_figures_are_written(tmp_path, capsys):
-    path = tmp_path / "rewards.json"
-    bench.main(["rewards", "--repeats", "1", "--json", str(path)])
-    written = json.loads(path.read_text())
+def test_loop_over_detections_finds_the_same_map(monkeypatch, tmp_path, capsys):
+    """The baseline compares the two. The figures are printed and written."""
+    monkeypatch.setattr(bench_cpu, "IMAGES", 30)
+    bench.main(["evaluate", "--repeats", "1", "--json", str(tmp_path / "map.json")])
+    written = json.loads((tmp_path / "map.json").read_text())
     assert {"ours", "baseline", "ratio", "peak_memory", "floor"} <= written.keys()
     assert "ratio" in capsys.readouterr().out
-
-
-def test_options_of_a_step_and_of_the_kernel(monkeypatch):
-    step = bench.BenchConfig(what="step", checkpointing="off").size().step
-    assert step == {"gradient_checkpointing": False}
-    monkeypatch.setattr(decode_step, "STAGES", decode_step.STAGES)  # restored after the test
-    bench.main(["rewards", "--repeats", "1", "--no-baseline", "--num-stages", "3"])
-    assert decode_step.kernel_options(8)["num_stages"] == 3
-
-
-@pytest.mark.parametrize("line, said", [
-    ("update --model-size 3b", "needs a GPU"),
-    ("update --peer trl", "--peer trl: only of step"),
-    ("sampler --checkpointing on", "--checkpointing on: only of step"),
-])  # fmt: skip
-def test_options_that_do_not_fit_are_refused(line, said, capsys):
-    with pytest.raises(SystemExit):
-        bench.main(line.split())
-    assert said in capsys.readouterr().err
-
-
-def test_the_loop_over_detections_finds_the_same_map(monkeypatch):
-    monkeypatch.setattr(bench_cpu, "IMAGES", 30)
-    functions = bench_cpu.bench_evaluate()
-    functions["ours"]()
-    functions["baseline"]()  # compares the two
 
 
 def test_floors_by_hand():
@@ -90,28 +60,15 @@ def test_floors_by_hand():
     # keys and values of 4 layers, one head of 128, 2 bytes each
     cached = (2 * 26 + 4 * 2) * 4 * 2 * 128 * 2
     assert decode_bytes(model, SMALL) == 2 * (layers + head) + cached
+    # each prompt: 26 + 10 tokens, 10 of them in the head, 24 patches; forward and backward
     seen = 26**2 / 2 + 10 * (26 + 2.5)
     each = 2 * (36 * layers + 10 * head + 24 * vision) + 4 * seen * 256 * 4
-    assert forward_operations(model, SMALL, 5) == pytest.approx(2 * each)
     assert floors(model, SMALL, (1e3, 1e3))["update"] == pytest.approx(3 * 2 * each / 1e3)
-
-
-# Against TRL
-
-
-def test_without_trl_the_bench_is_skipped_and_says_so(monkeypatch, capsys):
-    def refuse(folder):
-        raise bench_peer.Unavailable("No matching distribution found for trl")
-
-    monkeypatch.setattr(bench_peer, "environment", refuse)
-    bench.main(["step", "--peer", "trl"])
-    said = "skipped: TRL cannot be installed here (No matching distribution found for trl)\n"
-    assert capsys.readouterr().out == said
 
 
 @pytest.mark.slow
 def test_gradient_of_trl_is_ours(process_group):
-    """On its completions; its log has four digits."""
+    """On TRL's completions. Its log has four digits."""
     size = replace(SIZES["tiny"], text_tokens=33, grid=(2, 3), sampled=6)
     try:
         details = bench_peer.bench_peer(size, CPU, Runs(1, True)).details
@@ -122,19 +79,15 @@ def test_gradient_of_trl_is_ours(process_group):
     assert ours == pytest.approx(theirs, rel=1e-3)
 
 
-# What fits: Qwen2.5-VL-3B by hand, and against measurements
-
-
 def test_parameters_of_the_3b():
-    """A layer: q and o 2 * 2048^2 + 2048, k and v 2 * 256 * 2049, the MLP 3 * 2048 * 11008, norms
-    2 * 2048. The root: 151,936 * 2048 and a norm. All: 3,754,622,976, as the model is known to
-    have."""
-    layer = 2 * 2048**2 + 2048 + 2 * 256 * 2049 + 3 * 2048 * 11008 + 2 * 2048
-    assert (COUNT.layer, COUNT.root) == (layer, 151936 * 2048 + 2048)
+    """The model is known to have 3,754,622,976."""
     assert bench_fits.parameters(CONFIG) == COUNT and COUNT.total == 3_754_622_976
+    # r (in + out): q and o 2048 + 2048, k and v 2048 + 256, three of the MLP 2048 + 11008
+    adapters = 36 * 8 * (2 * 4096 + 2 * 2304 + 3 * 13056)
+    assert bench_fits.parameters(CONFIG, lora_rank=8) == replace(COUNT, adapters=adapters)
 
 
-def test_an_update_takes_what_was_measured_on_a_gpu():
+def test_update_needs_the_memory_measured_on_a_gpu():
     """4 groups of 2,338 + 4 * 400 tokens, 368 of them image; weights and gradient in bf16."""
     tokens, patches, states = 4 * 3938, 4 * 4 * 368, 4 * COUNT.total
     # (4 * 11008 + 11 * 2048) * 2 bytes of a token, (4 * 3420 + 11 * 1280) * 2 of a patch
@@ -147,13 +100,14 @@ def test_an_update_takes_what_was_measured_on_a_gpu():
     assert 16.2 < checkpointed / 2**30 < 1.2 * 16.2
 
 
-def test_a_step_by_hand():
+def test_memory_of_a_step_by_hand():
     """Keys and values: 8 * (20 blocks + 4 * 8) of 128 tokens of 36,864 bytes. A micro-batch of
-    8,192 tokens holds at most 3 images of 2,116 patches, and most is taken where backward ends:
-    the vision tower's inputs and a block, and 8 bytes for each parameter of tower and root."""
+    8,192 tokens holds at most 3 images of 2,116 patches. It needs most where backward ends: the
+    vision tower's inputs, one block, and 8 bytes for each parameter of tower and root."""
     options = Options(0.04, offload=False, gradient_checkpointing=True, tokens_per_microbatch=8192)
     found = step_bytes(CONFIG, COUNT, options, gpus=2)
     assert found == {
+        "frozen base": 0,
         "weights, gradient, AdamW": 8 * COUNT.total,  # 16 bytes each, on two GPUs
         "gathered parameters": 0,
         "pi_old": 2 * COUNT.total,
@@ -161,29 +115,12 @@ def test_a_step_by_hand():
         "keys and values": 8 * 52 * 128 * 36_864,
         "a micro-batch": 3 * 2116 * (32 * 2560 + 55_520) + 8 * (COUNT.root + COUNT.vision),
     }
-
-
-def test_activations_decide_where_none_are_computed_again():
-    """16,384 tokens of 94,720 bytes a layer, 6 images; 4 * 4 bytes of 1,024 rows of logits, the
-    root twice in bf16, a layer in 10 bytes."""
-    options = Options(0.0, True, gradient_checkpointing=False, tokens_per_microbatch=16384)
-    found = step_bytes(CONFIG, COUNT, options, gpus=1)
-    assert found["weights, gradient, AdamW"] == found["gathered parameters"] == found["pi_ref"] == 0
-    kept = 16384 * 36 * 94_720 + 6 * 2116 * 32 * 55_520
-    others = 16 * 1024 * 151_936 + 4 * COUNT.root + 10 * COUNT.layer
-    assert found["a micro-batch"] == kept + others
-
-
-def test_the_first_options_that_fit_are_taken():
-    slow, slower = Options(0.04, False, True, 8192), Options(0.0, True, True, 8192)
-    needs = {slow: {"a": 60 * 10**9, "b": 16 * 10**9}, slower: {"a": 19 * 10**9}}
-    assert choose(needs, 80) == slow  # 95 % of it are 76 GB
-    assert choose(needs, 79.9) == slower
-    assert choose(needs, 19.9) is None
-    assert row(needs, 19, 1) == "1 x 19 GB: none fit"
-    first = "2 x 80 GB: --tokens-per-microbatch 8192\n    76.0 GB a GPU"
-    assert row(needs, 80, 2).startswith(first)
-    assert row(needs, 48, 1).startswith("1 x 48 GB: --offload --kl-coef 0 --tokens")
+    # adapters: one base in bf16, and 16 + 2 bytes each; no gradient reaches the vision tower;
+    # a token's inputs of 36 layers and one block, and logits of 1,024 rows, four times in fp32
+    found = step_bytes(CONFIG, replace(COUNT, adapters=10**6), options, gpus=1)
+    kept = 8192 * (36 * 4096 + 133_120) + 16 * 1024 * 151_936
+    keys = 16 * 52 * 128 * 36_864
+    assert sum(found.values()) == 2 * COUNT.total + 18 * 10**6 + keys + kept
 
 
 def test_sizes_of_the_bench_have_options_that_fit():
@@ -198,7 +135,7 @@ def test_sizes_of_the_bench_have_options_that_fit():
 @pytest.mark.parametrize("name, weights, slot", [
     ("3B", 7.5, 0.17), ("32B-AWQ", 20.7, 1.21), ("72B-AWQ", 43.0, 1.51),
 ])  # fmt: skip
-def test_a_prediction_by_model(name, weights, slot):
-    """Gigabytes; the folders of the Hub are as large."""
+def test_memory_of_a_prediction(name, weights, slot):
+    """In gigabytes. The weights have the size of the Hub's folders."""
     found = bench_fits.prediction(name)
     assert [n / 1e9 for n in found] == pytest.approx([weights, slot], rel=0.01)

@@ -1,7 +1,8 @@
-"""Checkpoints: which stay, which cannot be read, what may change between them."""
+"""Checkpoints: what they hold, which cannot be read, and what --resume may change."""
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,24 +10,15 @@ import torch
 
 from engine.runs.run_folder import RunFolder
 from hicodet import InputError
-from tests.runs import (
-    as_killed,
-    config_of,
-    metrics,
-    optimizer_of,
-    policy_of,
-    refusal,
-    run,
-    same_weights,
-    weights,
-)
+from tests import runs
+from tests.runs import as_killed, config_of, metrics, refusal, run, same_weights, weights
 
 
 def test_saving_before_the_first_step_changes_nothing(folder, tmp_path, ranks):
-    """The library would make AdamW's moments by a step of its own, and that step would count."""
+    """The library creates AdamW's moments by taking a step, which must not count."""
     config = config_of("sft", folder, "x")
-    policy = policy_of(config, ranks)
-    optimizer = optimizer_of(policy, config).adamw
+    policy = runs.policy_of(config, ranks)
+    optimizer = runs.optimizer_of(policy, config).adamw
     before = [parameter.full_tensor().clone() for parameter in policy.parameters()]
     RunFolder(tmp_path, None, ranks).save(policy, optimizer, 1, keep=1)
     for old, parameter in zip(before, policy.parameters(), strict=True):
@@ -35,7 +27,7 @@ def test_saving_before_the_first_step_changes_nothing(folder, tmp_path, ranks):
 
 
 class TwoCheckpoints:
-    """A run of a tiny policy whose weights were all 1 after a step, and all 2 after two."""
+    """A run of a tiny policy. All weights were 1 after the first step and 2 after the second."""
 
     def __init__(self, folder, ranks):
         self.policy = torch.nn.Linear(3, 2)
@@ -47,7 +39,7 @@ class TwoCheckpoints:
         torch.nn.init.constant_(self.policy.weight, 9)
 
     def load(self) -> int:
-        """The step that is taken; its weights are restored."""
+        """Restore the weights of the last checkpoint. Returns its step."""
         done = self.run.load(self.policy, self.optimizer)
         assert (self.policy.weight == done).all()
         return done
@@ -62,7 +54,7 @@ def cut(file):
     file.write_bytes(file.read_bytes()[:100])
 
 
-SPOILT = {
+DAMAGES = {
     "values cut": lambda folder: cut(folder / "__0_0.distcp"),
     "values gone": lambda folder: (folder / "__0_0.distcp").unlink(),
     "metadata cut": lambda folder: cut(folder / ".metadata"),
@@ -71,23 +63,17 @@ SPOILT = {
 }
 
 
-@pytest.mark.parametrize("spoilt", SPOILT)
-def test_checkpoint_that_cannot_be_read_is_named_with_the_one_before(spoilt, two, tmp_path):
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_checkpoint_that_cannot_be_read_is_named_with_the_one_before(damage, two, tmp_path):
     assert two.load() == 2
-    SPOILT[spoilt](two.second)
+    DAMAGES[damage](two.second)
     with pytest.raises(InputError, match=rf"^{two.second} cannot be read \(.+\)") as refused:
         two.load()
     said = str(refused.value)
     assert said.endswith(": remove it to continue from checkpoint-000001") and "\n" not in said
-    for file in (tmp_path / "checkpoint-000001").iterdir():
-        file.rename(two.second / file.name)
-    (tmp_path / "checkpoint-000001").rmdir()
-    SPOILT[spoilt](two.second)
+    shutil.rmtree(tmp_path / "checkpoint-000001")
     with pytest.raises(InputError, match="remove it to continue from the first step"):
         two.load()
-
-
-# What --resume may change
 
 
 def test_changed_learning_rate_and_length_are_noted(folder, tmp_path):
@@ -109,7 +95,7 @@ def test_changed_learning_rate_and_length_are_noted(folder, tmp_path):
 
 @pytest.mark.parametrize("stage, result", [("sft", "model"), ("predict", "predictions.jsonl")])
 def test_finished_run_is_not_run_again(stage, result, folder, tmp_path, capsys):
-    """A changed result would show it. A result that was removed is made again."""
+    """The result does not change. If it was removed, it is made again."""
     options = {"max_steps": 1} if stage == "sft" else {"limit": 1, "max_new_tokens": 2}
     config = config_of(stage, folder, tmp_path, **options)
     run(config)
@@ -125,7 +111,7 @@ def test_finished_run_is_not_run_again(stage, result, folder, tmp_path, capsys):
 
 
 def test_longer_run_is_not_finished_before_its_end(folder, tmp_path):
-    """Also while the model of the shorter one is still there."""
+    """The model of the shorter run, which is still there, does not count."""
     options = {"max_steps": 0, "epochs": 1, "batch_size": 20, "save_every": 1}
     config = config_of("sft", folder, tmp_path, **options)
     run(config)
@@ -140,7 +126,7 @@ def test_longer_run_is_not_finished_before_its_end(folder, tmp_path):
 
 @pytest.mark.parametrize("save_every", [1, 2, 0])
 def test_shorter_run_is_refused(folder, tmp_path, save_every):
-    """It would say that the longer run's model has had fewer steps, or lose it."""
+    """It would lose the longer run's model, or note fewer steps than that model has had."""
     config = config_of("sft", folder, tmp_path, max_steps=3, save_every=save_every)
     run(config)
     before = (tmp_path / "config.json").read_text()

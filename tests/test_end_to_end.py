@@ -1,4 +1,4 @@
-"""The programs as a user runs them: ranks under torchrun, and --help without slow imports."""
+"""The programs as a user runs them: two ranks under torchrun, --help without slow imports."""
 
 import json
 import shutil
@@ -11,13 +11,13 @@ import pytest
 import hoi_r1
 from demo import toy
 from engine.data import annotations
-from engine.model.policy import SMALLEST_PART  # before the tests set it to 0
+from engine.model.policy import SMALLEST_PART  # conftest.py sets it to 0 later
 from tests.runs import metrics, weights, write_traces
 
 ROOT = Path(__file__).resolve().parents[1]
 TOY = ["--no-task-description", "--workers", "0"]
-# Seven images in steps of three on two ranks: unequal shares, in the third step a rank without any,
-# and micro-batches of one image each, so that a rank has fewer of them than the other.
+# Seven images in steps of three: two ranks have unequal shares, and in the third step one has none.
+# Micro-batches have one image each, so the ranks have different numbers of them.
 UNEVEN = ["--max-steps", 3, "--batch-size", 3, "--tokens-per-microbatch", 1]
 UNEVEN += ["--learning-rate", 1e-4]
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def learned(folder):
-    """A run whose model has learned to write the tags and little else."""
+    """A run after which the model writes the tags and little else."""
     stage(*sft_flags(folder, folder / "model", "sft"), "--max-steps", 25)
     return folder / "sft"
 
@@ -70,7 +70,7 @@ def difference(one, other):
 
 
 def assert_equal_metrics(one, two):
-    """Loss and gradient norm: AdamW would hide a gradient that is off by a factor."""
+    """Compares gradient norms too: AdamW would hide a gradient that is wrong by a factor."""
     for mine, other in zip(metrics(one), metrics(two), strict=True):
         for name in mine.keys() & {"loss", "grad_norm", "kl", "reward_total", "reward_total_std"}:
             assert mine[name] == pytest.approx(other[name], rel=1e-4, abs=1e-6), name
@@ -78,7 +78,7 @@ def assert_equal_metrics(one, two):
 
 @pytest.fixture(scope="module")
 def wide(folder):
-    """A folder with model/, of random weights: large enough to be sharded in parts, as Qwen's."""
+    """A folder with a random model that is large enough to be sharded in parts, as Qwen's are."""
     text, vision = (toy.TOY_SIZES[part] for part in ("text", "vision"))
     sizes = {"text": text | {"intermediate_size": 2560}}
     sizes |= {"vision": vision | {"intermediate_size": 1536}}
@@ -91,7 +91,7 @@ def wide(folder):
 
 
 def test_two_ranks_equal_one_in_sft(folder, wide):
-    """The two gather parameters once a step, the one gathers them for each forward."""
+    """Two ranks gather parameters once per step, and one rank for each forward."""
     for ranks, once in ((1, ()), (2, ["--no-gradient-checkpointing"])):
         flags = sft_flags(folder, wide / "model", f"sft{ranks}")
         stage(*flags, *UNEVEN, *once, ranks=ranks)
@@ -102,7 +102,7 @@ def test_two_ranks_equal_one_in_sft(folder, wide):
 
 @pytest.mark.slow
 def test_two_ranks_equal_one_in_grpo(folder, learned):
-    """Same samples, same rewards, same weights; then predictions, whose lines are equal too."""
+    """Samples, rewards and weights are equal, and so are the lines of predictions."""
     common = ["--data", folder / "data", *TOY]
     for ranks in (1, 2):
         flags = [*UNEVEN, "--max-new-tokens", 40, "--out", folder / f"grpo{ranks}"]

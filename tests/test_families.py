@@ -1,10 +1,8 @@
-"""engine/model/families.py: each family equals the library's, and runs by all commands."""
+"""engine/model/families.py: each family equals the library's model and runs all commands."""
 
 import json
-import shutil
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 
@@ -14,14 +12,13 @@ from engine.data import annotations
 from engine.data.examples import Examples, PromptOptions, prompt_options
 from engine.model.attention import use_group_attention
 from engine.model.families import FAMILIES
-from engine.report.dry_run import picture
 from hicodet import format_completion, in_frame, parse_completion
 from predict import prediction
 from rewards import total_reward
 from tests.runs import config_of, metrics, refusal, run
 from tests.test_lora_runs import assert_same_results, stopped_copy
-from tests.test_packing import (  # noqa: F401  tests that hold for each family
-    test_gradient_checkpointing_changes_nothing,
+from tests.test_packing import (  # noqa: F401  these tests run for each family
+    test_gradient_checkpointing_changes_only_memory,
     test_gradients_equal_separate_forwards,
     test_token_logprobs_equal_separate_forwards,
 )
@@ -34,11 +31,8 @@ from tests.tiny import family_config, family_model, write_family
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request, seed):
-    """In place of the tiny Qwen2.5-VL, for the tests of other files too."""
+    """A tiny model of each family; the imported tests use it too."""
     return use_group_attention(family_model(request.param, seed))
-
-
-# Boxes in thousandths
 
 
 @pytest.fixture(scope="module")
@@ -77,76 +71,41 @@ def test_boxes_in_thousandths_come_back_to_the_image(folder, samples):
     assert sample.width != sample.height
 
 
-def test_pictures_draw_boxes_in_the_same_place(folder, samples):
-    one, other = (
-        np.asarray(picture(examples_in(frame, folder, samples)[0]), float)
-        for frame in ("model", "thousand")
-    )
-    assert one.shape == other.shape and abs(one - other).mean() < 0.5
-
-
-# Folders
-
-
 @pytest.mark.parametrize("family, frame", [
     ("qwen2_5_vl", "model"), ("qwen2_vl", "thousand"), ("qwen3_vl", "thousand")
 ])  # fmt: skip
-def test_frame_of_boxes_is_by_default_what_the_family_was_taught(family, frame, tmp_path):
+def test_default_frame_of_boxes_is_that_of_the_family(family, frame, tmp_path):
     family_config(family).save_pretrained(tmp_path)
     assert prompt_options(str(tmp_path), "").box_frame == frame
     assert prompt_options(str(tmp_path), "", box_frame="original").box_frame == "original"
 
 
-@pytest.fixture(scope="module")
-def qwen3(tmp_path_factory):
-    """A folder with a tiny Qwen3-VL."""
-    folder = tmp_path_factory.mktemp("qwen3")
-    write_family(folder, "qwen3_vl")
-    return folder
-
-
-def thinking_template(path):
+def test_folder_that_does_not_fit_is_refused(folder, tmp_path):
+    """Packed weights of a family that has none, and weights that open <think> themselves."""
+    path = tmp_path / "model"
+    write_family(path, "qwen3_vl")
+    config = config_of("predict", folder, tmp_path / "out", model=str(path))
+    values = json.loads((path / "config.json").read_text())
+    packed = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
+    packed = {"quantization_config": packed | {"group_size": 32}}
+    (path / "config.json").write_text(json.dumps(values | packed))
+    said = f"--model {path}: no quantised weights of a qwen3_vl are read"
+    assert refusal(config).startswith(said)
+    (path / "config.json").write_text(json.dumps(values))
     opens = toy.CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%")
     (path / "chat_template.jinja").write_text(opens)
+    said = f"--model {path}: its chat template opens <think> itself, as Thinking weights do"
+    assert refusal(config).startswith(said)
 
 
-def change_config(**changes):
-    def change(path):
-        config = json.loads((path / "config.json").read_text()) | changes
-        (path / "config.json").write_text(json.dumps(config))
-
-    return change
-
-
-@pytest.mark.parametrize("change, said", [
-    (thinking_template, "its chat template opens <think> itself, as Thinking weights do; take the"),
-    (change_config(model_type="llama"), "a llama; the known kinds are qwen2_5_vl, qwen2_vl, qwen3"),
-    (change_config(quantization_config={"quant_method": "awq", "version": "gemm", "bits": 4,
-                                        "zero_point": True, "group_size": 32}),
-     "no quantised weights of a qwen3_vl are read"),
-], ids=["thinking", "llama", "awq"])  # fmt: skip
-def test_folder_that_does_not_fit_is_refused(change, said, qwen3, folder, tmp_path):
-    path = shutil.copytree(qwen3, tmp_path / "model")
-    change(path)
-    line = refusal(config_of("predict", folder, tmp_path / "out", model=str(path)))
-    assert line.startswith(f"--model {path}: {said}")
-
-
-# Whole runs
-
-
-def learned(family, folder, out):
-    """A folder of the family, and an SFT from there after which rewards differ."""
-    write_family(out / "base", family)
-    config = config_of("sft", folder, out / "sft", model=str(out / "base"), batch_size=8)
-    run(replace(config, max_steps=25))
-    return out / "sft" / "model"
-
-
-def test_tiny_qwen3_runs_by_all_commands(folder, tmp_path):
-    """SFT, GRPO that is stopped and resumed, prediction and mAP, with boxes in thousandths."""
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_tiny_family_runs_all_commands(family, folder, tmp_path):
+    """SFT after which rewards differ, GRPO stopped and resumed, prediction, mAP."""
+    write_family(tmp_path / "base", family)
+    base = str(tmp_path / "base")
+    run(config_of("sft", folder, tmp_path / "sft", model=base, batch_size=8, max_steps=25))
     options = {"max_new_tokens": 40, "save_every": 1, "learning_rate": 1e-3}
-    options["model"] = str(learned("qwen3_vl", folder, tmp_path))
+    options["model"] = str(tmp_path / "sft" / "model")
     run(config_of("grpo", folder, tmp_path / "whole", **options))
     stopped_copy(tmp_path / "whole", tmp_path / "resumed", 2)
     run(config_of("grpo", folder, tmp_path / "resumed", resume=True, **options))
@@ -156,13 +115,3 @@ def test_tiny_qwen3_runs_by_all_commands(folder, tmp_path):
     run(config_of("predict", folder, out, model=model, max_new_tokens=40))
     assert json.loads((out / "config.json").read_text())["box_frame"] == "thousand"
     evaluate.main([str(out / "predictions.jsonl"), "--data", str(folder / "data")])
-
-
-def test_tiny_qwen2_runs_by_all_commands(folder, tmp_path):
-    model = str(learned("qwen2_vl", folder, tmp_path))
-    run(config_of("grpo", folder, tmp_path / "grpo", model=model, max_new_tokens=40, max_steps=1))
-    model = str(tmp_path / "grpo" / "model")
-    run(config_of("predict", folder, tmp_path / "test", model=model, max_new_tokens=20))
-    assert len((tmp_path / "test" / "predictions.jsonl").read_text().splitlines()) == 6
-    asked = json.loads((tmp_path / "grpo" / "model" / "prompt.json").read_text())
-    assert asked["box_frame"] == "thousand"

@@ -24,7 +24,7 @@ def test_eq5_equal_rewards_give_zeros_and_groups_stay_apart():
     advantages = grpo.group_advantages(torch.tensor([[3.8, 3.8, 3.8], [0.0, 1.0, 2.0]]))
     assert advantages[0].tolist() == [0.0, 0.0, 0.0]
     assert advantages[1].tolist() == pytest.approx([-0.9999, 0.0, 0.9999])
-    for size in range(2, 17):  # for some sizes the mean of equal numbers is another number
+    for size in range(2, 17):  # for some sizes the rounded mean differs from the equal numbers
         equal = (torch.rand(500, 1) * 3.8).expand(-1, size)
         assert not grpo.group_advantages(equal).any()
     with pytest.raises(ValueError, match="group size 1"):
@@ -38,7 +38,7 @@ def test_eq3_policy_ratio():
     # per token 0.75 / 0.5 and 0.125 / 0.25; whole output 1.5 * 0.5
     assert grpo.policy_ratio(new, old, mask)[0].tolist() == pytest.approx([1.5, 0.5])
     assert grpo.policy_ratio(new, old, mask, "sequence")[0].tolist() == pytest.approx([0.75, 0.75])
-    # a masked token takes no part, whatever it holds
+    # a masked token does not count
     mask = torch.tensor([[True, False]])
     assert grpo.policy_ratio(new, old, mask, "sequence")[0].tolist() == pytest.approx([1.5, 1.0])
     with pytest.raises(ValueError, match="tokens"):
@@ -104,7 +104,7 @@ def test_eq2_grpo_objective():
 
 
 def test_eq2_grpo_loss():
-    """Of 4 outputs of the global batch three are here, and one of them does not count."""
+    """Three of 4 outputs of the global batch are on this rank, and one of them has weight 0."""
     logprobs = torch.log(torch.tensor([[0.5], [0.5], [0.5]]))
     ref = torch.log(torch.tensor([[1.0], [0.5], [0.5]]))
     found = grpo.grpo_loss(
@@ -142,7 +142,7 @@ def test_clip_stops_the_gradient_only_where_it_should():
     assert terms["clip_fraction"].tolist() == [1.0, 0.0, 0.0, 1.0]
 
 
-def test_padding_takes_no_part_in_objective_or_gradient():
+def test_padding_has_no_gradient():
     logprobs = torch.randn(2, 3, requires_grad=True)
     mask = mask_from_lengths(torch.tensor([3, 1]))
     old, ref = torch.randn(2, 3), torch.randn(2, 3)

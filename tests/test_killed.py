@@ -1,7 +1,7 @@
-"""kill -9 at random moments, also while saving and exporting, each time resumed at once.
+"""kill -9 at random moments, also while saving and exporting; the run is resumed each time.
 
-After twenty kills over the three stages each result is bit for bit that of an undisturbed run. The
-default image workers must release the killed run's folder.
+After twenty kills in three stages the results equal those of an undisturbed run to the bit. Image
+workers of a killed run must release its folder.
 """
 
 import multiprocessing
@@ -15,24 +15,21 @@ import pytest
 from safetensors.torch import load_file
 
 import hoi_r1
-from tests.runs import same_weights
+from tests.runs import SERVER, same_weights
 
-# forks of a process that has imported everything and has no threads, which a fork would lack
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["hoi_r1", "predict", "train"])
 FLAGS = {
     "sft": "--traces {folder}/traces.jsonl --untraced skip --batch-size 4 --max-steps 14",
     "grpo": "--batch-size 3 --max-steps 10 --max-new-tokens 12",
     "predict": "--split train --max-new-tokens 30 --slots 2",
 }
 TRAINING = " --learning-rate 1e-3 --save-every 1 --export-every 2"
-# moments, and how often a run is killed at them: 20 in all
+# how often a run is killed at each moment: 20 times in all
 KILLS = {
     "sft": {"starting": 1, "logging": 2, "saving": 3, "exporting": 2},
     "grpo": {"starting": 1, "logging": 2, "saving": 2, "exporting": 2},
     "predict": {"starting": 1, "logging": 3, "ending": 1},
 }
-FILES = {  # which exist at a moment
+FILES = {  # files that exist at a moment
     "saving": "checkpoint-*.tmp",
     "exporting": "model*.tmp",
     "ending": "summary.json*",  # before predictions.jsonl and report.html
@@ -59,13 +56,13 @@ def finish(line: list[str]) -> None:
 
 
 def logged(out: Path) -> int:
-    """Lines that a run has logged, or predictions."""
+    """Number of lines in a run's logs, or of predictions."""
     logs = [*out.glob("metrics.jsonl"), *out.glob("part-*.jsonl")]
     return sum(len(log.read_bytes().splitlines()) for log in logs)
 
 
 def locked(out: Path) -> int:
-    """When a run wrote its settings, after it had removed what a kill left."""
+    """Time at which a run wrote its settings; it has removed *.tmp by then."""
     config = out / "config.json"
     return config.stat().st_mtime_ns if config.exists() else 0
 
@@ -97,7 +94,7 @@ def test_killed_again_and_again(stage, folder, tmp_path):
     finish(command(stage, folder, tmp_path / "whole"))
     moments = [moment for moment, count in KILLS[stage].items() for _ in range(count)]
     rng.shuffle(moments)
-    moments.sort(key="ending".__eq__)  # the last line has been written by then
+    moments.sort(key="ending".__eq__)  # last, as all lines are written by then
     line = command(stage, folder, tmp_path / "killed") + ["--resume"]
     for moment in moments:
         kill_at(moment, line, tmp_path / "killed", rng)

@@ -1,32 +1,22 @@
-"""Whole runs with --lora-rank and --adapter on the toy: resume, export, predict, and refusals."""
+"""Whole runs with --lora-rank and --adapter on the toy: resume, export, predict, refusals."""
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemReader
-from transformers import Qwen2_5_VLForConditionalGeneration
 
-import evaluate
-from engine.data import annotations
-from engine.data.examples import Examples
-from predict import asked_options, load_adapted
 from tests.runs import config_of, metrics, refusal, run
-from tests.test_end_to_end import ROOT, TOY, UNEVEN, assert_equal_metrics, difference, stage
+from tests.test_end_to_end import TOY, UNEVEN, assert_equal_metrics, difference, stage
 from tests.test_lora import NAME, PEFT
-from tests.tiny import generate, sample
 
 
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):
-    """learned/: SFT after which rewards differ; grpo/: from there GRPO with adapters."""
+    """learned/: an SFT after which rewards differ. grpo/: from there, GRPO with adapters."""
     out = tmp_path_factory.mktemp("runs")
     run(config_of("sft", folder, out / "learned", batch_size=7, max_steps=25))
     run(grpo_config(folder, out, "grpo"))
@@ -39,7 +29,7 @@ def grpo_config(folder, out, name):
 
 
 def stopped_copy(out, other, done):
-    """A run's folder as it was after `done` steps."""
+    """Copy a run's folder as it was after `done` steps."""
     later = [p.name for p in out.glob("checkpoint-*") if int(p.name.split("-")[1]) > done]
     shutil.copytree(out, other, ignore=shutil.ignore_patterns(*later, "model", "adapter"))
     config = json.loads((other / "config.json").read_text())
@@ -48,7 +38,7 @@ def stopped_copy(out, other, done):
 
 
 def assert_same_results(one, other, start):
-    """All weights that two runs wrote are equal to the bit, and differ from those of the start."""
+    """The weights of two runs are equal to the bit, and differ from those of the start."""
     found = [path.relative_to(one) for path in one.glob("*/*.safetensors")]
     assert found and difference(one, start) > 1e-3
     for name in found:
@@ -60,23 +50,6 @@ def test_run_with_adapters_resumes_to_the_same_bits(runs, folder):
     run(replace(grpo_config(folder, runs, "resumed"), resume=True))
     assert_same_results(runs / "grpo", runs / "resumed", runs / "learned")
     assert [row["step"] for row in metrics(runs / "resumed")] == [1, 2, 3]
-
-
-@pytest.mark.slow
-def test_killed_run_with_adapters_resumes_to_the_same_bits(runs, folder):
-    flags = ["--model", runs / "learned" / "model", "--data", folder / "data", "--lora-rank", 4]
-    flags += ["--out", runs / "killed", "--learning-rate", 1e-2, "--max-new-tokens", 40, *TOY]
-    flags += ["--save-every", 1, "--batch-size", 3, "--max-steps", 3]
-    process = subprocess.Popen([sys.executable, "hoi_r1.py", "grpo", *map(str, flags)], cwd=ROOT)
-    log = runs / "killed" / "metrics.jsonl"
-    while not (log.exists() and len(log.read_text().splitlines()) >= 2):
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (runs / "killed" / "adapter").exists()
-    stage("grpo", *flags, "--resume")
-    assert_same_results(runs / "grpo", runs / "killed", runs / "learned")
 
 
 def test_checkpoint_holds_adapters_only(runs):
@@ -93,26 +66,11 @@ def test_predictions_of_merged_model_and_of_adapter_are_equal(runs, folder):
         out = runs / f"test{len(lines)}"
         run(config_of("predict", folder, out, max_new_tokens=40, **named))
         lines.append((out / "predictions.jsonl").read_text())
-        evaluate.main([str(out / "predictions.jsonl"), "--data", str(folder / "data")])
     assert lines[0] == lines[1] == lines[2] and len(set(lines[0].splitlines())) == 6
 
 
-def test_greedy_ids_with_adapters_equal_generate_of_the_merged_folder(runs, folder, ranks):
-    named = {"model": str(runs / "learned" / "model"), "adapter": str(runs / "grpo" / "adapter")}
-    config = config_of("predict", folder, "", **named)
-    samples = annotations.load_split(config.data, "test")[:3]
-    examples = Examples(config.model, samples, asked_options(config))
-    prompts, end = [examples[i].prompt for i in range(3)], examples.end_id
-    options = {"group_size": 1, "temperature": 0, "max_new_tokens": 20, "end_id": end}
-    found = sample(load_adapted(config, ranks), prompts, **options).completion_ids
-    merged = Qwen2_5_VLForConditionalGeneration.from_pretrained(runs / "grpo" / "model").eval()
-    assert merged.dtype == torch.float32
-    for ids, prompt in zip(found, prompts, strict=True):
-        assert ids.tolist() == generate(merged, prompt, 20, end).tolist()
-
-
 def test_training_continues_an_adapter(runs, folder):
-    """At LoRA's rate, with pi_ref where it starts; the adapter names its base."""
+    """The learning rate is LoRA's, pi_ref is the start, and the adapter names its base."""
     options = {"model": str(runs / "grpo" / "adapter"), "learning_rate": None, "max_steps": 1}
     run(config_of("grpo", folder, runs / "further", max_new_tokens=40, **options))
     stored = json.loads((runs / "further" / "config.json").read_text())
@@ -135,23 +93,25 @@ def test_two_ranks_equal_one_with_adapters(runs, folder):
 
 # Refusals
 
-
 Q = f"{NAME}model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+SEVENTH = Q.replace("layers.0", "layers.7")
 VISION = f"{NAME}model.visual.blocks.0.mlp.up_proj.lora_"
-FAULTS = {  # changes of adapter_config.json, of the weights, and what is said
+FAULTS = {  # changes of adapter_config.json, changed weights, the message
     "rank": ({"r": 4}, {}, "has rank 2, and adapter_config.json says 4"),
     "rsLoRA": ({"use_rslora": True}, {}, "only plain LoRA adapters are read, and this one has use"),
     "DoRA": ({"use_dora": True}, {}, "and this one has use_dora"),
     "bias": ({}, {Q.replace("lora_A.weight", "bias"): (64,)}, "q_proj.bias is more than a plain"),
     "other model": ({}, {Q: (2, 128)}, "layers.0.self_attn.q_proj does not fit that layer"),
-    "more layers": ({}, {Q.replace("layers.0", "layers.7"): (2, 64)}, "is of no linear layer"),
+    "no B": ({}, {SEVENTH: (2, 64)}, "layers.7.self_attn.q_proj.lora_B.weight is missing"),
+    "more layers": ({}, {SEVENTH: (2, 64), SEVENTH.replace("lora_A", "lora_B"): (64, 2)},
+                    "layers.7.self_attn.q_proj.lora_A.weight is of no linear layer"),
     "vision": ({}, {f"{VISION}A.weight": (2, 32), f"{VISION}B.weight": (48, 2)},
                "visual.blocks.0.mlp.up_proj.lora_A.weight is of no linear layer"),
 }  # fmt: skip
 
 
-def spoilt(tmp_path, changes, shapes):
-    """The adapter of peft with its configuration and weights changed."""
+def changed_adapter(tmp_path, changes, shapes):
+    """A copy of peft's adapter with another configuration and other weights."""
     path = shutil.copytree(PEFT, tmp_path / "adapter")
     config = json.loads((path / "adapter_config.json").read_text()) | changes
     (path / "adapter_config.json").write_text(json.dumps(config))
@@ -164,7 +124,7 @@ def spoilt(tmp_path, changes, shapes):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_adapter_that_does_not_fit_is_refused(fault, folder, tmp_path):
     *changes, said = FAULTS[fault]
-    path = spoilt(tmp_path, *changes)
+    path = changed_adapter(tmp_path, *changes)
     assert said in refusal(config_of("predict", folder, tmp_path / "out", adapter=str(path)))
 
 
@@ -187,7 +147,7 @@ def test_options_that_contradict_the_adapter_are_refused(options, said, folder, 
 
 
 @pytest.mark.parametrize("base, said", [(None, "an unnamed model"), ("/gone", "/gone")])
-def test_adapter_whose_base_is_gone_is_refused(base, said, folder, tmp_path):
-    path = spoilt(tmp_path, {"base_model_name_or_path": base}, {})
+def test_adapter_without_its_base_is_refused(base, said, folder, tmp_path):
+    path = changed_adapter(tmp_path, {"base_model_name_or_path": base}, {})
     line = refusal(config_of("predict", folder, tmp_path / "out", model=str(path)))
     assert f"--model {path}: a LoRA adapter of {said}, which is not there" in line

@@ -1,10 +1,10 @@
-"""The first losses of SFT and GRPO are those of losses.json: nothing has changed the steps.
+"""The first losses of SFT and GRPO equal those in losses.json, so no change altered the steps.
 
-    python -m tests.test_losses     # writes losses.json after a step was changed on purpose
+    python -m tests.test_losses     # write losses.json after an intended change of a step
 
-One process of one thread, the tests' tiny model, 24 drawings. With random weights every answer is
-worth 0, so GRPO gets a reward that random tokens earn too. Its KL term weighs 1, as the surrogate
-of a batch's first update is 0.
+One process with one thread, the tests' tiny model, 24 drawings. Answers of random weights earn 0,
+so GRPO gets a reward that random tokens earn too. Its KL term has weight 1, as the surrogate of a
+batch's first update is 0.
 """
 
 import json
@@ -23,7 +23,7 @@ LOGGED = {"sft": ("loss",), "grpo": ("loss", "reward_total")}
 
 
 def first_losses(folder, out):
-    """Train on the toy in `folder`. Returns what LOGGED names of each stage's first STEPS steps."""
+    """Train on the toy in `folder`. Returns the LOGGED values of the first STEPS steps."""
     options = {"max_steps": STEPS, "save_every": 0, "batch_size": 2}
     run(config_of("sft", folder, out / "sft", **options))
     options |= {"kl_coef": 1.0, "learning_rate": 2e-4, "max_new_tokens": 8}
@@ -38,7 +38,7 @@ def test_first_losses_are_unchanged(folder, tmp_path, any_reward):
     found, expected = first_losses(folder, tmp_path), json.loads(FILE.read_text())
     for stage, names in LOGGED.items():
         for name in names:
-            # another processor adds up in another order
+            # processors add up in different orders
             close = pytest.approx(expected[stage][name], rel=1e-5, abs=1e-5)
             assert found[stage][name] == close, (stage, name)
 

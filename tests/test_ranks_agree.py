@@ -1,106 +1,75 @@
-"""What must be the same on all ranks is compared before anything is written."""
+"""Ranks must agree before anything is written, and how long they wait for each other."""
 
-import os
 import shutil
-import subprocess
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
+import hoi_r1
 from engine.model.model_files import weights_fingerprint
-from engine.ranks import Ranks, on_first, require_agreement
+from engine.ranks import on_first, require_agreement, start_ranks
 from engine.runs.run_folder import open_run
 from hicodet import InputError
-from tests.runs import config_of, free_port
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.runs import SFT_LINE, config_of, on_two_ranks
 
 
-@dataclass(frozen=True)
-class Thread(Ranks):
-    """One of two ranks in threads of this process, which exchange what they gather."""
+def refuse_on_a_rank(config, out: str) -> dict[str, str]:
+    """How this rank ends if settings differ, if the first rank fails, and if each has its --out."""
+    ranks, ends = start_ranks(), {}
 
-    barrier: threading.Barrier
-    parts: list
+    def compare(**mine):
+        require_agreement(mine, {"data"}, ranks, {"weights": "content of --model"})
 
-    def gather(self, rows, group=None):
-        self.parts[self.rank] = rows
-        self.barrier.wait()
-        gathered = [row for part in self.parts for row in part]
-        self.barrier.wait()
-        return gathered
-
-
-def on_both(act) -> list:
-    """What act(ranks) returns on each of two ranks, or the exception that ends it."""
-    shared = torch.device("cpu"), threading.Barrier(2, timeout=30), [None, None]
-
-    def one(rank):
-        try:
-            return act(Thread(rank, 2, *shared))
-        except (InputError, SystemExit) as end:
-            return end
-
-    with ThreadPoolExecutor(2) as threads:
-        return list(threads.map(one, (0, 1)))
-
-
-def refusal(ends: list) -> str:
-    """The line of the first rank. The other one ends in silence."""
-    first, second = ends
-    assert type(first) is InputError and type(second) is SystemExit and second.code == 1, ends
-    return str(first)
-
-
-def test_first_difference_is_named():
-    one = {"data": "/a", "seed": 0, "weights": "1"}
-
-    def compared(**changes):
-        both = one, one | changes
-        names = {"weights": "content of --model"}
-        return on_both(lambda r: require_agreement(both[r.rank], {"data"}, r, names))
-
-    assert compared(data="/b") == [None, None]
-    said = refusal(compared(seed=1, weights="2"))
-    assert said.startswith("ranks must agree: --seed 0 on rank 0 (")
-    assert ", 1 on rank 1 (" in said and "weights" not in said
-    assert "content of --model 1 on rank 0 (" in refusal(compared(weights="2"))
-
-
-def test_fault_of_the_first_rank_ends_all():
-    def act():
+    def fail():
         raise PermissionError(13, "Permission denied", "/out")
 
-    assert refusal(on_both(lambda ranks: on_first(ranks, act))) == (
-        "[Errno 13] Permission denied: '/out'"
-    )
-    assert on_both(lambda ranks: on_first(ranks, lambda: "made")) == ["made", None]
-
-
-def test_folder_of_each_host_is_refused(folder, tmp_path):
-    """As where --out is on a disk of each host."""
-    config = config_of("sft", folder, tmp_path)
+    compare(data=f"/{ranks.rank}")  # may differ
     settings = {"model": config.model, "stage": "sft"}
+    for name, act in {
+        "options": lambda: compare(seed=ranks.rank, weights=ranks.rank),
+        "content": lambda: compare(seed=0, weights=ranks.rank),
+        "fault": lambda: on_first(ranks, fail),
+        "folder": lambda: open_run(f"{out}{ranks.rank}", config, settings, ranks),
+    }.items():
+        try:
+            act()
+        except (InputError, SystemExit) as end:
+            ends[name] = f"{type(end).__name__} {end}"
+    return ends
 
-    def opened(*outs):
-        return on_both(lambda r: open_run(str(tmp_path / outs[r.rank]), config, settings, r))
 
-    said = refusal(opened("one", "two"))
-    assert said == f"--out {tmp_path / 'one'} must be one folder that all hosts share"
-    assert not (tmp_path / "one" / "config.json").exists() and not (tmp_path / "two").exists()
-    runs = opened("one", "one")
-    runs[0].finish()
-    assert (tmp_path / "one" / "config.json").exists()
+@pytest.fixture(scope="module")
+def said(folder, tmp_path_factory):
+    """The error lines of the first rank. The other one ends without any."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    ends = on_two_ranks(refuse_on_a_rank, config_of("sft", folder, out), str(out))
+    silent, first = sorted(ends, key=lambda each: "InputError" in each["fault"])
+    assert set(silent.values()) == {"SystemExit 1"} and len(silent) == len(first)
+    assert not Path(f"{out}0/config.json").exists() and not Path(f"{out}1").exists()
+    return {name: line.removeprefix("InputError ") for name, line in first.items()}
 
 
-def test_first_values_of_all_weights_count(folder, tmp_path):
-    """Here those of one bias."""
+def test_first_difference_is_named(said):
+    assert said["options"].startswith("ranks must agree: --seed 0 on rank 0 (")
+    assert ", 1 on rank 1 (" in said["options"] and "weights" not in said["options"]
+    assert "content of --model 0 on rank 0 (" in said["content"]
+
+
+def test_fault_of_the_first_rank_ends_all(said):
+    assert said["fault"] == "[Errno 13] Permission denied: '/out'"
+
+
+def test_folder_of_each_host_is_refused(said):
+    """Each host has its own disk at --out."""
+    assert said["folder"].endswith("out0 must be one folder that all hosts share")
+
+
+def test_fingerprint_reads_all_weights(folder, tmp_path):
+    """Another first value of one bias changes it."""
     shutil.copytree(folder / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     before = weights_fingerprint(str(tmp_path / "model"))
@@ -112,33 +81,39 @@ def test_first_values_of_all_weights_count(folder, tmp_path):
     assert weights_fingerprint(str(tmp_path / "model")) != before
 
 
-def test_options_in_which_hosts_may_differ(folder):
-    """Where files are and how they are read; nothing that changes the result."""
-    for stage in ("sft", "grpo", "predict"):
-        differ = config_of(stage, folder, "x").per_host()
-        traces = {"traces"} if stage == "sft" else set()
-        assert differ == {"model", "adapter", "data", "exclude", "out", "workers"} | traces
+def export_slowly(words: list[str]) -> None:
+    """Run a command that takes 4 seconds to write its model."""
+    save = PreTrainedModel.save_pretrained
+
+    def slowly(*arguments, **options):
+        time.sleep(4)
+        save(*arguments, **options)
+
+    PreTrainedModel.save_pretrained = slowly
+    hoi_r1.main(words)
+
+
+@pytest.mark.slow
+def test_export_may_take_longer_than_timeout(folder, tmp_path):
+    """--timeout is 2 seconds. The other rank waits in `patient_group` for the first."""
+    line = SFT_LINE.format(folder=folder).removeprefix("hoi_r1.py ")
+    line += f" --out {tmp_path} --max-steps 1 --workers 0 --timeout 0.0334"
+    on_two_ranks(export_slowly, line.split())
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def wait_for_silent_rank() -> str:
+    """The error that ends the first rank. The other one joins, and then does nothing."""
+    ranks = start_ranks(timedelta(seconds=2))
+    if ranks.rank:
+        time.sleep(5)
+        return ""
+    with pytest.raises(RuntimeError) as ended:
+        ranks.gather([0])
+    return str(ended.value)
 
 
 @pytest.mark.slow
 def test_rank_that_waits_in_vain_ends_with_the_reason():
-    """The other one has joined and then stops, like a host whose link is cut."""
-    code = (
-        "import sys; from datetime import timedelta; from engine.ranks import start_ranks; "
-        "ranks = start_ranks(timedelta(seconds=2)); print('joined', flush=True); "
-        "ranks.rank and sys.stdin.read(); ranks.gather([0])"
-    )
-    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    waits, silent = (
-        subprocess.Popen(
-            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **place, "RANK": rank},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for rank in "01"
-    )  # fmt: skip
-    try:
-        assert [one.stdout.readline() for one in (waits, silent)] == ["joined\n"] * 2
-        _, errors = waits.communicate(timeout=60)
-        assert waits.returncode == 1 and "Timed out waiting 2000ms" in errors
-    finally:
-        waits.kill()
-        silent.communicate("")
+    """The other rank is silent, like a host whose link is cut."""
+    assert "Timed out waiting 2000ms" in "".join(on_two_ranks(wait_for_silent_rank))

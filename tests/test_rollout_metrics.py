@@ -1,4 +1,4 @@
-"""engine/runs/rollout_metrics.py: what metrics.jsonl says of the completions, by hand."""
+"""engine/runs/rollout_metrics.py: what metrics.jsonl says about completions, by hand."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def group(totals, ids, finished, entropies, written, true):
 
 
 def test_rollout_metrics_by_hand():
-    groups = [  # equal rewards of one text; other rewards of other texts, one cut
+    groups = [  # one text with equal rewards; two texts with unequal rewards, one of them cut
         group([1.0, 1.0], [(5, 6)] * 2, [True, True], [1.0, 2.0], [(1, 2), (1, 2)], (1, 3)),
         group([0.0, 2.0], [(7,), (8, 9, 9)], [True, False], [0.5, 4.5], [(0, 0), (6, 8)], (4, 4)),
     ]
@@ -35,7 +35,7 @@ def test_rollout_metrics_by_hand():
     assert logged["sample_tokens_per_second"] == 4.0 and logged["seconds_update"] == 4.0
 
 
-def test_a_row_holds_the_completions_of_its_image():
+def test_row_holds_the_completions_of_its_image():
     ids, entropies = [torch.tensor([5, 6]), torch.tensor([7])], [torch.ones(2), torch.ones(1)]
     rollout = Rollout(ids, entropies, torch.tensor([True, False]), entropies)
     hoi = HOI((0, 0, 9, 9), (1, 1, 8, 8), "horse", ("ride", "hold"))
@@ -52,7 +52,7 @@ def test_advantage_shares_by_hand():
     # -2 (0.5 * 0.5), over a variance of 2 (0.5 * 0.5)
     expected = {"format": 0.0, "object": 2.0, "iou": -1.0}
     assert advantage_shares(one, eps=0.0) == pytest.approx(expected)
-    # a second group with ten times the spread, all of it of iou: both count alike, as in Eq. 5
+    # a second group with ten times the spread, all from iou: both count equally, as in Eq. 5
     more = {"format": [0.0, 0.0], "object": [3.0, 3.0], "iou": [0.0, 10.0]}
     two = {name: np.array([parts[name], more[name]]) for name in parts}
     expected = {"format": 0.0, "object": 1.0, "iou": 0.0}

@@ -12,7 +12,7 @@ from engine.sampling.slots import choose_slots, slot_bytes
 from hicodet import InputError
 from tests.tiny import sample
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 IMAGES = 9658  # of the test split
 
 
@@ -21,7 +21,7 @@ IMAGES = 9658  # of the test split
     (5120, 64, 40, 262_144), (8192, 80, 64, 327_680),  # of 32B and 72B
 ])  # fmt: skip
 def test_bytes_of_a_slot(width, layers, heads, a_token):
-    """Prompts and completions take whole blocks of 128 keys: 20 for 2,500, 16 for 2,048."""
+    """Prompts and completions fill whole blocks of 128 keys: 20 for 2,500, 16 for 2,048."""
     text = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     config = Qwen2_5_VLConfig(text_config=text | {"num_key_value_heads": 8}).text_config
     assert slot_bytes(config, torch.bfloat16, 1, 2500, 2048) == (20 + 16) * 128 * a_token
@@ -30,7 +30,7 @@ def test_bytes_of_a_slot(width, layers, heads, a_token):
 
 @pytest.fixture
 def slots_of(monkeypatch):
-    """`choose_slots` of a GPU whose free memory holds so many slots, next to a prefill."""
+    """`choose_slots` on a GPU whose free memory holds `fitting` slots and a prefill."""
 
     def choose(asked, images, fitting):
         model, room = tiny_model(), {"group_size": 1, "prompt_room": 300, "new": 100}
@@ -45,8 +45,8 @@ def slots_of(monkeypatch):
     (0, IMAGES, 999, 64), (0, IMAGES, 10, 10), (0, 3, 10, 3), (80, IMAGES, 999, 80),
     (7, IMAGES, 10, 7), (11, IMAGES, 10, 10), (0, 0, 10, 1),
 ])  # fmt: skip
-def test_as_many_slots_as_fit_are_taken(asked, images, fitting, expected, slots_of, capsys):
-    """At most those asked for, or 64, and no more than images; fewer are said."""
+def test_number_of_slots(asked, images, fitting, expected, slots_of, capsys):
+    """At most the number asked for (0: 64) and no more than images. Fewer are announced."""
     assert slots_of(asked, images, fitting) == expected
     said = capsys.readouterr().out
     assert said.startswith("10 images at a time: 0.0 GB are free, and an image takes 0.00 GB") == (
@@ -54,22 +54,14 @@ def test_as_many_slots_as_fit_are_taken(asked, images, fitting, expected, slots_
     )
 
 
-def test_a_model_that_leaves_room_for_no_slot_is_refused(slots_of):
+def test_model_without_room_for_a_slot_is_refused(slots_of):
     with pytest.raises(InputError, match="not one image fits at a time: .*; take a smaller model"):
         slots_of(0, IMAGES, 0.9)
 
 
-def test_on_a_cpu_memory_is_not_counted():
-    room = {"group_size": 1, "prompt_room": 10**9, "new": 10**9}
-    assert choose_slots(tiny_model(), Ranks(0, 1, CPU), 0, IMAGES, **room) == 64
-
-
-# A prefill that runs out of memory
-
-
 @pytest.fixture
 def limited(model):
-    """A copy of the model that has memory for this many prompts, and the numbers tried."""
+    """A copy of the model that has memory for `most` prompts, and the numbers that it tried."""
 
     def limit(most: int):
         small, taken = copy.deepcopy(model), []
@@ -88,8 +80,8 @@ def limited(model):
 OPTIONS = {"group_size": 2, "max_new_tokens": 8, "end_id": 7, "seeds": list(range(24))}
 
 
-def test_a_prefill_that_runs_out_of_memory_takes_fewer_prompts(model, prompts, limited):
-    """Of 12 prompts 6, then 3, and no more are tried later; the completions are the same."""
+def test_prefill_that_runs_out_of_memory_takes_fewer_prompts(model, prompts, limited):
+    """It tries 12, 6, 3, and later never more than 3. The completions are the same."""
     small, taken = limited(3)
     found, expected = (sample(one, prompts * 4, **OPTIONS) for one in (small, model))
     assert taken == [12, 6, 3, 3, 3, 3]
@@ -97,6 +89,6 @@ def test_a_prefill_that_runs_out_of_memory_takes_fewer_prompts(model, prompts, l
         assert mine.tolist() == other.tolist()
 
 
-def test_memory_for_not_one_prompt_is_said(prompts, limited):
+def test_too_little_memory_for_one_prompt_is_refused(prompts, limited):
     with pytest.raises(InputError, match="memory runs out at one prompt: lower --slots"):
         sample(limited(0)[0], prompts * 4, **OPTIONS)

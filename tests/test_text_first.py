@@ -1,4 +1,4 @@
-"""--text-first: the text that all prompts share is computed once, and nothing else changes."""
+"""--text-first: the text shared by all prompts is computed once, and nothing else changes."""
 
 import json
 from dataclasses import replace
@@ -10,22 +10,21 @@ import engine.model.attention
 import engine.sampling.decode_step
 from engine.data import annotations
 from engine.data.examples import Examples, PromptOptions
-from engine.model.optimizer import micro_batches
-from engine.model.packing import Prompt, pack, shared_prefix, token_logprobs
+from engine.model.packing import pack
 from tests.runs import config_of, metrics, refusal, run
 from tests.test_end_to_end import assert_equal_metrics, difference, stage
-from tests.test_flash import slow_varlen
-from tests.test_lora import assert_near
+from tests.test_flash import masked_varlen
+from tests.test_lora import assert_near, backward, plainly_scored, scored
 from tests.test_lora_runs import assert_same_results, stopped_copy
-from tests.tiny import generate, make_prompt, plain_logprobs, sample, text_ids
+from tests.tiny import generate, make_prompt, sample, text_ids
 
-TEXT = 140  # tokens; from 128 on they are shared
-TASK = {"task_description": True, "text_first": True}  # a text of 3,287 tokens, for the toy's
+TEXT = 140  # tokens; a text of 128 or more is shared
+TASK = {"task_description": True, "text_first": True}  # 3,287 tokens of text
 
 
 @pytest.fixture(scope="module")
 def prompts(model, seed):
-    """The same text, then three images of unequal sizes and unequal words."""
+    """One text, followed by three images of unequal sizes and by different words."""
     generator = torch.Generator().manual_seed(seed)
     text = text_ids(model, TEXT, generator)
     ends = [make_prompt(model, *size, 0, 5, generator) for size in ((2, 3), (4, 2), (3, 3))]
@@ -34,24 +33,22 @@ def prompts(model, seed):
 
 @pytest.fixture(params=["cpu", "gpu"])
 def path(request, monkeypatch):
-    """How attention is computed: by SDPA, or by a slow double of what a GPU does."""
+    """How attention is computed: by SDPA, or by a substitute for a GPU's kernel."""
     if request.param == "gpu":
         for module in (engine.model.attention, engine.sampling.decode_step):
             monkeypatch.setattr(module, "has_flash", lambda x: True)
-        monkeypatch.setattr(engine.model.attention, "varlen_attn", slow_varlen)
+        monkeypatch.setattr(engine.model.attention, "varlen_attn", masked_varlen)
 
 
 def test_shared_row_equals_separate_forwards(path, model, reference, prompts, completions):
     batch = pack(model, prompts, completions)
     apart = sum(len(p.prompt_ids) + sum(map(len, c)) for p, c in zip(prompts, completions))
     assert batch.layout.prefix == TEXT and batch.input_ids.shape[1] == apart - 2 * TEXT
-    found = token_logprobs(model, batch)[batch.completion_mask]
-    rows = [(p, c) for p, group in zip(prompts, completions) for c in group]
-    expected = torch.cat([plain_logprobs(reference, *row) for row in rows])
+    found = scored(model, prompts, completions)
+    expected = plainly_scored(reference, prompts, completions)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     model.zero_grad(), reference.zero_grad()
-    factors = torch.linspace(-1, 1, len(found))
-    (found * factors).sum().backward(), (expected * factors).sum().backward()
+    backward(found, expected)
     for mine, other in zip(model.parameters(), reference.parameters(), strict=True):
         assert_near(mine.grad, other.grad, 1e-4)
     model.zero_grad(), reference.zero_grad()
@@ -60,40 +57,11 @@ def test_shared_row_equals_separate_forwards(path, model, reference, prompts, co
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("slots", [1, 2, 3])
 def test_greedy_ids_equal_generate(path, model, reference, prompts, slots):
-    """slots: prompts of one prefill, which shares the text of several."""
+    """slots: prompts in one prefill. Two or more share their text."""
     options = {"group_size": 1, "temperature": 0, "max_new_tokens": 12, "end_id": -1}
     found = sample(model, prompts, slots=slots, **options)
     for prompt, ids in zip(prompts, found.completion_ids, strict=True):
         assert ids.tolist() == generate(reference, prompt, 12, -1).tolist()
-
-
-def test_what_prompts_share():
-    image = torch.tensor([9])
-
-    def shared(*texts):
-        prompts = [Prompt(torch.tensor([*text]), torch.zeros(0), torch.zeros(0)) for text in texts]
-        return shared_prefix(prompts, int(image))
-
-    text = [1] * 128
-    assert shared(text + [9, 2], text + [9, 9, 2]) == 128  # no image token
-    assert shared(text + [3, 9], text + [4, 9]) == 128  # up to where they differ
-    assert shared(text + [3, 9], text + [3, 9], text[:-1] + [9]) == 0  # 127 are too few
-    assert shared(text + [9]) == 0  # one prompt has nothing to share
-    assert shared([9] + text, [9] + text) == 0  # the image first
-
-
-def test_shared_tokens_count_once_in_a_micro_batch(ranks):
-    """200 + 90 + 80 tokens, of which 100 are shared."""
-    lengths, weights = [180, 200, 190], [0.0, 1.0, 2.0]
-
-    def places(budget, shared):
-        return [p for p, _ in micro_batches(lengths, weights, budget, ranks, shared)]
-
-    assert places(370, 100) == [[1, 2, 0]] and places(369, 100) == [[1, 2], [0]]
-    assert places(370, 0) == [[1], [2, 0]] and places(390, 0) == [[1, 2], [0]]
-    assert micro_batches(lengths, weights, 200, ranks, 100) == [
-        ([1], [1.0]), ([2], [2.0]), ([0], [0.0])
-    ]  # fmt: skip
 
 
 # Whole runs on the toy, with a text long enough to be shared
@@ -110,7 +78,7 @@ def sft_config(folder, out, **more):
     return config_of("sft", folder, out, batch_size=4, max_steps=2, **TASK | more)
 
 
-def test_one_row_each_and_resumed_run_train_alike(runs, folder):
+def test_separate_rows_and_a_resumed_run_train_alike(runs, folder):
     run(sft_config(folder, runs / "apart", tokens_per_microbatch=1))
     assert_equal_metrics(runs / "whole", runs / "apart")
     assert difference(runs / "whole", runs / "apart") < 1e-4
@@ -130,15 +98,15 @@ def test_two_ranks_equal_one(runs, folder):
 
 
 @pytest.mark.parametrize("stage", ["grpo", "predict"])
-def test_exported_folder_is_asked_as_it_was_trained(stage, runs, folder):
-    """Without the flag; and a flag that contradicts it is refused."""
+def test_exported_folder_keeps_the_order_of_its_training(stage, runs, folder):
+    """No flag is needed, and a flag that contradicts it is refused."""
     out, model = runs / stage, runs / "whole" / "model"
     config = config_of(
         stage, folder, out, model=str(model), task_description=None, max_new_tokens=8,
         **{"grpo": {"max_steps": 1, "group_size": 2}}.get(stage, {"limit": 3}),
     )  # fmt: skip
     line = refusal(replace(config, text_first=False))
-    assert line == f"--text-first: {model} was trained with text_first True; leave it out"
+    assert line == f"--no-text-first: {model} was not trained with it; leave the option out"
     run(config)
     stored = json.loads((out / "config.json").read_text())
     assert stored["text_first"] is True and stored["task_description"] is True
@@ -146,7 +114,7 @@ def test_exported_folder_is_asked_as_it_was_trained(stage, runs, folder):
         assert 0 < metrics(out)[0]["logprob_gap"] < 1e-4
 
 
-def test_image_stands_after_the_text(folder):
+def test_image_follows_the_text(folder):
     samples = annotations.load_split(folder / "data", "test")[:1]
     for text_first in (False, True):
         options = PromptOptions(task_description=False, text_first=text_first)

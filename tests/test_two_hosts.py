@@ -1,4 +1,4 @@
-"""A run on two hosts, here two agents of torchrun: the same bits in the end, or one line."""
+"""A run on two hosts, here two torchrun agents: the weights are equal to the bit."""
 
 import os
 import re
@@ -13,13 +13,13 @@ import pytest
 from tests.runs import SFT_LINE, free_port, metrics, same_weights, weights
 
 ROOT = Path(__file__).resolve().parents[1]
-PAUSE = 20.0  # seconds that a rank is stopped
+PAUSE = 20.0  # seconds for which a rank is stopped
 
 pytestmark = pytest.mark.slow
 
 
 class Hosts:
-    """An SFT that runs on two hosts. second: flags of the second host alone."""
+    """An SFT on two hosts. second: flags that only the second host has."""
 
     def __init__(self, folder, out: Path, *flags: str, second: str = ""):
         self.out = out
@@ -40,12 +40,12 @@ class Hosts:
             time.sleep(0.02)
 
     def rank(self, host: int) -> int:
-        """The process of the trainer on a host."""
+        """Process id of the rank on a host."""
         agent = self.agents[host].pid
         return int(Path(f"/proc/{agent}/task/{agent}/children").read_text())
 
     def end(self) -> tuple[list[int], str]:
-        """Exit codes and what was printed, when both have ended."""
+        """Wait for both hosts. Returns their exit codes and errors."""
         errors = [agent.communicate()[1] for agent in self.agents]
         return [agent.returncode for agent in self.agents], "".join(errors)
 

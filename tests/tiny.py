@@ -1,6 +1,7 @@
-"""The slow and obvious way: prompts of random tokens, plain forwards, the library's decoding."""
+"""Tiny models and random prompts, and slow references: plain forwards, the library's decoding."""
 
 import json
+from dataclasses import replace
 
 import torch
 from transformers import AutoConfig
@@ -10,6 +11,7 @@ import engine.model.packing
 import engine.sampling.sampler
 from demo import toy
 from engine.model.families import FAMILIES
+from tests.bench_models import library_inputs
 
 VISION = {"depth": 4, "num_heads": 2, "initializer_range": 0.08}
 FAMILY_SIZES = {  # by model type: fields of the language model and of the vision tower
@@ -17,7 +19,7 @@ FAMILY_SIZES = {  # by model type: fields of the language model and of the visio
         {"rope_parameters": {"rope_theta": 1e6, "mrope_section": [2, 3, 3]}},
         {"embed_dim": 32, "hidden_size": 64, "mlp_ratio": 2, "patch_size": 14},
     ),
-    "qwen3_vl": (  # heads wider than their share, DeepStack, learned positions, a patch of 16
+    "qwen3_vl": (  # wide heads, DeepStack, learned positions, patches of 16
         {"head_dim": 32, "rope_parameters": {
             "rope_theta": 5e6, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
         {"hidden_size": 32, "intermediate_size": 48, "patch_size": 16, "out_hidden_size": 64,
@@ -44,7 +46,7 @@ def family_config(family):
 
 
 def family_model(family, seed):
-    """A tiny random model of a family; none of its biases is 0, none of its norms 1."""
+    """A tiny random model of a family. Its biases are not 0, and its norms are not 1."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = FAMILIES[family].model(family_config(family)).eval()
@@ -64,7 +66,7 @@ def write_family(folder, family):
 
 
 def text_ids(model, length, generator):
-    """Random ids of ordinary tokens: special ones come last in the vocabulary."""
+    """Random ids of ordinary tokens; special tokens come last in the vocabulary."""
     special = min(model.config.image_token_id, model.config.vision_start_token_id, 300)
     return torch.randint(special, (length,), generator=generator)
 
@@ -81,21 +83,16 @@ def make_prompt(model, rows, columns, before, after, generator):
 
 
 def plain_logprobs(reference, prompt, completion, *options, **named):
-    """log-probs of one completion. options: temperature and banned of `plain_distributions`."""
+    """Log-probs of one completion. options: temperature and banned of `plain_distributions`."""
     logprobs = plain_distributions(reference, prompt, completion, *options, **named)
     return logprobs[torch.arange(len(completion)), completion]
 
 
 def plain_distributions(reference, prompt, completion, temperature=1.0, banned=None):
     """(C, V) log-probs of all ids by one ordinary forward over prompt + completion."""
-    ids = torch.cat([prompt.prompt_ids, completion])[None]
-    logits = reference(
-        input_ids=ids,
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.image_grid_thw,
-        mm_token_type_ids=(ids == reference.config.image_token_id).int(),
-        attention_mask=torch.ones_like(ids),
-    ).logits[0, len(prompt.prompt_ids) - 1 : -1]
+    row = replace(prompt, prompt_ids=torch.cat([prompt.prompt_ids, completion]))
+    logits = reference(**library_inputs(reference, [row], copies=1)).logits
+    logits = logits[0, len(prompt.prompt_ids) - 1 : -1]
     if banned is not None:
         logits = logits.masked_fill(banned, -torch.inf)
     return torch.log_softmax(logits.float() / temperature, -1)
@@ -103,20 +100,10 @@ def plain_distributions(reference, prompt, completion, temperature=1.0, banned=N
 
 def generate(reference, prompt, max_new_tokens, end_id, **options):
     """The library's own greedy decoding of one prompt. options: of its generate()."""
-    ids = prompt.prompt_ids[None]
-    output = reference.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        pixel_values=prompt.pixel_values,
-        image_grid_thw=prompt.image_grid_thw,
-        mm_token_type_ids=(ids == reference.config.image_token_id).int(),
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_id,
-        pad_token_id=0,
-        **options,
-    )
-    return output[0, ids.shape[1] :]
+    options |= {"do_sample": False, "max_new_tokens": max_new_tokens, "eos_token_id": end_id}
+    inputs = library_inputs(reference, [prompt], copies=1)
+    output = reference.generate(**inputs, pad_token_id=0, **options)
+    return output[0, len(prompt.prompt_ids) :]
 
 
 def collect(sampler, prompts, seeds=None):
@@ -133,7 +120,7 @@ def collect(sampler, prompts, seeds=None):
 
 
 def sample(model, prompts, *, seeds=None, slots=64, **options):
-    """As `collect`, with a sampler of its own."""
+    """As `collect`, with a new sampler."""
     room = max(len(prompt.prompt_ids) for prompt in prompts)
     slots = min(slots, len(prompts))
     sampler = engine.sampling.sampler.Sampler(model, slots=slots, prompt_room=room, **options)
