@@ -214,7 +214,7 @@ def test_dry_run_prints_the_prompt_and_the_cost(data, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags, key, said", [
-    ([], "sk with space", "OPENAI_API_KEY holds"),
+    ([], "sk with space", "OPENAI_API_KEY contains"),
     (["--base-url", "http://user:pass@host/v1"], "", "expected http(s)://host[:port]/v1"),
     (["--extra-body", "[]"], "", "--extra-body []: expected a JSON object"),
     (["--teacher", "local", "--max-cost", "1"], "", "--max-cost 1: price of local not known: give"),
