@@ -106,7 +106,7 @@ def overlaps(detections: np.recarray, truth: np.recarray, *, same_class: bool) -
 def match(detections: np.recarray, truth: np.recarray) -> np.ndarray:
     """The true pair of its class and image that each detection overlaps most, even if taken.
 
-    The overlap is the smaller of the two IoUs. Of equal overlaps the first true pair counts.
+    The overlap is the smaller of the two IoUs. If overlaps are equal, the first true pair counts.
     Returns (N,) int: a row of `truth`, or -1 if no overlap reaches MIN_IOU.
     """
     near = overlaps(detections, truth, same_class=True)

@@ -112,7 +112,7 @@ def grpo_objective(
 
     logprobs, old_logprobs, ref_logprobs, completion_mask: (B, C); without ref_logprobs no KL term.
     advantages: (B,). Returns (B,) tensors: "objective", which carries the gradient, and for the log
-    "kl" and "clip_fraction", the share of tokens where the clip took the gradient.
+    "kl" and "clip_fraction", the share of tokens whose gradient is 0 because of the clip.
     """
     s_1 = policy_ratio(logprobs, old_logprobs, completion_mask, ratio)
     surrogate = clipped_surrogate(s_1, advantages, clip_eps)
@@ -137,10 +137,10 @@ def grpo_loss(
 ) -> dict[str, Tensor]:
     """This micro-batch's share of the loss (Eq. 2), which is minus the mean of the objective.
 
-    old_logprobs: (B, C), or None where pi_old is pi_theta: then pi_theta's own, detached.
-    weights: (B,), 0 for an output that does not count. num_outputs: of the global batch; the sum
-    over micro-batches and ranks is then the mean. options: of `grpo_objective`. Returns scalars:
-    "loss", which carries the gradient, and the means "kl" and "clip_fraction".
+    old_logprobs: (B, C); None if pi_old equals pi_theta, to use logprobs, detached. weights: (B,),
+    0 for an output that does not count. num_outputs: number of outputs in the global batch, so that
+    the shares of all micro-batches and ranks add up to the mean. options: of `grpo_objective`.
+    Returns scalars: "loss", which carries the gradient, and the means "kl" and "clip_fraction".
     """
     old_logprobs = logprobs.detach() if old_logprobs is None else old_logprobs
     terms = grpo_objective(
@@ -170,19 +170,19 @@ class Scored:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Whole groups in one packed row, B = their images x G."""
+    """Whole groups in one packed row; B = number of images x G."""
 
     packed: PackedBatch
     advantages: Tensor  # (B,)
     weights: Tensor  # (B,)
     ref_logprobs: Tensor | None  # (B, C)
-    sampled_logprobs: Tensor  # (N,) from the sampler
+    sampled_logprobs: Tensor  # (N,) from the sampler, for `logprob_gap`
 
 
 class GRPO:
     """One batch of GRPO at a time: sample, score, advantages, optimize, refresh (Sec. 3.3)."""
 
-    name, schedule = "grpo", "linear"  # of the learning rate, Sec. 4.2
+    name, schedule = "grpo", "linear"  # schedule of the learning rate, Sec. 4.2
 
     def __init__(
         self,
@@ -295,7 +295,7 @@ class GRPO:
     def optimize(self, micros: list[MicroBatch], num_outputs: float, lr: float) -> dict:
         """`updates_per_batch` optimizer steps on one batch of completions (Eqs. 2-5).
 
-        num_outputs: of all ranks. Returns metrics, each a mean over the steps.
+        num_outputs: outputs of all ranks. Returns metrics, each a mean over the steps.
         """
         old_logprobs, logged = [None] * len(micros), []  # before the first step pi_old is pi_theta
         for number in range(self.updates_per_batch):

@@ -282,7 +282,7 @@ class Prediction:
     human: Box | None  # as written, even if inverted; None: key missing, or not four finite numbers
     object: Box | None
     object_class: str | None  # in HICO's spelling if HICO has it, else as written
-    verbs: tuple[str, ...]  # likewise; split at commas, without empty ones, with repeats
+    verbs: tuple[str, ...]  # spelled likewise; split at commas, repeats kept, empty ones dropped
     key_count: int  # keys as written, with repeats (Eq. 12)
     span: tuple[int, int]  # its first character in the text, and the one after its last
 
@@ -346,12 +346,12 @@ _ASCII_MARKS = str.maketrans(
     "“”„«»＂‘’‚＇`：，；［］（）｛｝\xa0\u3000\u200b\u200c\u200d\u2060\ufeff",
     "\"\"\"\"\"\"'''''" + ":,;[](){}       ",
 )
-# A comment mark inside a string is kept. Escapes come from a list that was written as a string.
+# A comment mark inside a string is kept. Escapes occur where the list was written as a string.
 _NOISE = re.compile(r"""("[^"\\\n]*+")|(?://|\#)[^\n{}]*+|\\(?:[nrt]|(?=["']))""")
 
 
 def _plain(text: str) -> str:
-    """The text with ASCII marks, and with spaces for escapes and comments; of equal length."""
+    """The text with ASCII marks, and spaces in place of escapes and comments; as long as before."""
     return _NOISE.sub(lambda found: found[1] or " " * len(found[0]), text.translate(_ASCII_MARKS))
 
 
@@ -362,7 +362,7 @@ _PART = re.compile(
         (?: ["']++ \s*+ :*+ | :++ )
       | (?: "[^"\n]*+" | '[^'\n]*+' | (?<![\w"'])[^\W\d]\w*+ ) \s*+ :++
     ) \s*+
-    (?:  # a whole value, which may contain keys and braces: a string, a list, no instance
+    (?:  # a whole value, which may contain keys and braces: a string, a list, a non-instance object
         (?: "[^"]*+" | '[^'"{}]*+' ) (?= \s*+ [,;}\])] ) | \[ [^][:"'{}]*+ \]
       | \{ (?! [^{}]*?(?:human|object|verb) ) [^{}]*+ \}
     )?+

@@ -1,6 +1,6 @@
 """HOI-R1: supervised fine-tuning, GRPO with HOI rewards, prediction (Secs. 3.2, 3.3, 4.2).
 
-    # all stages on a drawn data set, on a laptop
+    # all stages on a data set of drawings, on a laptop
     python hoi_r1.py demo
     # the paper's model: SFT on traces of teacher.py, GRPO, prediction, mAP
     torchrun --nproc_per_node 8 hoi_r1.py sft --data hico_20160224_det \\

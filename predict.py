@@ -1,7 +1,7 @@
 """Greedy prediction for a split of HICO-DET (Sec. 4.1), or for any photographs.
 
-`predict` and `predict_photographs` unpack the options of the stage. What they call takes plain
-arguments.
+`predict` and `predict_photographs` unpack the options of the stage. The functions that they call
+take plain arguments.
 """
 
 import codecs
@@ -266,7 +266,7 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def warnings_of(summary: dict) -> list[str]:
-    """Warnings about results that a user hardly wants."""
+    """Warnings about suspicious results: cut or unreadable answers."""
     lines = []
     if summary["truncated"] > MANY:
         lines.append("most answers were cut at --max-new-tokens")
@@ -277,7 +277,7 @@ def warnings_of(summary: dict) -> list[str]:
 
 
 class Evaluation:
-    """--eval-every: mean greedy reward and mAP on the first test images, over their classes."""
+    """--eval-every: mean greedy reward, and mAP over the classes of the first test images."""
 
     def __init__(self, config: TrainConfig, options: PromptOptions, ranks: Ranks):
         names = read_names(config.exclude)

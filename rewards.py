@@ -36,7 +36,7 @@ from hicodet import HOI, OBJECTS, VERBS, Box, Completion, Prediction, iou
 REWARD_WEIGHTS = {"tag": 0.2, "box": 0.2, "object": 0.2, "verb": 0.2}  # w of Eq. 13, Sec. 4.2
 N_KEYS = 4  # N_k of Eq. 12: "human", "object", "object class", "verb class"
 DUPLICATE_IOU = 0.5  # Eq. 7
-# Eq. 7: whether overlap of the human boxes and overlap of the object boxes make a duplicate
+# Eq. 7: how the overlap of the human boxes and that of the object boxes make a duplicate
 DUPLICATE_RULES = {"printed": operator.or_, "pair": operator.and_}
 
 OBJECT_SET = frozenset(OBJECTS)  # C_o of Eq. 9
@@ -279,10 +279,10 @@ VERB_REWARDS = {"printed": verb_label_reward, "matched": matched_verb_reward}
 class RewardPart:
     """A term of Eq. 23."""
 
-    title: str  # in the report
-    largest: float
+    title: str  # its name in the report
+    largest: float  # its largest value
     reward: Callable[[Completion, Sequence[HOI], dict], float]  # the dict: REWARD_OPTIONS' values
-    ablation: str | None = None  # its name in `without` (Table 3)
+    ablation: str | None = None  # the name in `without` that leaves it out (Table 3)
 
 
 def _format_part(completion: Completion, hois: Sequence[HOI], options: dict) -> float:
@@ -316,7 +316,7 @@ REWARD_OPTIONS = {  # keyword of total_reward -> its values
 
 
 def reward_parts(*, without: Collection[str] = ()) -> dict[str, dict]:
-    """The parts that the reward has, in order: {name: {"title": str, "largest": float}}.
+    """The parts that make up the reward, in order: {name: {"title": str, "largest": float}}.
 
     without: as in total_reward. Raises ValueError for an unknown name.
     """

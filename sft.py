@@ -29,8 +29,8 @@ def sft_loss(logprobs: Tensor, weights: Tensor, num_tokens: float) -> Tensor:
     """Negative log-likelihood of trace and answer (Eq. 1), per supervised token of the batch.
 
     logprobs: (B, C), zeros after each target's end. weights: (B,), 0 for a row that does not count.
-    num_tokens: supervised tokens of the global batch; the sum of these losses over micro-batches
-    and ranks is then the loss of the batch.
+    num_tokens: supervised tokens of the global batch, so that the losses of all micro-batches and
+    ranks add up to the loss of the batch.
     """
     return -(logprobs.sum(1) * weights).sum() / num_tokens
 
@@ -38,7 +38,7 @@ def sft_loss(logprobs: Tensor, weights: Tensor, num_tokens: float) -> Tensor:
 class SFT:
     """One batch of SFT at a time."""
 
-    name, schedule = "sft", "cosine"  # of the learning rate, Sec. 4.2
+    name, schedule = "sft", "cosine"  # schedule of the learning rate, Sec. 4.2
 
     def __init__(self, policy, optimizer: ClippedAdamW, ranks: Ranks, tokens_per_microbatch: int):
         self.policy, self.optimizer, self.ranks = policy, optimizer, ranks

@@ -1,6 +1,7 @@
 """Set-up of both trainings, and the loop that they share (Secs. 3.2, 3.3, 4.2).
 
-`sft` and `grpo` unpack the options of their stage. What they call takes plain arguments.
+`sft` and `grpo` unpack the options of their stage. The functions that they call take plain
+arguments.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ from predict import Evaluation, asked_options, settings_of, text_reward, with_ba
 from sft import SFT, supervised_text
 
 SHOWN = ("loss", "reward_total", "reward_iou", "kl", "completion_length", "eval_map")
-FOR_SLOTS = 0.25  # share of the memory that is free before the first step
+FOR_SLOTS = 0.25  # share for sampling slots of the memory that is free before the first step
 FEW_STEPS, PAPER_RATE = 100, 1e-6  # a training with fewer steps at this rate changes little
 
 
@@ -279,12 +280,12 @@ def fit(
             run.save(parts.policy, optimizer.adamw, done, keep)
             if ranks.rank == 0:
                 update_page(run.path)
-            # a signal during the save has ended the image workers, so no further step can run
+            # a signal during the save ends the image workers too, so no further step can run
             asked = asked or stop.on_any(ranks)
         if asked:
             log.bar.close()
             ranks.print(f"stopped after step {done}; {RESUME}")
-            # SIGTERM is a batch system, and no failure; otherwise exit as a shell does
+            # SIGTERM comes from a batch system and is no failure; otherwise exit as a shell does
             sys.exit(0 if asked == signal.SIGTERM else 128 + asked)
     log.bar.close()
     export(parts, "model")

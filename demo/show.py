@@ -77,7 +77,7 @@ def draw_answers(out: Path, count: int) -> None:
 def extremes(rows: dict[str, dict[int, dict]]) -> list[int]:
     """The drawing whose reward GRPO raised most, and the one it lowered most, if there is one.
 
-    rows: for "sft" and "grpo" the rows of `stored_rows`. Of equals, the first drawing.
+    rows: for "sft" and "grpo" the rows of `stored_rows`. Ties go to the first drawing.
     """
     sft, grpo = rows["sft"], rows["grpo"]
     gains = {i: grpo[i]["reward"]["total"] - sft[i]["reward"]["total"] for i in sorted(sft)}

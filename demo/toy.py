@@ -49,8 +49,8 @@ IMAGE_PROCESSOR = {  # preprocessor_config.json of Qwen2.5-VL, with other max_pi
     "image_std": [0.26862954, 0.26130258, 0.27577711],
     "image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
 # The demo's model has about a million parameters. With a small rope theta and large initial
-# weights it learns boxes in minutes. The model for unit tests has what else the real model has:
-# grouped queries, a windowed vision block, a large rope theta.
+# weights it learns boxes in minutes. The model for unit tests has other traits of
+# the real model: grouped queries, a windowed vision block, a large rope theta.
 TOY_SIZES = {
     "text": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,
              "num_key_value_heads": 4, "intermediate_size": 256,

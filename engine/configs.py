@@ -196,8 +196,8 @@ class GRPOConfig(TrainConfig):
         (), "rewards to leave out (Table 3)", group=REWARDS
     )
     label_reward: Literal["printed", "matched"] = option(
-        "printed", "compare labels with all of the image (Eqs. 14-18), or in the pairs of Eq. 21",
-        group=REWARDS,
+        "printed", "compare labels with all labels of the image (printed, Eqs. 14-18), or within "
+        "the pairs of Eq. 21 (matched)", group=REWARDS,
     )
     duplicate_rule: Literal["printed", "pair"] = option(
         "printed",
@@ -246,8 +246,8 @@ class PredictConfig(StageConfig):
         group=DECODING,
     )
     scores: Literal["rank", "ones", "likelihood"] = option(
-        "rank", "from 1.0 down to 0.5 in the order of the text, as the authors do; all 1.0; or the "
-        "probability of the instance's tokens", group=DECODING,
+        "rank", "rank: from 1.0 down to 0.5 in the order of the text, as the authors do; ones: all "
+        "1.0; likelihood: the probability of the instance's tokens", group=DECODING,
     )
     slots: int = option(
         0, "images decoded at once on a rank; 0: as many as fit, up to 64", least=0, group=SPEED
@@ -264,7 +264,7 @@ class PredictConfig(StageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig(Config):
-    """All of it on a drawn data set, with a tiny model, on a laptop.
+    """The whole pipeline on a data set of drawings, with a tiny model, on a laptop.
 
     Draws people and objects in HICO-DET's format. Then runs SFT, GRPO, prediction and mAP by the
     commands of a real run, with a Qwen2.5-VL of a million weights that can already describe such

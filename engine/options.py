@@ -26,7 +26,7 @@ class Option:
     paper: str = ""  # section that gives the default
     metavar: str = ""  # placeholder of the value, such as FILE in --json FILE
     positional: bool = False
-    # if the value of a resumed run differs: "refuse", "allow", "note" it; "": as its group
+    # if --resume finds another value: "refuse", "allow" or "note" the change; "": as its group
     on_resume: str = ""
     per_host: bool = False  # ranks may have different values
 
@@ -45,7 +45,7 @@ def required(text: str, **more):
 class Config:
     """Base class of a command's options; checks their bounds."""
 
-    GROUPS = ()  # headings in the order of the page; others follow
+    GROUPS = ()  # headings of --help, in order; other headings follow
     FREE = ()  # headings whose options --resume may change
 
     def __post_init__(self):
@@ -117,7 +117,7 @@ def parse_stage(stages: dict[str, type], page: str, argv: list[str] | None = Non
 
 
 def _layout(page: str) -> dict:
-    """Parser arguments to print a page: paragraphs are filled, indented ones stay as written."""
+    """Parser arguments to print a page: paragraphs are wrapped, indented ones stay as written."""
     parts = [
         part if part.startswith(" ") else textwrap.fill(part, WIDTH, break_on_hyphens=False)
         for part in page.strip("\n").split("\n\n")
@@ -150,7 +150,7 @@ def _argument(f: Field, kind) -> dict:
     argument = {"help": text.replace("%", "%%")}
     if type(None) in typing.get_args(kind):  # optional
         kind = typing.get_args(kind)[0]
-    if kind is bool:  # with a --no-... form, if it is on or undecided
+    if kind is bool:  # also gets a --no-... form, unless the default is off
         twin = default is not False
         return argument | {"action": argparse.BooleanOptionalAction if twin else "store_true"}
     if typing.get_origin(kind) is tuple:

@@ -96,7 +96,7 @@ def use_all_cores() -> None:
 def on_first(ranks: Ranks, act: Callable, *, patient: bool = False):
     """act() on the first rank, None on the others. Its InputError or OSError ends all ranks.
 
-    patient: the others wait for weeks, and not only for --timeout.
+    patient: the others may wait for weeks, longer than --timeout.
     """
     group = dist.new_group(backend="gloo", timeout=timedelta(weeks=1)) if patient else None
     result, refusal = None, ""

@@ -291,7 +291,7 @@ def lowered_step(
 def lowered_training() -> Iterator[tuple[str, str]]:
     """Name and module of each part of the 3B's update, forward and backward."""
     layout = GroupLayout((2338, 900), ((400, 300, 200, 100), (50, 60, 70, 80)))
-    tokens, patches, drawn = 2338 + 1000 + 900 + 260, 5904, 1000
+    tokens, patches, sampled = 2338 + 1000 + 900 + 260, 5904, 1000
 
     def on_gpu(*shape, dtype=torch.bfloat16):
         grad = dtype == torch.bfloat16
@@ -313,8 +313,8 @@ def lowered_training() -> Iterator[tuple[str, str]]:
         block(on_gpu(patches, 1280), cu_seqlens=ends, max_seqlen=64, position_embeddings=(*angles,))
 
     def head(model):
-        ids, banned = on_gpu(drawn, dtype=torch.long), on_gpu(151936, dtype=torch.bool)
-        head_logprobs(model.lm_head, on_gpu(drawn, 2048), ids, 1.0, banned)
+        ids, banned = on_gpu(sampled, dtype=torch.long), on_gpu(151936, dtype=torch.bool)
+        head_logprobs(model.lm_head, on_gpu(sampled, 2048), ids, 1.0, banned)
 
     for part in (text_layer, vision_block, head):
         with kept_code() as modules:

@@ -89,7 +89,7 @@ def test_folder_that_does_not_fit_is_refused(folder, tmp_path):
     packed = {"quant_method": "awq", "version": "gemm", "bits": 4, "zero_point": True}
     packed = {"quantization_config": packed | {"group_size": 32}}
     (path / "config.json").write_text(json.dumps(values | packed))
-    said = f"--model {path}: no quantised weights of a qwen3_vl are read"
+    said = f"--model {path}: quantised qwen3_vl is not supported"
     assert refusal(config).startswith(said)
     (path / "config.json").write_text(json.dumps(values))
     opens = toy.CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>\n{%")

@@ -154,6 +154,6 @@ def test_padding_has_no_gradient():
 
 def test_sample_seeds_are_a_pure_function_of_seed_step_and_place():
     keys = [(seed, step, place) for seed in (0, 1) for step in (3, 4) for place in (0, 1, 2)]
-    drawn = [grpo.sample_seeds(*key, group_size=2) for key in keys]
-    assert drawn == [grpo.sample_seeds(*key, group_size=2) for key in keys]
-    assert len(set(sum(drawn, []))) == 2 * len(keys)
+    seeds = [grpo.sample_seeds(*key, group_size=2) for key in keys]
+    assert seeds == [grpo.sample_seeds(*key, group_size=2) for key in keys]
+    assert len(set(sum(seeds, []))) == 2 * len(keys)

@@ -104,9 +104,9 @@ FAULTS = {  # changes of adapter_config.json, changed weights, the message
     "other model": ({}, {Q: (2, 128)}, "layers.0.self_attn.q_proj does not fit that layer"),
     "no B": ({}, {SEVENTH: (2, 64)}, "layers.7.self_attn.q_proj.lora_B.weight is missing"),
     "more layers": ({}, {SEVENTH: (2, 64), SEVENTH.replace("lora_A", "lora_B"): (64, 2)},
-                    "layers.7.self_attn.q_proj.lora_A.weight is of no linear layer"),
+                    "layers.7.self_attn.q_proj.lora_A.weight belongs to no linear layer"),
     "vision": ({}, {f"{VISION}A.weight": (2, 32), f"{VISION}B.weight": (48, 2)},
-               "visual.blocks.0.mlp.up_proj.lora_A.weight is of no linear layer"),
+               "visual.blocks.0.mlp.up_proj.lora_A.weight belongs to no linear layer"),
 }  # fmt: skip
 
 

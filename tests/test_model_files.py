@@ -116,7 +116,7 @@ REFUSED = {  # a change of the folder, and what the line names
     "small vocabulary": (sizes(vocab_size=700), "806 tokens, and vocab_size is 700"),
     "no config": (without(CONFIG), "no config.json in this folder"),
     "config": (write(CONFIG, '{"model_type"'), "no config.json that can be read"),
-    "another model": (values(CONFIG, model_type="llama"), "a llama; the known kinds are qwen2_5"),
+    "another model": (values(CONFIG, model_type="llama"), "llama is not one of qwen2_5"),
     "tokenizer": (lambda m: [p.unlink() for p in m.glob("token*")], "no tokenizer with <.im_end.>"),
     "processor": (without(PROCESSOR), "no image processor that can be read"),
     "patch": (values(PROCESSOR, patch_size=7), "patch_size is 7 in .* and 14 in config.json"),

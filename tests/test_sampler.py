@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from engine.sampling.draw import draw_tokens
+from engine.sampling.draw import sample_tokens
 from engine.sampling.sampler import Sampler
 from tests.tiny import collect, generate, plain_distributions, sample
 
@@ -82,14 +82,14 @@ def test_tokens_follow_the_exact_softmax(vocabulary):
     banned[vocabulary // 2] = False
     uniforms = torch.cat([torch.arange(199) / 199, torch.tensor([1 - 2**-24])]).repeat(3)
     options = {"temperature": 0.7, "banned": banned}
-    ids, logprobs, _ = draw_tokens(logits, uniforms=uniforms, **options)
+    ids, logprobs, _ = sample_tokens(logits, uniforms=uniforms, **options)
     expected = torch.log_softmax(logits.double().masked_fill(banned, -torch.inf) / 0.7, -1)
     at = expected.exp().cumsum(-1).gather(1, ids[:, None])[:, 0]
-    drawn = expected.gather(1, ids[:, None])[:, 0]
-    assert (uniforms < at + 1e-6).all() and (uniforms > at - drawn.exp() - 1e-6).all()
+    sampled = expected.gather(1, ids[:, None])[:, 0]
+    assert (uniforms < at + 1e-6).all() and (uniforms > at - sampled.exp() - 1e-6).all()
     assert not banned[ids].any()
     # logits / 0.7 reach 50, where fp32 has steps of 4e-6
-    torch.testing.assert_close(logprobs.double(), drawn, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logprobs.double(), sampled, atol=1e-5, rtol=0)
 
 
 def test_prompt_starts_as_soon_as_a_slot_is_free(model, prompts):
@@ -119,7 +119,7 @@ def test_logits_are_penalised_in_fp32(model):
     logits = torch.zeros(1, model.config.text_config.vocab_size, dtype=torch.bfloat16)
     logits[0, 3], logits[0, 5] = 19, 20
     sampler.written[0, 0, 5] = True
-    sampler.draw(torch.tensor([0]), logits)
+    sampler.sample_next(torch.tensor([0]), logits)
     assert sampler.ids[0, 0, 0] == 5
 
 

@@ -32,7 +32,7 @@ BOX_FRAMES = ("model", "original", "thousand")
 class PromptOptions:
     """Prompt options, recorded in the folders that trainings export."""
 
-    thinking: bool = True  # off: an ablation of Table 2, like the next
+    thinking: bool = True  # off: an ablation of Table 2, as for the next field
     task_description: bool = True
     box_frame: str = "model"  # units of boxes in text; one of BOX_FRAMES
     text_first: bool = False  # the image after the text, unlike the authors' prompt
@@ -43,10 +43,10 @@ class PromptOptions:
 
 
 def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:
-    """The prompt options: as `asked`, else as the model was trained, else as its family was.
+    """The prompt options: those in `asked`, else those of the model's training, or its family's.
 
-    adapter: folder of a LoRA adapter, or "". Its record comes before the model's. asked: fields of
-    PromptOptions, None if not given. Raises InputError if one contradicts the training.
+    adapter: folder of a LoRA adapter, or ""; its prompt.json is used before the model's. asked:
+    fields of PromptOptions, None if not given. Raises InputError if one contradicts the training.
     """
     trained, files = {}, [Path(folder) / PROMPT_FILE for folder in (adapter, model) if folder]
     if path := next(filter(Path.is_file, files), None):
@@ -100,7 +100,7 @@ class Examples(Dataset):
         self.target_text, self.upright = target_text, upright
         self.config = read_model_config(model)
         self.tokenizer = read_tokenizer(model)
-        # not AutoImageProcessor, which needs torchvision, and resizes with it
+        # not AutoImageProcessor, which needs torchvision and lets it resize
         self.processor = read_from_model(
             Qwen2VLImageProcessorPil.from_pretrained, model, "image processor"
         )
@@ -190,7 +190,7 @@ class Examples(Dataset):
     def banned(self, vocabulary: int) -> Tensor:
         """(V,) bool: special tokens except the end of the turn, and ids without a token.
 
-        A sampled image token would be taken for a missing image.
+        The model would look for the image of a sampled image token.
         """
         banned = torch.arange(vocabulary) >= len(self.tokenizer)
         special = [i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special]

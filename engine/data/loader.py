@@ -19,7 +19,7 @@ from engine.ranks import Ranks
 from hicodet import InputError
 
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
-LAST_SECONDS = 10  # that an image worker lives after SIGTERM, which torchrun sends to it too
+LAST_SECONDS = 10  # an image worker lives this long after SIGTERM, which torchrun sends to it too
 
 
 def batch_order(
@@ -47,7 +47,7 @@ def _example_or_error(examples: Examples, index: int) -> Example | InputError:
 
 
 def _start_worker(parent: int, worker: int) -> None:
-    """Let a worker outlive a signal, so that the parent can finish its step, but not the parent.
+    """Let a worker survive a signal, so that its parent can finish a step, but end with the parent.
 
     A worker without its parent would wait for ever, and keep the run's lock. Only on Linux can this
     be prevented.
@@ -97,7 +97,7 @@ def batches(
     """This rank's share of each batch, from step `done` on.
 
     Yields step, share, weights, and the seconds spent waiting for images. Raises InputError naming
-    an image that cannot be used, and the way out.
+    an image that cannot be used, and how to continue.
     """
     order = batch_order(len(examples), batch_size, steps, seed, excluded)
     shares = [ranks.share(batch) for batch in order[done:]]

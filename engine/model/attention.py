@@ -66,8 +66,8 @@ class GroupLayout:
     def attend(self, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Group attention over the row. q: (1, H, L, D); k, v: (1, K, L, D). Returns (1, H, L, D).
 
-        No (L, L) mask is made. A CPU makes one call per prompt and completion; a GPU one flash
-        attention call in all, in 0.84 of the time of two calls per group.
+        No (L, L) mask is made. A CPU makes one call per prompt and completion. A GPU makes a single
+        call of flash attention, which takes 0.84 times as long as two calls per group.
         """
         if has_flash(q):
             keys, *ends = self.sequences
@@ -89,7 +89,7 @@ class GroupLayout:
         """Prompts and completions as separate sequences, each with the keys that it attends to.
 
         Returns the indices of all keys in the row, sequence after sequence; the cumulative lengths
-        of queries and of keys (int32, from 0); the longest of both.
+        of queries and of keys (int32, from 0); the longest length of queries and of keys.
         """
         prefix, start = torch.arange(self.prefix), self.prefix
         keys, queries = ([prefix], [self.prefix]) if self.prefix else ([], [])
@@ -143,14 +143,14 @@ def _window_attention(
     query, key, value: (1, H, L, D). cu_seq_lens_q: (windows + 1,) cumulative lengths. With SDPA the
     library would make one call per window, about 27 per image and layer.
     """
-    if has_flash(query):  # with 16 images 0.3 of the time of SDPA below
+    if has_flash(query):  # takes 0.3 times as long as SDPA below (16 images)
         q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
         ends = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         return varlen_attn(q, k, v, *ends, scale=scaling)[None], None
     q, k, v = (x[0] for x in (query, key, value))
     lengths = cu_seq_lens_q.diff().long()
     counts, outputs, start = Counter(lengths.tolist()), [], 0
-    # patches of short windows first; the patches of a window stay together and in order
+    # short windows first; the patches of a window stay together and in order
     order = lengths.repeat_interleave(lengths, output_size=q.shape[1]).argsort(stable=True)
     if len(counts) > 1:
         q, k, v = (x.index_select(1, order) for x in (q, k, v))
@@ -184,6 +184,6 @@ def use_group_attention(model: nn.Module) -> nn.Module:
 def _embed_patches(proj: nn.Conv3d, pixels: Tensor) -> Tensor:
     """Patch embedding as a matmul (kernel = stride = patch).
 
-    pixels: (patches, patch size). On a CPU it takes a ninth of the convolution's time.
+    pixels: (patches, patch size). On a CPU it is nine times as fast as the convolution.
     """
     return F.linear(pixels.to(proj.weight.dtype), proj.weight.flatten(1), proj.bias)

@@ -76,7 +76,7 @@ def add_adapters(model: nn.Module, adapter: Adapter, dtype: torch.dtype, seed: i
         layer.lora_scale = adapter.alpha / adapter.rank
         layer.register_forward_hook(_add_low_rank)
     if left:
-        raise InputError(f"--adapter: {min(left)} is of no linear layer of the language model")
+        raise InputError(f"--adapter: {min(left)} belongs to no linear layer of the language model")
     return model
 
 

@@ -124,9 +124,9 @@ def read_model_config(model: str):
         config = read_from_model(AutoConfig.from_pretrained, model, "config.json")
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise InputError(f"--model {model}: a {config.model_type}; the known kinds are {known}")
+        raise InputError(f"--model {model}: model_type {config.model_type} is not one of {known}")
     if is_packed(config) and not FAMILIES[config.model_type].packed:
-        raise InputError(f"--model {model}: no quantised weights of a {config.model_type} are read")
+        raise InputError(f"--model {model}: quantised {config.model_type} is not supported")
     return config
 
 

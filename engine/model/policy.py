@@ -68,7 +68,7 @@ def compile_layers(model, device: torch.device) -> None:
 def sharded_parts(model, ignored: Set[nn.Parameter] = frozenset()) -> list:
     """The parts that FSDP gathers one by one: the vision tower, and each layer of the text model.
 
-    Smaller parts, such as a block of the tower, would wait for their gathering. Parts of fewer than
+    Smaller parts, such as a block of the tower, would wait to be gathered. Parts of fewer than
     SMALLEST_PART parameters are gathered with the root: all parts of the toy, whose step then takes
     0.87 of the time (two processes on a CPU).
     """

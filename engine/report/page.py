@@ -38,7 +38,7 @@ def write_page(folders: Sequence[str | Path], path: str | Path = "") -> Path:
     text = page([read_run(folder) for folder in folders])
     path = Path(path or Path(folders[-1]) / "report.html")
     with aside(path) as new:
-        new.write_text(text, encoding="utf-8", errors="replace")  # a text may hold half a character
+        new.write_text(text, encoding="utf-8", errors="replace")  # for half a surrogate pair
     return path
 
 
@@ -121,7 +121,7 @@ def _classes(columns: Sequence[Column]) -> str:
 
 
 def _percent(share: float | None) -> str:
-    """A share of 1 as the paper prints it."""
+    """A fraction in percent, as the paper prints it."""
     return "–" if share is None else f"{100 * share:.2f}"
 
 

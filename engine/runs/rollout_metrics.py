@@ -13,8 +13,8 @@ def advantage_shares(parts: dict[str, np.ndarray], eps: float = 1e-4) -> dict[st
 
     parts: (P, G) each; their sum is the reward. An advantage A is then a sum of terms a_part: the
     part minus its group mean, over the group's std of the reward plus eps. A part's share is the
-    sum of a_part A over all outputs, divided by the sum of A squared. Shares sum to 1. The other
-    parts outvote one whose share is negative. All shares are 0 if no rewards differ.
+    sum of a_part A over all outputs, divided by the sum of A squared. Shares sum to 1. A
+    negative share means that the other parts outvote this one. All are 0 if no rewards differ.
     """
     spread = sum(parts.values()).std(1, ddof=1, keepdims=True) + eps
     terms = {name: (part - part.mean(1, keepdims=True)) / spread for name, part in parts.items()}

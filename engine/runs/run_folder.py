@@ -20,7 +20,7 @@ from engine.runs.checkpoints import checkpoints, read_checkpoint, steps_of, writ
 from hicodet import InputError
 
 LOGS = ("metrics.jsonl", "rollouts.jsonl")
-# files of a run with results; a folder without any may be used by another run
+# results of a run; another run may use a folder without them
 RESULTS = ("checkpoint-*", "model*", "adapter*", "part-*.jsonl", "predictions.jsonl", *LOGS)
 FINAL = ("model", "adapter", "predictions.jsonl")  # results of a finished run
 # settings that are not options, with their names in errors
@@ -56,7 +56,7 @@ class RunFolder:
             read_checkpoint(found[-1], policy, optimizer)
         done = steps_of(found[-1]) if found else 0
         logs = [self.path / name for name in LOGS] if self.ranks.rank == 0 else []
-        for path in filter(Path.exists, logs):  # without later steps, as they will run again
+        for path in filter(Path.exists, logs):  # drop later steps, which will run again
             rows = [row for _, row in files.json_lines(path, cut_last=True)]
             kept = [json.dumps(row) + "\n" for row in rows if row["step"] <= done]
             files.replace_file(path, "".join(kept))
@@ -65,7 +65,7 @@ class RunFolder:
     def save(self, policy, optimizer, done: int, keep: int) -> None:
         """Write a checkpoint, rename it when it is complete, and keep the `keep` newest.
 
-        Raises OSError or InputError naming what cannot be written, and removes the rest.
+        If writing fails, removes the rest and raises OSError or InputError naming the file.
         """
         folder = self.path / f"checkpoint-{done:06d}"
         new = folder.with_suffix(".tmp")
@@ -95,11 +95,11 @@ class RunFolder:
     def export(
         self, policy, name: str, parts: list, notes: dict[str, str], adapter: Adapter | None
     ) -> None:
-        """Write a folder for `from_pretrained`, with fp32 weights; complete or absent.
+        """Write a folder for `from_pretrained`, with fp32 weights, complete or not at all.
 
         bf16 would round away most changes of a short run at 1e-6. parts: tokenizer and image
         processor. notes: texts of further files. adapter: of a LoRA training; it gets a separate
-        folder. Packed weights, which it cannot be merged into, are not written.
+        folder. Packed weights are not written, as an adapter cannot be merged into them.
         """
         state = {}
         for key, weight in merged_weights(policy):  # collective, so on all ranks
@@ -174,7 +174,7 @@ def _lock_folder(folder: Path, resume: bool) -> TextIO:
 
 def _write_settings(folder: Path, config, settings: dict) -> bool:
     """Write config.json, unless the run is finished. Returns whether it is finished."""
-    path, mine = folder / "config.json", json.loads(json.dumps(settings))  # as they are read back
+    path, mine = folder / "config.json", json.loads(json.dumps(settings))  # as JSON stores them
     if Path(mine["model"]).is_dir():
         mine["model"] = os.path.realpath(mine["model"])
     if any(next(folder.glob(pattern), None) for pattern in RESULTS):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DRAW_BLOCK = 512  # tokens of the vocabulary that are searched at a time
+SAMPLE_BLOCK = 512  # tokens of the vocabulary that are searched at a time
 
 
 def penalise(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
@@ -19,7 +19,7 @@ def penalise(logits: Tensor, written: Tensor, penalty: float) -> Tensor:
     return torch.where(written, lower, logits)
 
 
-def draw_tokens(
+def sample_tokens(
     logits: Tensor, *, temperature: float, uniforms: Tensor | None, banned: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token a row from softmax(logits / temperature); temperature 0 is greedy.
@@ -27,12 +27,12 @@ def draw_tokens(
     logits: (B, V). uniforms: (B,) in [0, 1), the only randomness (None when greedy). banned: (V,)
     bool. Returns ids (B,), their fp32 log-probs (B,) and the entropy of the distribution (B,), in
     nats, both at this temperature (greedy: at 1). The distribution is not truncated. Sums over
-    blocks of DRAW_BLOCK tokens are rounded to fp32, a relative error of about 1e-6.
+    blocks of SAMPLE_BLOCK tokens are rounded to fp32, a relative error of about 1e-6.
     """
     logits = logits.float() / (temperature or 1.0)
     logits = logits if banned is None else logits.masked_fill(banned, -torch.inf)
-    missing = -logits.shape[1] % DRAW_BLOCK
-    blocks = F.pad(logits, (0, missing), value=-torch.inf).unflatten(1, (-1, DRAW_BLOCK))
+    missing = -logits.shape[1] % SAMPLE_BLOCK
+    blocks = F.pad(logits, (0, missing), value=-torch.inf).unflatten(1, (-1, SAMPLE_BLOCK))
     masses = blocks.logsumexp(-1).double()  # (B, blocks)
     ids = logits.argmax(-1) if temperature == 0 else _invert_cdf(blocks, masses, uniforms)
     total = masses.logsumexp(-1)
@@ -45,7 +45,7 @@ def draw_tokens(
 def _invert_cdf(blocks: Tensor, masses: Tensor, uniforms: Tensor) -> Tensor:
     """The first token of each row at which the cumulative distribution exceeds u.
 
-    blocks: (B, blocks, DRAW_BLOCK) logits. masses: (B, blocks), the log-sum-exp of each, fp64.
+    blocks: (B, blocks, SAMPLE_BLOCK) logits. masses: (B, blocks), the log-sum-exp of each, fp64.
     uniforms: (B,). Returns (B,).
 
     Finds the block of tokens first, then the token in it: a GPU is slow at one running sum over V,
@@ -60,4 +60,4 @@ def _invert_cdf(blocks: Tensor, masses: Tensor, uniforms: Tensor) -> Tensor:
     inside = (inside - masses.gather(1, block)).exp().cumsum(-1)
     # rounding may make the share 1, beyond the last token of the block
     target = inside[:, -1:] * share.clamp(max=1 - 2**-52)
-    return block[:, 0] * DRAW_BLOCK + (inside <= target).sum(-1)
+    return block[:, 0] * SAMPLE_BLOCK + (inside <= target).sum(-1)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from engine.model.families import CACHE
 from engine.model.packing import Prompt, hidden_states, pack
 from engine.sampling.decode_step import DecodeStep, GroupCache, Prefill, prepare_for_decoding
-from engine.sampling.draw import draw_tokens, penalise
+from engine.sampling.draw import penalise, sample_tokens
 from hicodet import InputError
 
 PREFILL_PROMPTS = 16  # most prompts per prefill; its activations stay below the update's
-LOOK_EVERY = 16  # on a GPU, steps between two checks of which rows are done
+LOOK_EVERY = 16  # on a GPU, number of steps before the next check for finished rows
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Sampler:
     def run(
         self, prompts: Iterable[tuple[Prompt, list[int] | None]]
     ) -> Iterator[tuple[int, Rollout]]:
-        """Yield each prompt's number and its G completions, in the order in which groups end.
+        """Yield each prompt's number and its G completions, in the order in which groups finish.
 
         prompts: each with the seeds of its G completions, None when greedy; read as slots become
         free. Raises ValueError if a prompt is too long, or has another number of seeds.
@@ -135,10 +135,10 @@ class Sampler:
         self.prompt_lengths[at] = torch.tensor(lengths, device=at.device)
         positions = batch.position_ids[:, :, prefix:].split(own, dim=2)
         self.first_positions[at] = torch.stack([of_one.max() for of_one in positions]) + 1
-        if self.temperature:  # numbers of a row's own seed do not depend on its slot
+        if self.temperature:  # each row has its own seed, so its slot does not matter
             rows = [torch.Generator().manual_seed(seed) for group in seeds for seed in group]
-            draws = [torch.rand(self.max_new_tokens, generator=row) for row in rows]
-            uniforms = torch.stack(draws).view(len(seeds), self.group_size, -1)
+            uniforms = [torch.rand(self.max_new_tokens, generator=row) for row in rows]
+            uniforms = torch.stack(uniforms).view(len(seeds), self.group_size, -1)
             self.uniforms[at] = uniforms.to(at.device)
         self.counts[at], self.done[at] = 0, False
         if self.written is not None:
@@ -148,7 +148,7 @@ class Sampler:
         for slot, number in zip(slots, numbers):
             self.owners[slot] = number
         ends = prefix + torch.tensor(own, device=at.device).cumsum(0) - 1
-        self.draw(at, self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0))
+        self.sample_next(at, self.model.lm_head(hidden[ends]).repeat_interleave(self.group_size, 0))
 
     def step(self, room: int) -> None:
         """Feed the last token of every row and sample the next; rows that are done are discarded.
@@ -167,9 +167,9 @@ class Sampler:
             use_cache=True,
             **{CACHE: step},
         ).last_hidden_state[0]
-        self.draw(slots, self.model.lm_head(hidden))
+        self.sample_next(slots, self.model.lm_head(hidden))
 
-    def draw(self, slots: Tensor, logits: Tensor) -> None:
+    def sample_next(self, slots: Tensor, logits: Tensor) -> None:
         """Sample a token for each row of these slots, and add it to rows that are not done."""
         counts, done = self.counts[slots], self.done[slots]
         members = torch.arange(self.group_size, device=slots.device)
@@ -177,7 +177,7 @@ class Sampler:
         if self.written is not None:
             written = self.written[slots].flatten(0, 1)
             logits = penalise(logits.float(), written, self.repetition_penalty)
-        ids, logprobs, entropies = draw_tokens(
+        ids, logprobs, entropies = sample_tokens(
             logits,
             temperature=self.temperature,
             uniforms=self.uniforms[at].flatten() if self.temperature else None,
@@ -221,9 +221,9 @@ class Sampler:
     def capture(self) -> torch.cuda.CUDAGraph:
         """Compile a step and record its kernels.
 
-        A later Sampler of the same shapes reuses the compiled code. Too many shapes are an error,
-        never a step that runs uncompiled. Warm-up runs with every row marked done, and the next
-        step overwrites what it wrote to the cache.
+        A later Sampler of the same shapes reuses the compiled code. Too many shapes raise an error;
+        no step runs uncompiled. Every row is marked done during warm-up, and the next step
+        overwrites what warm-up wrote to the cache.
         """
         prepare_for_decoding(self.model)
         step, done = torch.compile(self.step, dynamic=False, fullgraph=True), self.done.clone()

@@ -29,8 +29,8 @@ PRICES = {
     "gpt-4o": (2.50, 10.00, 85),
     "gpt-4o-2024-05-13": (5.00, 15.00, 85),
 }
-TRACE_TOKENS = 150  # of a trace, for estimates
-BATCH_DISCOUNT, BATCH_SIZE = 0.5, 1000  # requests in a file: OpenAI takes 200 MB
+TRACE_TOKENS = 150  # tokens of a trace, for estimates
+BATCH_DISCOUNT, BATCH_SIZE = 0.5, 1000  # requests per file; OpenAI takes files of 200 MB
 MAX_BACKOFF, MAX_RETRY_AFTER = 60.0, 3600.0  # seconds
 SHORTEST_SECRET = 8  # characters; a shorter key such as "none" may be a word of a trace
 LOOPBACK = {"localhost", "127.0.0.1", "::1"}
@@ -110,7 +110,7 @@ def usage_of(reply: dict, teacher: Teacher) -> dict:
 
 
 class EveryStatus(urllib.request.HTTPErrorProcessor):
-    """Return every reply, whatever its status. So no redirect sends the key to another host."""
+    """Return every reply as it is: following a redirect would send the key to another host."""
 
     def http_response(self, request, response):
         return response
@@ -209,8 +209,8 @@ def write_requests(
 ) -> dict[str, str]:
     """Write the request files of a batch next to `out`. Returns why images have no request.
 
-    size: most requests in a file. Raises InputError if there are such files already: handing them
-    in twice would cost twice.
+    size: most requests in a file. Raises InputError if there are such files already, as sending a
+    request twice would cost twice.
     """
     if old := sorted(out.parent.glob(f"{out.stem}.requests-*.jsonl")):
         raise InputError(f"{old[0]} is there already: --collect its results if it was handed in, "
