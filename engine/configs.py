@@ -121,8 +121,8 @@ class TrainConfig(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.lora_alpha and not self.lora_rank:
-            raise ValueError("--lora-alpha: only with --lora-rank")
+        if self.lora_alpha and not (self.lora_rank or self.adapter):
+            raise ValueError("--lora-alpha: only with --lora-rank or --adapter")
 
 
 @dataclass(frozen=True, kw_only=True)
