@@ -56,8 +56,8 @@ def aside(path: Path) -> Iterator[Path]:
 
 
 def move(new: Path, path: Path) -> None:
-    """Rename a file or folder, replacing any at the new path."""
-    if path.is_dir():
+    """Rename a file or folder, replacing any at the new path; a file never replaces a folder."""
+    if new.is_dir() and path.is_dir():
         shutil.rmtree(path)
     os.replace(new, path)
 
@@ -74,10 +74,10 @@ def replace_file(path: Path, text: str) -> None:
     """Write a file atomically; a pipe or device is written to directly."""
     if path.exists() and not path.is_file():
         with naming(path):
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         return
     with aside(path) as new:
-        new.write_text(text)
+        new.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: dict) -> None:

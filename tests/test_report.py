@@ -68,6 +68,15 @@ def test_folder_that_is_no_run_is_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(refused.value) and not list(tmp_path.rglob("report.html"))
 
 
+def test_page_does_not_replace_a_folder(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").write_text("kept")
+    with pytest.raises(IsADirectoryError, match="mine"):
+        write_page([write_training(tmp_path)], tmp_path / "mine")
+    assert (tmp_path / "mine" / "notes").read_text() == "kept"
+    assert not list(tmp_path.glob("*.tmp"))
+
+
 @pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "rollouts.jsonl"])
 def test_damaged_file_is_named_in_one_line(tmp_path, name):
     folder = write_training(tmp_path)
