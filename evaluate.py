@@ -250,7 +250,8 @@ class EvaluateConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.json and self.json.resolve() == self.predictions.resolve():
+        read = (self.predictions, self.predictions / "predictions.jsonl")  # or the folder of a run
+        if self.json and self.json.resolve() in [path.resolve() for path in read]:
             raise ValueError("--json would overwrite the predictions")
         if self.official_mat and self.limit:
             raise ValueError("--official-mat needs the whole split: leave out --limit")

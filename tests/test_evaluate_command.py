@@ -120,6 +120,15 @@ def test_bad_input_is_one_short_line(predictions, data, said, dataset, capsys):
     assert said in line and len(line) < len(str(dataset)) * 2 + 200
 
 
+def test_json_does_not_overwrite_the_predictions_of_a_run(dataset, capsys):
+    (dataset / "run").mkdir()
+    path = (dataset / "p.jsonl").rename(dataset / "run" / "predictions.jsonl")
+    before = path.read_text()
+    assert run_main(dataset / "run", "--data", dataset, "--json", path) == 2
+    assert "--json would overwrite the predictions" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
 def test_output_that_cannot_be_written_is_named(dataset, capsys):
     """The table is printed first. On a full disk the earlier file stays."""
     words, out = [dataset / "p.jsonl", "--data", dataset], dataset / "ap.json"
