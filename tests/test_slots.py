@@ -35,7 +35,10 @@ def slots_of(monkeypatch):
     def choose(asked, images, fitting):
         model, room = tiny_model(), {"group_size": 1, "prompt_room": 300, "new": 100}
         free = fitting * slot_bytes(model.config.text_config, model.dtype, 1, 300, 100) / 0.75
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free) + 1, 10**12))
+        calls = []  # memory that PyTorch holds without using it counts as free
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+        found = (int(free) + 1, 10**12)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: calls and found)
         return choose_slots(model, Ranks(0, 1, GPU), asked, images, **room)
 
     return choose

@@ -41,6 +41,7 @@ def choose_slots(
     wanted = max(min(asked or MOST_SLOTS, images), 1)
     if ranks.device.type == "cpu":
         return wanted
+    torch.cuda.empty_cache()  # after a training step, PyTorch holds memory that it does not use
     free = torch.cuda.mem_get_info(ranks.device)[0]
     slot = slot_bytes(model.config.text_config, model.dtype, group_size, prompt_room, new)
     fitting = int(free * share) // slot
