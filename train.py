@@ -21,7 +21,7 @@ from tqdm import tqdm
 from engine import configs
 from engine.data import image_check
 from engine.data.examples import PROMPT_FILE, Example, Examples
-from engine.data.loader import batches
+from engine.data.loader import LEAVE_OUT, batches
 from engine.files import naming, replace_file
 from engine.model.lora import Adapter, read_adapter
 from engine.model.model_files import model_warnings
@@ -115,8 +115,11 @@ def with_rate(config: configs.TrainConfig) -> configs.TrainConfig:
 
 
 def first_example(examples: Examples, excluded: Collection[int]) -> Example:
-    """The first example that is not excluded."""
-    return examples[next(i for i in range(len(examples)) if i not in excluded)]
+    """The first example that is not excluded. Raises InputError if its image cannot be used."""
+    try:
+        return examples[next(i for i in range(len(examples)) if i not in excluded)]
+    except InputError as error:
+        raise InputError(f"{error}; {LEAVE_OUT}") from None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,9 @@ from PIL import Image
 
 import hoi_r1
 from engine.data import annotations
+from engine.data.image_check import read_names
 from engine.data.loader import batch_order
+from hicodet import InputError
 from tests.annotation_files import own_line, write_own
 from tests.runs import config_of, refusal, run, same_weights
 
@@ -79,6 +81,23 @@ def test_training_that_met_a_bad_image_continues_without_it(folder, data, tmp_pa
     (change,) = json.loads((tmp_path / "two" / "config.json").read_text())["changes"]
     before, after = change["excluded"]
     assert change["step"] == 1 and before == "none" and after.startswith("2 images, ")
+
+
+def test_first_image_that_cannot_be_used_names_the_way_out(folder, data, tmp_path):
+    (name,) = break_images(data, "train", cut=0)
+    config = config_of("grpo", folder, tmp_path / "out", data=str(data))
+    for dry_run in (False, True):
+        said = refusal(replace(config, dry_run=dry_run))
+        assert f"/{name}: cannot be read as an image" in said and "--exclude bad.txt" in said
+
+
+def test_exclude_file_may_start_with_a_byte_order_mark_but_must_be_text(tmp_path):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(b"\xef\xbb\xbfa.jpg\r\nb.jpg\r\n")
+    assert read_names(str(path)) == {"a.jpg", "b.jpg"}
+    path.write_bytes(b"\xff\xd8\xff\xe0")  # a JPEG
+    with pytest.raises(InputError, match=f"--exclude {path}: no text in UTF-8"):
+        read_names(str(path))
 
 
 def test_run_without_any_image_is_refused(folder, tmp_path):

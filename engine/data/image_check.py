@@ -42,8 +42,14 @@ def check(*, data: str, split: str | None = None, out: str = "", workers: int = 
 
 
 def read_names(path: str) -> set[str]:
-    """The file names in an --exclude file, one per line; none without a file."""
-    return set(Path(path).read_text().split("\n")) - {""} if path else set()
+    """The file names in an --exclude file, one per line; none without a file.
+
+    Raises InputError if it is no text.
+    """
+    try:
+        return set(Path(path).read_text("utf-8-sig").split("\n")) - {""} if path else set()
+    except UnicodeDecodeError as error:
+        raise InputError(f"--exclude {path}: no text in UTF-8 ({error})") from None
 
 
 def excluded_images(exclude: str, samples: list[Sample]) -> set[int]:

@@ -18,6 +18,10 @@ from engine.model.packing import Prompt
 from engine.ranks import Ranks
 from hicodet import InputError
 
+LEAVE_OUT = (  # what to do about an image that cannot be used
+    "`hoi_r1.py check --out bad.txt` lists all such images, and --resume with --exclude bad.txt "
+    "leaves them out"
+)
 PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
 LAST_SECONDS = 10  # an image worker lives this long after SIGTERM, which torchrun sends to it too
 
@@ -106,8 +110,5 @@ def batches(
         started = time.perf_counter()
         batch = [next(stream) for _ in share]
         if error := next((e for e in batch if isinstance(e, InputError)), None):
-            raise InputError(
-                f"{error}; `hoi_r1.py check --out bad.txt` lists all such images, and --resume "
-                "with --exclude bad.txt leaves them out"
-            )
+            raise InputError(f"{error}; {LEAVE_OUT}")
         yield step, batch, weights, time.perf_counter() - started
