@@ -76,7 +76,9 @@ class StageConfig(Config):
 class TrainConfig(StageConfig):
     """Options shared by sft and grpo; defaults are Sec. 4.2 or the readings of docs/paper.md."""
 
-    seed: int = option(0, "seed of data order and sampling", least=0, group=LENGTH)
+    seed: int = option(
+        0, "seed of data order and sampling", least=0, below=2**63, group=LENGTH
+    )
     epochs: int = option(
         1, "passes over the training images if --max-steps is 0", least=1, paper="Sec. 4.2",
         group=LENGTH, on_resume="allow",
@@ -117,7 +119,9 @@ class TrainConfig(StageConfig):
     offload: bool = option(
         False, "keep weights, gradients and AdamW's state in host memory; slower", group=SPEED
     )
-    timeout: float = option(10, "minutes to wait for other ranks", least=0.01, group=SPEED)
+    timeout: float = option(
+        10, "minutes to wait for other ranks", least=0.01, below=1e6, group=SPEED
+    )
 
     def __post_init__(self):
         super().__post_init__()

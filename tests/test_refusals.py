@@ -126,7 +126,8 @@ RUN = "--model m --data d --out o"
     f"sft {RUN} --max-grad-norm 0", f"sft {RUN} --learning-rate inf", f"sft {RUN} --adam-beta2 1",
     f"sft {RUN} --weight-decay nan", f"grpo {RUN} --kl-coef inf", f"grpo {RUN} --clip-eps nan",
     f"grpo {RUN} --temperature inf", "demo --train-images 0", "demo --steps-scale 0",
-    f"grpo {RUN} --ratio both", f"sft {RUN} --max-stepz 5",
+    f"sft {RUN} --timeout 1e300", f"sft {RUN} --seed {2**63}", f"grpo {RUN} --ratio both",
+    f"sft {RUN} --max-stepz 5",
 ])  # fmt: skip
 def test_values_out_of_bounds_are_refused_with_the_flag(flag, capsys):
     with pytest.raises(SystemExit):
