@@ -148,7 +148,8 @@ def collect_batch(
         if name not in todo or name in file.names:
             continue
         think, missing[name] = None, openai_chat.first_words(json.dumps(result))
-        reply = (result.get("response") or {}).get("body")
+        response = result.get("response")
+        reply = response.get("body") if isinstance(response, dict) else None
         if openai_chat.is_completion(reply):
             think, missing[name] = accept_trace(reply)
         if think:

@@ -156,6 +156,7 @@ def test_results_are_collected_in_any_order(tmp_path):
     results[3] = result(names[3], "no")
     results[4] = json.dumps({"custom_id": names[4], "response": None,
                              "error": {"code": "expired", "message": "too late \x1b"}}) + "\n"
+    results[5] = json.dumps({"custom_id": names[5], "response": ["odd"]}) + "\n"
     results += [results[7], result(names[8], "no")]  # 7 twice; 8 rejected and accepted
     random.shuffle(results)
     paths = [tmp_path / "one", tmp_path / "two"]
@@ -164,11 +165,11 @@ def test_results_are_collected_in_any_order(tmp_path):
     out, half = tmp_path / "t.jsonl", make_teacher(prices=(0.075, 0.3))
     with TraceFile(out) as file:
         missing = teacher.collect_batch(paths, set(names), half, file)
-        assert missing.keys() == {names[3], names[4]}
+        assert missing.keys() == {names[3], names[4], names[5]}
         assert "too late" in missing[names[4]] and missing[names[4]].isprintable()
         traces = [json.loads(line) for line in out.read_text().splitlines()]
-        assert len(traces) == 28 and {t["file_name"] for t in traces} == {*names} - missing.keys()
+        assert len(traces) == 27 and {t["file_name"] for t in traces} == {*names} - missing.keys()
         # 1000 * 0.075 + 100 * 0.3 = 105 millionths of a dollar each
         assert traces[0]["usage"] == USAGE | {"cost": pytest.approx(105e-6)}
         assert teacher.collect_batch(paths, set(names), half, file) == missing
-    assert len(out.read_text().splitlines()) == 28
+    assert len(out.read_text().splitlines()) == 27
