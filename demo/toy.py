@@ -33,7 +33,7 @@ from demo.scenes import SIDE, Scene, draw_scene, make_scenes
 from engine.files import naming
 from engine.options import Config, option, parse_config, required
 from engine.signals import one_line
-from hicodet import HOI_CLASSES, Box
+from hicodet import HOI_CLASSES, Box, InputError
 
 BASE_MODEL = Path(__file__).parent / "base_model"
 MAX_PAIRS = 3
@@ -244,6 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     """Write data, model and grounding texts; --help lists the options."""
     config = parse_config(ToyConfig, __doc__, argv, prog="python -m demo.toy")
     with one_line(), naming(config.dir):
+        if (config.dir / "run.lock").exists():  # its model/ may have been trained for days
+            raise InputError(f"{config.dir}: holds a run; choose another folder")
         write_data(config.dir / "data", config.train, config.test, config.seed, pairs=config.pairs,
                    left_out=config.left_out)
         write_grounding(config.dir / "grounding.jsonl", config.train, config.seed, config.pairs)

@@ -195,6 +195,15 @@ def test_model_folder_loads_and_reads_an_image(folder, tokenizer):
     assert len(tokenizer) < model.config.text_config.vocab_size  # padded, as Qwen's is
 
 
+def test_folder_of_a_run_keeps_its_model(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "run.lock").touch()
+    with pytest.raises(SystemExit):
+        toy.main([str(tmp_path), "--train", "1", "--test", "1"])
+    assert f"{tmp_path}: holds a run; choose another folder" in capsys.readouterr().err
+    assert not list((tmp_path / "model").iterdir())
+
+
 def test_special_tokens_are_single_ids_after_all_others(tokenizer):
     ids = [tokenizer(token).input_ids for token in toy.SPECIAL_TOKENS]
     assert ids == [[len(tokenizer) - len(ids) + i] for i in range(len(ids))]
