@@ -147,6 +147,8 @@ WRONG_LINES = {
     "not JSON (": '{"file_name": "b.jp',
     "'file_name' must be on one line of a split only; found 'a.jpg'": own_line("a.jpg"),
     "'split' must be \"train\" or \"test\"; found 'val'": own_line("b.jpg", "val"),
+    "'width' and 'height' must be at least 1; found [0, 0]":
+        own_line("b.jpg") | {"width": 0, "height": 0},
     "'height' of the line must be a whole number; found 9.5": own_line("b.jpg") | {"height": 9.5},
     "'verb' of pairs[1] must be a text; found ['ride']": with_pair(verb=["ride"]),
     "'verb' of pairs[1] must be one that HICO has with 'bike'": with_pair(object_class="bike"),

@@ -112,6 +112,7 @@ def _own_row(line: object) -> tuple[str, Row]:
     name, split = value_of(line, "file_name", str), value_of(line, "split", str)
     expect(split in SPLITS, "'split'", '"train" or "test"', split)
     width, height = value_of(line, "width", int), value_of(line, "height", int)
+    expect(min(width, height) > 0, "'width' and 'height'", "at least 1", [width, height])
     entries = enumerate(value_of(line, "pairs", list))
     pairs = tuple(_own_pair(entry, f"pairs[{i}]") for i, entry in entries)
     return split, (name, width, height, pairs, {HOI_CLASSES[pair.hoi_id][1] for pair in pairs})
