@@ -95,7 +95,7 @@ def export_slowly(words: list[str]) -> None:
 
 @pytest.mark.slow
 def test_export_may_take_longer_than_timeout(folder, tmp_path):
-    """--timeout is 2 seconds. The other rank waits in `patient_group` for the first."""
+    """--timeout is 2 seconds. The other rank waits for the first without that limit."""
     line = SFT_LINE.format(folder=folder).removeprefix("hoi_r1.py ")
     line += f" --out {tmp_path} --max-steps 1 --workers 0 --timeout 0.0334"
     on_two_ranks(export_slowly, line.split())
