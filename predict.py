@@ -49,9 +49,9 @@ MANY = 0.5  # a larger share of cut or unreadable answers brings a warning
 def predict(config: PredictConfig) -> None:
     """Write predictions.jsonl and summary.json for a split."""
     ranks, config = start_ranks(), with_base(config)
-    samples = load_split(config.data, config.split)[: config.limit or None]
-    excluded = excluded_images(config.exclude, samples)
-    samples = [sample for i, sample in enumerate(samples) if i not in excluded]
+    every = load_split(config.data, config.split)[: config.limit or None]
+    excluded = excluded_images(config.exclude, every)
+    samples = [sample for i, sample in enumerate(every) if i not in excluded]
     if config.exclude:
         ranks.print(f"{len(excluded)} images are excluded")
     examples = Examples(config.model, samples, asked_options(config))
@@ -80,7 +80,9 @@ def predict(config: PredictConfig) -> None:
         summary |= {"seconds": seconds, "tokens_per_second": tokens / seconds}
     if ranks.rank == 0 and (todo or not (run.path / "predictions.jsonl").exists()):
         write_json(run.path / "summary.json", summary)
-        predictions.write_predictions(run.path / "predictions.jsonl", (row["line"] for row in rows))
+        lines = {sample.file_name: empty_line(sample) for sample in every}
+        lines |= {row["line"]["file_name"]: row["line"] for row in rows}
+        predictions.write_predictions(run.path / "predictions.jsonl", lines.values())
         update_page(run.path)
     ranks.print("\n".join([json.dumps(summary, indent=2), *warnings_of(summary)]))
     run.finish(complete=not unread)  # --resume predicts the others once they can be read
@@ -207,12 +209,16 @@ def predict_rows(
             bar.update()
 
 
+def empty_line(sample: hicodet.Sample) -> dict:
+    """The line of an image without a prediction, which evaluate.py needs too."""
+    return {"file_name": sample.file_name, "text": "", "instances": []}
+
+
 def unread_row(index: int, sample: hicodet.Sample, reason: str) -> dict:
-    """The row of an image that cannot be used; it has no prediction."""
-    line = {"file_name": sample.file_name, "text": "", "instances": []}
+    """The row of an image that cannot be used."""
     reward = text_reward("", sample.hois) if sample.hois else None
-    row = {"index": index, "length": 0, "finished": True, "line": line, "reward": reward}
-    return row | {"unread": reason}
+    row = {"index": index, "length": 0, "finished": True, "line": empty_line(sample)}
+    return row | {"reward": reward, "unread": reason}
 
 
 def prediction(

@@ -235,8 +235,8 @@ class PredictConfig(StageConfig):
         (), "photographs to predict, instead of --data", group=FILES, metavar="FILE"
     )
     exclude: str = option(
-        "", "leave out the images that this file lists, one name per line", group=DATA_ONLY,
-        metavar="FILE", per_host=True,
+        "", "predict nothing for the images that this file lists, one name per line",
+        group=DATA_ONLY, metavar="FILE", per_host=True,
     )
     resume: bool = option(False, "continue the run in --out", group=DATA_ONLY, on_resume="allow")
     split: Literal["train", "test"] = option("test", "images to predict", group=DATA_ONLY)

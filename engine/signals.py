@@ -63,6 +63,11 @@ def one_line(name: str = "", go_on: str = "") -> Iterator[None]:
         start = "\n" if "tqdm" in sys.modules else ""  # after a progress bar
         print(f"{start}{name}{where}error: {error}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except RuntimeError as error:
+        if "by peer" not in str(error):  # gloo's words for a rank that is gone
+            raise
+        print(f"{name}rank {rank}: error: another rank has ended", file=sys.stderr, flush=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second one ends it at once
         if not rank:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+import evaluate
 import hoi_r1
 from engine.data import annotations
 from engine.data.image_check import read_names
@@ -131,6 +132,16 @@ def test_bad_image_is_an_empty_line_until_it_is_replaced(folder, data, tmp_path,
     again = [json.loads(line) for line in path.read_text().splitlines()]
     assert again[1]["text"] and [again[0], *again[2:]] == [lines[0], *lines[2:]]
     assert "unread" not in json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+def test_excluded_image_is_an_empty_line_that_can_be_evaluated(folder, data, tmp_path):
+    names = break_images(data, "test", cut=1)
+    bad, out = exclude(tmp_path / "bad.txt", names), tmp_path / "out"
+    options = {"data": str(data), "exclude": bad, "max_new_tokens": 3}
+    run(config_of("predict", folder, out, **options))
+    lines = [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+    assert lines[1] == {"file_name": names[0], "text": "", "instances": []} and len(lines) == 6
+    evaluate.main([str(out), "--data", str(data)])
 
 
 def test_prediction_of_bad_images_alone_is_refused(folder, data, tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import hoi_r1
+from engine.data import annotations
 from tests.runs import config_of, refusal, run
 
 ROOT = Path(hoi_r1.__file__).parent
@@ -48,6 +49,8 @@ def test_folder_is_written_by_one_process(folder, tmp_path):
         holder.wait()
     run(replace(config, resume=True))
     assert "holds a run; --resume it, or choose another folder" in refusal(config)
+    predict = config_of("predict", folder, config.out, resume=True)
+    assert "holds a run of sft; choose another folder" in refusal(predict)
 
 
 def test_folder_of_a_failed_start_can_be_used_again(folder, tmp_path):
@@ -142,6 +145,18 @@ def test_values_have_the_types_of_the_fields():
     assert (config.slots, config.task_description, config.resume) == (3, None, False)
 
 
+def under_torchrun(*words):
+    """The lines with an error of a run of two ranks that fails without a traceback."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    words = ["hoi_r1.py", *words, "--untraced", "skip", "--no-task-description"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [*torchrun, *words], cwd=ROOT, capture_output=True, text=True, env=environment
+    )
+    assert found.returncode == 1 and 'hoi_r1.py", line' not in found.stderr, found.stderr
+    return [line for line in found.stderr.splitlines() if "error: " in line]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("data, lines", [
     ("data", ["error: --out {out}: holds other files; choose an empty folder"]),
@@ -153,14 +168,19 @@ def test_under_torchrun(data, lines, folder, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     line = f"sft --model {folder}/model --data {folder}/{data} --traces {folder}/traces.jsonl"
-    run = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "hoi_r1.py",
-         *line.split(), "--untraced", "skip", "--no-task-description",
-         "--out", str(tmp_path / "run")],
-        cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
-    said = [line for line in run.stderr.splitlines() if "error: " in line]
+    said = under_torchrun(*line.split(), "--out", str(tmp_path / "run"))
     names = {"out": tmp_path / "run", "folder": folder}
     expected = [text.format(rank="rank 1: " if n else "", **names) for n, text in enumerate(lines)]
-    assert run.returncode == 1 and said and set(said) <= set(expected), said
-    assert 'hoi_r1.py", line' not in run.stderr
+    assert said and set(said) <= set(expected), said
+
+
+@pytest.mark.slow
+def test_cut_image_of_one_rank_is_one_line_on_each(folder, tmp_path):
+    data = shutil.copytree(folder / "data", tmp_path / "data")
+    path = annotations.load_split(data, "train")[5].path
+    path.write_bytes(path.read_bytes()[:500])
+    line = f"sft --model {folder}/model --data {data} --traces {folder}/traces.jsonl"
+    found = under_torchrun(*line.split(), "--out", str(tmp_path / "run"))
+    bad = [text for text in found if "cannot be read as an image" in text]
+    other = [text for text in found if "error: another rank has ended" in text]
+    assert len(bad) == len(other) == 1 and "--exclude bad.txt" in bad[0]

@@ -181,6 +181,8 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
         if not config.resume:
             raise InputError(f"--out {folder}: holds a run; --resume it, or choose another folder")
         stored = files.read_object(path)
+        if (stage := stored.get("stage")) != mine["stage"]:
+            raise InputError(f"--out {folder}: holds a run of {stage}; choose another folder")
         changed = {n: [stored.get(n), mine[n]] for n in mine if stored.get(n) != mine[n]}
         require_same_run(changed, config)
         # "finished" was removed if a longer run has begun; the older result is still there
