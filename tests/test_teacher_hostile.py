@@ -41,7 +41,7 @@ def test_retry_after(header, expected):
     assert error.retry_after == expected
 
 
-def test_retries_end_with_the_last_fault_or_a_reply():
+def test_retries_end_with_the_last_fault_or_a_reply(capsys):
     replies = iter(["429", "stall", "500", f"<think>{THINK}</think>"])
     server, stop = Server(lambda: next(replies)), threading.Event()
     one = make_teacher(base_url=server.url, retries=3, timeout=0.3, backoff=0.001)
@@ -49,7 +49,7 @@ def test_retries_end_with_the_last_fault_or_a_reply():
     server.answer = lambda: "500"
     with pytest.raises(NoReply, match="500.*oops"):
         complete(one, {}, stop)
-    assert len(server.bodies) == 8
+    assert len(server.bodies) == 8 and "oops; trying again" in capsys.readouterr().err
     stop.set()
     with pytest.raises(NoReply):
         complete(one, {}, stop)

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import sys
 import threading
 import urllib.request
 from collections.abc import Sequence
@@ -199,6 +200,8 @@ def complete(teacher: Teacher, body: dict, stop: threading.Event) -> dict:
         except NoReply as error:
             if error.retry_after is None or retry == teacher.retries:
                 raise
+            if retry == 1:
+                tqdm.write(f"{error}; trying again", file=sys.stderr)
             backoff = min(MAX_BACKOFF, teacher.backoff * 2**retry) * random.uniform(0.5, 1.0)
             if stop.wait(max(backoff, error.retry_after)):
                 raise
