@@ -17,7 +17,8 @@ import teacher
 from demo import run, scenes, show, toy
 from demo.grounding import PAIRS_PROMPT, PROMPT, grounding_text, pair_lines
 from hicodet import HOI, InputError, Sample
-from tests.runs import metrics, weights
+from tests.run_folders import instance_row
+from tests.runs import metrics, same_weights, weights
 from tests.test_disk_full import no_file_above
 
 MAINS = {"hoi_r1.py": hoi_r1, "teacher.py": teacher, "evaluate.py": evaluate, "demo.toy": toy,
@@ -49,10 +50,6 @@ def run_demo(out, *flags, command=in_this_process):
         hoi_r1.main(["demo", "--out", str(out), *SMALL, *flags])
 
 
-def difference(one, other):
-    return max(float((one[name] - other[name]).abs().max()) for name in one)
-
-
 # base models
 
 
@@ -77,7 +74,7 @@ def test_interrupted_base_goes_on_to_the_same_weights(folder, tmp_path, monkeypa
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"finished": False}))
     shutil.rmtree(tmp_path / "whole" / "model")
     demo.base.main([*flags, str(tmp_path / "whole"), "--resume"])
-    assert difference(whole, weights(tmp_path / "whole")) == 0
+    assert same_weights(whole, tmp_path / "whole")
     assert [row["step"] for row in metrics(tmp_path / "whole")] == [1, 2, 3]
 
 
@@ -250,9 +247,7 @@ def test_answers_are_next_to_the_truth_with_their_rewards(tmp_path):
     Image.new("RGB", (120, 60)).save(tmp_path / "x.png")
     hoi = HOI((0, 0, 9, 9), (20, 20, 40, 40), "horse", ("ride",))
     sample = Sample("x.png", tmp_path / "x.png", 120, 60, (hoi,), (), frozenset())
-    instance = {"human": [0, 0, 9, 9], "object": [20, 20, 40, 40], "object_class": "horse",
-                "verbs": ["ride"]}
-    row = {"reward": {"total": 1.0}, "line": {"instances": [instance]}}
+    row = {"reward": {"total": 1.0}, "line": {"instances": [instance_row(hoi)]}}
     drawn = show.answers(sample, {"sft": row, "grpo": row | {"line": {"instances": []}}})
     assert drawn.width == 3 * 480 + 2 * 8  # with gaps
     truth, sft, grpo = (drawn.crop((x, 0, x + 480, 240)) for x in (0, 488, 976))

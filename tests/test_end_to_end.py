@@ -138,3 +138,8 @@ def test_help_answers_without_slow_imports(program):
         f"assert not {slow} & set(sys.modules)"
     )
     assert "usage:" in run("-c", code)
+
+
+def test_report_and_show_do_not_load_torch():
+    modules = "import sys, engine.report.page, engine.report.pictures; "
+    run("-c", modules + "assert 'torch' not in sys.modules")

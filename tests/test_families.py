@@ -1,20 +1,14 @@
 """engine/model/families.py: each family equals the library's model and runs all commands."""
 
 import json
-from dataclasses import replace
 
 import pytest
-import torch
 
 import evaluate
 from demo import toy
-from engine.data import annotations
-from engine.data.examples import Examples, PromptOptions, prompt_options
+from engine.data.examples import prompt_options
 from engine.model.attention import use_group_attention
 from engine.model.families import FAMILIES
-from hicodet import format_completion, in_frame, parse_completion
-from predict import prediction
-from rewards import total_reward
 from tests.runs import config_of, metrics, refusal, run
 from tests.test_lora_runs import assert_same_results, stopped_copy
 from tests.test_packing import (  # noqa: F401  these tests run for each family
@@ -33,42 +27,6 @@ from tests.tiny import family_config, family_model, write_family
 def model(request, seed):
     """A tiny model of each family; the imported tests use it too."""
     return use_group_attention(family_model(request.param, seed))
-
-
-@pytest.fixture(scope="module")
-def samples(folder):
-    return [s for s in annotations.load_split(folder / "data", "train") if s.hois]
-
-
-def examples_in(frame, folder, samples):
-    return Examples(str(folder / "model"), samples, PromptOptions(True, False, frame))
-
-
-def test_rewards_do_not_depend_on_the_frame_of_boxes(folder, samples):
-    """The same wrong boxes, in thousandths and in pixels of the resized image."""
-    found = {}
-    for frame in ("model", "thousand"):
-        examples, found[frame] = examples_in(frame, folder, samples), []
-        for i, sample in enumerate(samples):
-            truth, original = examples[i].text_hois, (sample.width, sample.height)
-            moved = [replace(hoi, human=tuple(x + 5 for x in hoi.human)) for hoi in sample.hois]
-            moved = [in_frame(hoi, original, examples[i].text_size) for hoi in moved]
-            answer = parse_completion(format_completion(moved, "x"))
-            found[frame].append(total_reward(answer, truth)["iou"])
-    assert found["thousand"] == pytest.approx(found["model"], abs=0.02)
-    assert 0.5 < min(found["model"]) and max(found["model"]) < 0.9
-
-
-def test_boxes_in_thousandths_come_back_to_the_image(folder, samples):
-    examples = examples_in("thousand", folder, samples)
-    for i, sample in enumerate(samples):
-        assert examples[i].text_size == (1000, 1000)
-        ids = examples.token_ids(format_completion(examples[i].text_hois, "x"))
-        row = prediction(examples, examples[i], ids, torch.zeros(len(ids)), "ones")
-        for instance, hoi in zip(row["line"]["instances"], sample.hois, strict=True):
-            assert instance["human"] == pytest.approx(hoi.human, abs=0.2)
-            assert instance["object"] == pytest.approx(hoi.object, abs=0.2)
-    assert sample.width != sample.height
 
 
 @pytest.mark.parametrize("family, frame", [

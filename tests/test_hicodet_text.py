@@ -1,8 +1,6 @@
 """hicodet.py, its language: the prompt, and real annotations as text."""
 
 import hashlib
-import json
-from pathlib import Path
 
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
@@ -11,19 +9,9 @@ import evaluate
 import hicodet
 from engine.data import annotations
 from engine.scoring.predictions import predicted_instances, rank_scores
+from tests.conftest import HICO_DET
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-HICO_DET, QWEN = SHARED / "hico_det", SHARED / "qwen2.5-vl"
 QWEN_PIXELS = {"factor": 28, "min_pixels": 3136, "max_pixels": 12845056}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    if not (QWEN / "vocab.json").is_file():
-        pytest.skip("the tokenizer of Qwen2.5-VL is not next to the repository")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(QWEN)
 
 
 PROMPT_SHA256 = "02de28236c8a0d32bc0a0313abb6ac85890074adbe9bb3dd2444114288bffea3"  # the authors'
@@ -53,17 +41,6 @@ def test_prompt_ablations_of_table_2(thinking, task_description):
     assert "\n\nEXAMPLE OUTPUT FORMAT:\n" in text and text.endswith("\n    ...\n]\n</answer>")
     assert "\n\n\n" not in text  # one empty line between parts
     assert not hicodet.parse_completion(text).instances  # a copy of the prompt earns nothing
-
-
-def test_prompt_in_real_tokens(tokenizer):
-    template = json.loads((QWEN / "chat_template.json").read_text())["chat_template"]
-    content = [{"type": "image"}, {"type": "text", "text": hicodet.prompt_text()}]
-    turns = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], chat_template=template,
-        add_generation_prompt=True, tokenize=False,
-    )  # fmt: skip
-    assert turns.count("<|image_pad|>") == 1
-    assert len(tokenizer(turns)["input_ids"]) == 1971
 
 
 def in_model_frame(sample):

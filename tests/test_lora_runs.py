@@ -146,8 +146,7 @@ def test_options_that_contradict_the_adapter_are_refused(options, said, folder, 
     assert refusal(config_of("grpo", folder, tmp_path, adapter=str(PEFT), **options)) == said
 
 
-@pytest.mark.parametrize("base, said", [(None, "an unnamed model"), ("/gone", "/gone")])
-def test_adapter_without_its_base_is_refused(base, said, folder, tmp_path):
-    path = changed_adapter(tmp_path, {"base_model_name_or_path": base}, {})
+def test_adapter_without_the_name_of_its_base_is_refused(folder, tmp_path):
+    path = changed_adapter(tmp_path, {"base_model_name_or_path": None}, {})
     line = refusal(config_of("predict", folder, tmp_path / "out", model=str(path)))
-    assert f"--model {path}: a LoRA adapter of {said}, which is not there" in line
+    assert f"--model {path}: a LoRA adapter of an unnamed model, which is not there" in line

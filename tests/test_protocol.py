@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import hicodet
@@ -16,6 +16,7 @@ from engine.data.examples import PROMPT_FILE, PromptOptions, prompt_options
 from engine.model.policy import load_model
 from engine.sampling.sampler import Sampler
 from tests.runs import config_of, examples_of, refusal, run, same_weights
+from tests.test_quantized import write_twins
 from tests.tiny import collect, generate, plain_logprobs
 
 
@@ -33,20 +34,23 @@ def doubling_model(folder, tmp_path):
 # The frame of boxes
 
 
-@pytest.mark.parametrize("frame, scale", [("model", 2), ("original", 1)])
-def test_text_has_boxes_in_the_frame_of_box_frame(frame, scale, doubling_model, folder):
+@pytest.mark.parametrize("frame, size", [
+    ("model", (448, 224)), ("original", (224, 112)), ("thousand", (1000, 1000))
+])  # fmt: skip
+def test_text_has_boxes_in_the_frame_of_box_frame(frame, size, doubling_model, folder):
     """In SFT's target and the rewards' ground truth. Predictions are converted back."""
     config = config_of("sft", folder, "x", model=doubling_model, box_frame=frame)
     sample = annotations.load_split(folder / "data", "train")[0]
     examples = examples_of(config, [sample], {sample.file_name: "x"})
     example = examples[0]
-    assert example.model_size == (448, 224)
+    assert example.model_size == (448, 224) and example.text_size == size
+    scales = (size[0] / 224, size[1] / 112) * 2
     text = examples.decode(example.target_ids)
     for written, true, hoi in zip(
         hicodet.parse_completion(text).instances, example.text_hois, sample.hois, strict=True
     ):
-        assert written.human == tuple(round(scale * side) for side in hoi.human)
-        assert true.object == tuple(scale * side for side in hoi.object)
+        assert written.human == tuple(round(s * side) for s, side in zip(scales, hoi.human))
+        assert true.object == pytest.approx([s * side for s, side in zip(scales, hoi.object)])
     logprobs = torch.zeros(len(example.target_ids))
     row = predict.prediction(examples, example, example.target_ids, logprobs, "rank")
     for found, hoi in zip(row["line"]["instances"], sample.hois, strict=True):
@@ -58,11 +62,10 @@ def test_text_has_boxes_in_the_frame_of_box_frame(frame, scale, doubling_model, 
 
 def test_trained_folder_knows_its_prompt(folder, tmp_path):
     """The next stages take its options as defaults and refuse contradicting flags."""
-    options = {"box_frame": "original", "thinking": False, "traces": "", "max_steps": 1}
-    run(config_of("sft", folder, tmp_path / "run", **options))
-    model = str(tmp_path / "run" / "model")
     recorded = {"thinking": False, "task_description": False, "box_frame": "original"}
-    recorded |= {"text_first": False}
+    recorded |= {"text_first": True}
+    run(config_of("sft", folder, tmp_path / "run", traces="", max_steps=1, **recorded))
+    model = str(tmp_path / "run" / "model")
     assert json.loads((tmp_path / "run" / "model" / "prompt.json").read_text()) == recorded
     default = {"model": model, "task_description": None, "max_new_tokens": 2}
     for stage, short in (("predict", {"limit": 1}), ("grpo", {"max_steps": 1})):
@@ -72,6 +75,7 @@ def test_trained_folder_knows_its_prompt(folder, tmp_path):
     found = json.loads((tmp_path / "grpo" / "model" / "prompt.json").read_text())
     assert found == recorded
     flags = {"--thinking": {"thinking": True}, "--box-frame model": {"box_frame": "model"}}
+    flags["--no-text-first"] = {"text_first": False}
     for flag, asked in flags.items():
         found = refusal(config_of("predict", folder, tmp_path / "q", **default | asked))
         assert found == f"{flag}: {model} was not trained with it; leave the option out"
@@ -100,20 +104,11 @@ def test_prompt_options_of_other_models(folder, tmp_path):
 
 @pytest.fixture
 def hub_folder(folder, tmp_path):
-    """Flat configuration, older keys, bf16, tied head, a near-greedy generation_config."""
-    from tests.test_quantized import flat_config, old_key
-
-    path = tmp_path / "hub"
-    shutil.copytree(folder / "model", path)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(folder / "model")
-    state = load_file(folder / "model" / "model.safetensors")
-    state = {old_key(k): v.bfloat16() for k, v in state.items() if k != "lm_head.weight"}
-    save_file(state, path / "model.safetensors", {"format": "pt"})
-    config = flat_config(model.config) | {"torch_dtype": "bfloat16", "tie_word_embeddings": True}
-    (path / "config.json").write_text(json.dumps(config))
+    """Flat configuration, older keys, fp16, tied head, a near-greedy generation_config."""
+    write_twins(folder, tmp_path)
     near_greedy = {"do_sample": True, "temperature": 1e-6, "top_k": 1, "repetition_penalty": 1.05}
-    (path / "generation_config.json").write_text(json.dumps(near_greedy))
-    return path
+    (tmp_path / "plain" / "generation_config.json").write_text(json.dumps(near_greedy))
+    return tmp_path / "plain"
 
 
 def test_hub_folder_equals_the_librarys_model(hub_folder, folder):

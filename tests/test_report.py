@@ -2,10 +2,7 @@
 
 import json
 import re
-import subprocess
-import sys
 from html import escape
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +11,6 @@ from engine.report.records import read_run
 from hicodet import InputError
 from tests import run_folders
 from tests.run_folders import group_row, write_lines, write_prediction, write_sft, write_training
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def page_of(*folders):
@@ -202,9 +197,3 @@ def test_command_and_options_are_those_of_config_json(tmp_path):
     assert f"--data &#x27;{tmp_path}/a b/data&#x27;</pre>" in text
     options = json.dumps(json.loads((folder / "config.json").read_text()), indent=2)
     assert f"<pre>{escape(options)}</pre>" in text
-
-
-def test_report_and_show_do_not_load_torch():
-    code = "import sys, engine.report.page, engine.report.pictures; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.strip() == "False", done.stderr

@@ -34,19 +34,14 @@ def test_accepted(think):
     assert accept_trace(reply(f"Sure: <think>\n{think} </think>")) == (think, "")
 
 
-@pytest.mark.parametrize("think, said", [(t, said) for said in REFUSED for t in REFUSED[said]])
-def test_refused(think, said):
-    trace, reason = accept_trace(reply(f"<think>\n{think}</think>"))
-    assert trace is None and said in reason
-
-
 @pytest.mark.parametrize("text, said", [
+    *((f"<think>\n{think}</think>", said) for said in REFUSED for think in REFUSED[said]),
     (None, "no text within"), (THINK, "no text within"), ("<think> </think>", "no text within"),
     (f"<think>{THINK}", "no text within"), ("<think></think>" * 70_000, "no text within"),
     (f"<think>{THINK}</think><answer>[]</answer>", "<answer>"),
     (f"<think>{THINK}<answer></think>", "<answer>"),
 ])
-def test_replies_without_a_trace_are_refused(text, said):
+def test_refused(text, said):
     trace, reason = accept_trace(reply(text))
     assert trace is None and said in reason
 

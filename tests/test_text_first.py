@@ -1,6 +1,5 @@
 """--text-first: the text shared by all prompts is computed once, and nothing else changes."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,7 @@ import engine.sampling.decode_step
 from engine.data import annotations
 from engine.data.examples import Examples, PromptOptions
 from engine.model.packing import pack
-from tests.runs import config_of, metrics, refusal, run
+from tests.runs import config_of, metrics, run
 from tests.test_end_to_end import assert_equal_metrics, difference, stage
 from tests.test_flash import masked_varlen
 from tests.test_lora import assert_near, backward, plainly_scored, scored
@@ -97,21 +96,11 @@ def test_two_ranks_equal_one(runs, folder):
     assert difference(runs / "whole", runs / "two") < 1e-4 < difference(runs / "whole", folder)
 
 
-@pytest.mark.parametrize("stage", ["grpo", "predict"])
-def test_exported_folder_keeps_the_order_of_its_training(stage, runs, folder):
-    """No flag is needed, and a flag that contradicts it is refused."""
-    out, model = runs / stage, runs / "whole" / "model"
-    config = config_of(
-        stage, folder, out, model=str(model), task_description=None, max_new_tokens=8,
-        **{"grpo": {"max_steps": 1, "group_size": 2}}.get(stage, {"limit": 3}),
-    )  # fmt: skip
-    line = refusal(replace(config, text_first=False))
-    assert line == f"--no-text-first: {model} was not trained with it; leave the option out"
-    run(config)
-    stored = json.loads((out / "config.json").read_text())
-    assert stored["text_first"] is True and stored["task_description"] is True
-    if stage == "grpo":
-        assert 0 < metrics(out)[0]["logprob_gap"] < 1e-4
+def test_grpo_samples_what_it_trains(runs, folder):
+    """No flag is needed, as the folder says that the text comes first."""
+    options = {"model": str(runs / "whole" / "model"), "task_description": None, "group_size": 2}
+    run(config_of("grpo", folder, runs / "grpo", max_steps=1, max_new_tokens=8, **options))
+    assert 0 < metrics(runs / "grpo")[0]["logprob_gap"] < 1e-4
 
 
 def test_image_follows_the_text(folder):
