@@ -2,14 +2,7 @@
 
 Axes: P prompts, G completions per prompt, B = P * G completions, C completion length.
 
-Departures from the paper, and readings of it:
-
-1. Eqs. 2-4 use a ratio per token, averaged over the completion and then over the group, as GRPO
-   [21] does; `ratio="sequence"` is the ratio of whole outputs, as printed.
-2. Eq. 5 divides by the sample standard deviation plus 1e-4.
-3. The KL divergence is the estimator of [21]: ref/theta - log(ref/theta) - 1, per token.
-4. At the first update on a batch, pi_old's log-probs are pi_theta's own, detached. The sampler's
-   log-probs are only compared with them (`logprob_gap`); the loss does not use them.
+docs/paper.md lists departures from the paper, and readings of it.
 """
 
 import time
@@ -176,7 +169,7 @@ class MicroBatch:
     advantages: Tensor  # (B,)
     weights: Tensor  # (B,)
     ref_logprobs: Tensor | None  # (B, C)
-    sampled_logprobs: Tensor  # (N,) from the sampler, for `logprob_gap`
+    sampled_logprobs: Tensor  # (N,) from the sampler; only logged as logprob_gap
 
 
 class GRPO:
@@ -314,17 +307,13 @@ class GRPO:
             means = {n: self.ranks.sum(float(total)) for n, total in totals.items()}
             logged.append(means | {"grad_norm": self.optimizer.step(lr, means["loss"])})
             old_logprobs = old_logprobs if number else found
-        gap = max(self.ranks.numbers(logprob_gap(micros, old_logprobs)))
+        # the largest difference between a token's log-prob in sampling and in training
+        gaps = [
+            (found[micro.packed.completion_mask] - micro.sampled_logprobs).abs().max().item()
+            for micro, found in zip(micros, old_logprobs)
+        ]
         averages = {name: float(np.mean([row[name] for row in logged])) for name in logged[0]}
-        return averages | {"logprob_gap": gap}
-
-
-def logprob_gap(micros: list[MicroBatch], logprobs: list[Tensor]) -> float:
-    """Largest difference between a token's log-prob in sampling and in training. (B, C) each."""
-    return max(
-        (found[micro.packed.completion_mask] - micro.sampled_logprobs).abs().max().item()
-        for micro, found in zip(micros, logprobs)
-    )
+        return averages | {"logprob_gap": max(self.ranks.numbers(max(gaps)))}
 
 
 def shown_group(example: Example, scored: list[Scored], advantages: list[float]) -> dict:

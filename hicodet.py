@@ -331,7 +331,9 @@ def parse_completion(text: str) -> Completion:
     the length of the text.
     """
     tagged = [found.span(1) for found in _TAGGED.finditer(text)]
-    plain, instances = _plain(text), ()
+    # ASCII marks, and spaces in place of escapes and comments, so that spans stay as they are
+    plain, instances = text.translate(_ASCII_MARKS), ()
+    plain = _NOISE.sub(lambda found: found[1] or " " * len(found[0]), plain)
     for start, stop in reversed(tagged or [_UNTAGGED.match(text).span(1)]):
         instances = tuple(_read_instances(plain, start, stop))
         if instances:
@@ -348,12 +350,6 @@ _ASCII_MARKS = str.maketrans(
 )
 # A comment mark inside a string is kept. Escapes occur where the list was written as a string.
 _NOISE = re.compile(r"""("[^"\\\n]*+")|(?://|\#)[^\n{}]*+|\\(?:[nrt]|(?=["']))""")
-
-
-def _plain(text: str) -> str:
-    """The text with ASCII marks, and spaces in place of escapes and comments; as long as before."""
-    return _NOISE.sub(lambda found: found[1] or " " * len(found[0]), text.translate(_ASCII_MARKS))
-
 
 _PART = re.compile(
     r"""

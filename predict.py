@@ -58,15 +58,11 @@ def predict(config: PredictConfig) -> None:
     if config.dry_run:
         return ranks.print(describe(examples, examples[0], text_reward))
     run = open_run(config.out, config, settings_of(config, examples, "predict"), ranks)
-    for line in model_warnings(config.model, examples.config):
-        ranks.print(line)
     stored, number = predictions.stored_rows(run.path)
     ranks.print(f"{len(stored)} of {len(samples)} images are predicted already")
     dist.barrier()  # every rank has listed the part files before any rank adds one
     todo = [index for index in range(len(samples)) if index not in stored]
-    decoding = config.group(DECODING) | config.group(SPEED)
-    model, started = load_adapted(config, ranks), time.perf_counter()
-    rows = predict_rows(model, examples, todo, ranks, **decoding)
+    rows, started = adapted_rows(config, examples, todo, ranks), time.perf_counter()
     mine = predictions.write_rows(predictions.part_file(run.path, number + ranks.rank), rows)
     stored |= {row["index"]: row for row in ranks.gather(mine)}
     rows = [stored[index] for index in range(len(samples))]
@@ -96,12 +92,7 @@ def predict_photographs(config: PredictConfig) -> None:
     if config.dry_run:
         return ranks.print(describe(examples, examples[0]))
     Path(config.out).mkdir(parents=True, exist_ok=True)
-    model, indices = load_adapted(config, ranks), list(range(len(samples)))
-    decoding = config.group(DECODING) | config.group(SPEED)
-    for line in model_warnings(config.model, examples.config):
-        ranks.print(line)
-    rows = predict_rows(model, examples, indices, ranks, **decoding)
-    mine = []
+    rows, mine = adapted_rows(config, examples, list(range(len(samples))), ranks), []
     with closing(rows):
         for row in rows:  # drawn at once, so that finished pictures survive a crash
             with aside(paths[row["index"]]) as new:
@@ -124,12 +115,17 @@ def with_base(config: StageConfig) -> StageConfig:
     return dataclasses.replace(config, model=model, adapter=adapter)
 
 
-def load_adapted(config: PredictConfig, ranks: Ranks):
-    """The model, with its LoRA adapter if there is one."""
+def adapted_rows(
+    config: PredictConfig, examples: Examples, indices: list[int], ranks: Ranks
+) -> Iterator[dict]:
+    """`predict_rows` by the model of the options, which is loaded first, with its LoRA adapter."""
+    for line in model_warnings(config.model, examples.config):
+        ranks.print(line)
     model = load_model(config.model, ranks.device)
-    if not config.adapter:
-        return model
-    return add_adapters(model, read_adapter(config.adapter), model.dtype, seed=0).eval()
+    if config.adapter:
+        add_adapters(model, read_adapter(config.adapter), model.dtype, seed=0).eval()
+    decoding = config.group(DECODING) | config.group(SPEED)
+    return predict_rows(model, examples, indices, ranks, **decoding)
 
 
 def asked_options(config: StageConfig) -> PromptOptions:
@@ -205,20 +201,16 @@ def predict_rows(
             yield {"index": index, "length": len(ids), "finished": finished, **row}
             bar.update()
         for index, error in unread.items():
-            yield unread_row(index, examples.samples[index], str(error))
+            sample = examples.samples[index]
+            reward = text_reward("", sample.hois) if sample.hois else None
+            row = {"index": index, "length": 0, "finished": True, "line": empty_line(sample)}
+            yield row | {"reward": reward, "unread": str(error)}
             bar.update()
 
 
 def empty_line(sample: hicodet.Sample) -> dict:
     """The line of an image without a prediction, which evaluate.py needs too."""
     return {"file_name": sample.file_name, "text": "", "instances": []}
-
-
-def unread_row(index: int, sample: hicodet.Sample, reason: str) -> dict:
-    """The row of an image that cannot be used."""
-    reward = text_reward("", sample.hois) if sample.hois else None
-    row = {"index": index, "length": 0, "finished": True, "line": empty_line(sample)}
-    return row | {"reward": reward, "unread": reason}
 
 
 def prediction(

@@ -6,24 +6,7 @@ the model sees), so they are compared as written.
 
 Axes: N^_a predicted instances, N_a ground-truth instances. Multisets are `Counter`s.
 
-Where the paper leaves a choice, this code reads it as follows:
-1. Eq. 7: as printed, an instance is a duplicate if its human box or its object box overlaps an
-   earlier one. So one person with two objects makes a duplicate. `duplicate_rule="pair"` requires
-   both boxes to overlap, which the paper's text names as the aim.
-2. Eq. 8: only unique boxes are recorded. A duplicate makes no later instance a duplicate.
-3. Eq. 13: a duplicate gets none of r_b, r_ko, r_kv. Eqs. 14-22 do not check for duplicates. With
-   `duplicates_earn="nothing"` a duplicate neither earns label rewards nor uses up labels.
-4. Eqs. 10, 16: the denominator counts verbs as written, with repeats. Without verbs both are 0.
-5. Eqs. 14-18: C_gt is a multiset. All verbs of an instance are compared with the labels that
-   earlier instances left over. Then each distinct match removes one occurrence.
-6. Eqs. 14-18 compare labels with those of the whole image. They do not ask which person does what
-   with which object. `label_reward="matched"` compares labels within the pairs of Eq. 21 instead.
-7. An instance without both boxes has r_b = 0, is no duplicate and takes no part in Eqs. 19-22. Its
-   labels count as usual. A box without area counts as missing: its IoU with its own copies is 0/0,
-   so Eq. 7 would find every copy unique.
-8. An answer without a readable instance has N^_a = 0. If N_a = 0, all terms divided by it are 0.
-9. An answer need not be strict JSON to earn rewards; see the parser. Eq. 12 counts the keys as
-   written.
+Where the paper leaves a choice, docs/paper.md lists how this code reads it ("Readings").
 """
 
 import operator
@@ -189,7 +172,7 @@ def matched_verbs(verbs: Sequence[str], remaining: Counter) -> frozenset[str]:
 def without_duplicate_labels(
     instances: Sequence[Prediction], duplicate_rule: str = "printed"
 ) -> list[Prediction]:
-    """The instances, with the labels of duplicates (Eq. 7) removed."""
+    """The instances, with the labels of duplicates (Eq. 7) removed: these use up no labels."""
     rewards = box_rewards(instances, duplicate_rule)
     return [
         replace(a, object_class=None, verbs=()) if a.has_boxes and not r_b else a

@@ -5,6 +5,7 @@ arguments.
 """
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -159,7 +160,8 @@ def set_up(
     settings = settings_of(config, examples, stage)
     settings |= {"steps": steps, "excluded": image_check.excluded_fingerprint(excluded)}
     run = open_run(config.out, config, settings, ranks)
-    notes = image_check.notes_on(examples.samples, excluded, config.exclude)
+    notes = [f"{len(excluded)} of {len(examples)} images are excluded"] if config.exclude else []
+    notes += filter(None, [image_check.odd_boxes(examples.samples)])
     notes += model_warnings(config.model, examples.config)
     for line in [*notes, *small_change(steps, config.learning_rate)]:
         ranks.print(line)
@@ -294,7 +296,9 @@ def fit(
     export(parts, "model")
     if ranks.rank == 0:
         update_page(run.path)
-        ranks.print(f"report: {run.path / 'report.html'}\nmodel: {run.exported()}")
+        # an adapter of packed weights is alone, as it cannot be merged
+        final = run.path / ("model" if (run.path / "model").is_dir() else "adapter")
+        ranks.print(f"report: {run.path / 'report.html'}\nmodel: {final}")
         ranks.print(verdicts(run.path))
     run.finish()
 
@@ -322,7 +326,8 @@ class StepLog:
 
 def export(parts: Parts, name: str) -> None:
     """Export a folder that `from_pretrained` reads; it also records the prompt options."""
-    notes = {PROMPT_FILE: parts.examples.options.as_file()}
+    options = dataclasses.asdict(parts.examples.options)
+    notes = {PROMPT_FILE: json.dumps(options, indent=2) + "\n"}
     notes["README.md"] = model_card(parts.run.path) if parts.run.ranks.rank == 0 else ""
     processors = [parts.examples.tokenizer, parts.examples.processor]
     parts.run.export(parts.policy, name, processors, notes, parts.adapter)

@@ -94,7 +94,7 @@ def test_prompt_options_of_other_models(folder, tmp_path):
     assert prompt_options(model, "", thinking=None) == PromptOptions(True, True, "model")
     asked = {"thinking": False, "box_frame": "original"}
     assert prompt_options(model, "", **asked) == PromptOptions(False, True, "original")
-    (tmp_path / PROMPT_FILE).write_text(PromptOptions().as_file())
+    (tmp_path / PROMPT_FILE).write_text(json.dumps(vars(PromptOptions())))
     with pytest.raises(hicodet.InputError, match=f"^--no-thinking: {tmp_path} was not trained"):
         prompt_options(model, str(tmp_path), thinking=False)
 

@@ -12,15 +12,15 @@ from hicodet import HOI
 def group(totals, ids, finished, entropies, written, true):
     names = {"format": 0.25, "object": 0, "verb": 0, "iou": 0.75, "total": 1}
     rewards = [{name: part * total for name, part in names.items()} for total in totals]
-    *written, true = ({"instances": n, "verbs": m} for n, m in (*written, true))
     row = {"rewards": rewards, "ids": ids, "finished": finished, "entropies": entropies}
     return row | {"written": written, "true": true}
 
 
 def test_rollout_metrics_by_hand():
+    verbs = [[], [1, 1, 1, 1, 2, 2]]  # of each instance of two answers
     groups = [  # one text with equal rewards; two texts with unequal rewards, one of them cut
-        group([1.0, 1.0], [(5, 6)] * 2, [True, True], [1.0, 2.0], [(1, 2), (1, 2)], (1, 3)),
-        group([0.0, 2.0], [(7,), (8, 9, 9)], [True, False], [0.5, 4.5], [(0, 0), (6, 8)], (4, 4)),
+        group([1.0, 1.0], [(5, 6)] * 2, [True, True], [1.0, 2.0], [[2], [2]], [3]),
+        group([0.0, 2.0], [(7,), (8, 9, 9)], [True, False], [0.5, 4.5], verbs, [1] * 4),
     ]
     logged = rollout_metrics(groups, {"sample": 2.0, "update": 4.0})
     assert logged["reward_total"] == 1.0 and logged["reward_iou"] == 0.75
@@ -39,9 +39,9 @@ def test_row_holds_the_completions_of_its_image():
     ids, entropies = [torch.tensor([5, 6]), torch.tensor([7])], [torch.ones(2), torch.ones(1)]
     rollout = Rollout(ids, entropies, torch.tensor([True, False]), entropies)
     hoi = HOI((0, 0, 9, 9), (1, 1, 8, 8), "horse", ("ride", "hold"))
-    rewards = [group([total], [], [], [], [], (0, 0))["rewards"][0] for total in (1.0, 0.0)]
+    rewards = [group([total], [], [], [], [], [])["rewards"][0] for total in (1.0, 0.0)]
     row = group_row([hoi], rollout, rewards, [[hoi, hoi], []])
-    expected = group([1.0, 0.0], [(5, 6), (7,)], [True, False], [2, 1], [(2, 4), (0, 0)], (1, 2))
+    expected = group([1.0, 0.0], [(5, 6), (7,)], [True, False], [2, 1], [[2, 2], []], [2])
     assert row == expected
 
 

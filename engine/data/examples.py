@@ -4,9 +4,8 @@ Axes: S prompt length, C completion length, V vocabulary.
 """
 
 import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -36,10 +35,6 @@ class PromptOptions:
     task_description: bool = True
     box_frame: str = "model"  # units of boxes in text; one of BOX_FRAMES
     text_first: bool = False  # the image after the text, unlike the authors' prompt
-
-    def as_file(self) -> str:
-        """The content of PROMPT_FILE."""
-        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def prompt_options(model: str, adapter: str, **asked) -> PromptOptions:

@@ -79,12 +79,6 @@ def annotated_samples(data: str) -> list[Sample]:
     return samples
 
 
-def notes_on(samples: list[Sample], excluded: set[int], exclude: str) -> list[str]:
-    """Notes on the images for the user. exclude: the --exclude file, or ""."""
-    lines = [f"{len(excluded)} of {len(samples)} images are excluded"] if exclude else []
-    return lines + ([odd] if (odd := odd_boxes(samples)) else [])
-
-
 def fault(sample: Sample) -> str:
     """Why an image cannot be used: missing, broken, too narrow or of another size; "" if it can."""
     try:

@@ -41,13 +41,6 @@ class PackedBatch:
     completion_mask: Tensor  # (B, C) bool, from lengths
 
 
-def prompt_positions(model: nn.Module, prompt: Prompt) -> Tensor:
-    """M-RoPE positions (3, S) of a prompt, by the library's own rule. CPU."""
-    ids = prompt.prompt_ids[None]
-    is_image = (ids == model.config.image_token_id).int()
-    return model.model.get_rope_index(ids, is_image, image_grid_thw=prompt.image_grid_thw)[0][:, 0]
-
-
 def pack(
     model: nn.Module,
     prompts: list[Prompt],
@@ -63,7 +56,10 @@ def pack(
     ids, positions = [prompts[0].prompt_ids[:prefix]], [torch.arange(prefix).expand(3, -1)]
     sources, empty = [], torch.zeros(0, dtype=torch.long)
     for prompt, group in zip(prompts, completions, strict=True):
-        at_prompt = prompt_positions(model, prompt)
+        tokens, grid = prompt.prompt_ids[None], prompt.image_grid_thw
+        is_image = (tokens == model.config.image_token_id).int()
+        # M-RoPE positions (3, S), by the library's own rule
+        at_prompt = model.model.get_rope_index(tokens, is_image, image_grid_thw=grid)[0][:, 0]
         ids += [prompt.prompt_ids[prefix:], *group]
         positions.append(at_prompt[:, prefix:])
         start += len(prompt.prompt_ids) - prefix

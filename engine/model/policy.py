@@ -19,7 +19,9 @@ from engine.model.packing import token_logprobs
 logging.disable_progress_bar()  # the library's, for loading and saving
 
 MOST_GRAPHS = 32  # per function; beyond the limit, 8 by default, it runs uncompiled
-SMALLEST_PART = 1_000_000  # parameters; FSDP gathers smaller parts with the root
+# Parameters; FSDP gathers smaller parts with the root. These are all parts of the toy, whose step
+# then takes 0.87 of the time (two processes on a CPU).
+SMALLEST_PART = 1_000_000
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -65,18 +67,6 @@ def compile_layers(model, device: torch.device) -> None:
             layer.compile(fullgraph=True)  # checkpointing forbids graph breaks
 
 
-def sharded_parts(model, ignored: Set[nn.Parameter] = frozenset()) -> list:
-    """The parts that FSDP gathers one by one: the vision tower, and each layer of the text model.
-
-    Smaller parts, such as a block of the tower, would wait to be gathered. Parts of fewer than
-    SMALLEST_PART parameters are gathered with the root: all parts of the toy, whose step then takes
-    0.87 of the time (two processes on a CPU).
-    """
-    parts = [model.model.visual, *model.model.language_model.layers]
-    sizes = [sum(x.numel() for x in p.parameters() if x not in ignored) for p in parts]
-    return [p for p, size in zip(parts, sizes) if size and size >= SMALLEST_PART]
-
-
 def shard(
     model, device: torch.device, offload: bool, ignored: Set[nn.Parameter] = frozenset(), **options
 ) -> None:
@@ -87,9 +77,12 @@ def shard(
     """
     options["mesh"] = dist.init_device_mesh(device.type, (dist.get_world_size(),))
     options["offload_policy"] = fsdp.CPUOffloadPolicy() if offload else fsdp.OffloadPolicy()
-    for part in [*sharded_parts(model, ignored), model]:
-        # also moves it to the device, except offloaded parameters
-        fsdp.fully_shard(part, ignored_params=ignored, **options)
+    # smaller parts, such as a block of the vision tower, would wait to be gathered
+    for part in [model.model.visual, *model.model.language_model.layers, model]:
+        size = sum(x.numel() for x in part.parameters() if x not in ignored)
+        if part is model or (size and size >= SMALLEST_PART):
+            # also moves it to the device, except offloaded parameters
+            fsdp.fully_shard(part, ignored_params=ignored, **options)
     # as a method of the root, so that FSDP gathers the root's parameters as it does for forward
     model.token_logprobs = types.MethodType(token_logprobs, model)
     fsdp.register_fsdp_forward_method(model, "token_logprobs")

@@ -28,6 +28,11 @@ def model_card(run: RunRecord) -> str:
 
     Raises InputError naming a damaged line of the traces.
     """
+    traces, path = "none", run.config.get("traces", "")
+    if path and Path(path).exists():
+        rows = json_lines(path, cut_last=True)
+        counts = Counter(row.get("teacher", "unknown") for _, row in rows)
+        traces = ", ".join(f"{count:,} by {name}" for name, count in counts.items())
     return CARD.format(
         name=run.folder.resolve().name,
         model=run.config["model"],
@@ -35,14 +40,6 @@ def model_card(run: RunRecord) -> str:
         steps=run.metrics[-1]["step"] if run.metrics else 0,
         batch=run.config["batch_size"],
         data=run.config["data"],
-        traces=_traces(run.config.get("traces", "")),
+        traces=traces,  # those by "template" are written from the ground truth
         command=run.command,
     )
-
-
-def _traces(path: str) -> str:
-    """The number of traces of each teacher. "template" wrote them from the ground truth."""
-    if not path or not Path(path).exists():
-        return "none"
-    counts = Counter(row.get("teacher", "unknown") for _, row in json_lines(path, cut_last=True))
-    return ", ".join(f"{count:,} by {name}" for name, count in counts.items())

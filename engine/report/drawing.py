@@ -75,7 +75,10 @@ def draw_pairs(
     for hoi, colour, note in zip(hois, colours, notes or [""] * len(hois), strict=True):
         tone = UNMATCHED if colour is None else COLOURS[colour % len(COLOURS)]
         scaled = in_frame(hoi, image.size, size)
-        boxes = [_corners(box) for box in (scaled.human, scaled.object)]
+        boxes = [  # as Pillow wants them: a model may have exchanged corners
+            (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+            for x1, y1, x2, y2 in (scaled.human, scaled.object)
+        ]
         _draw_pair(draw, *boxes, tone, thick=max(3, width // 200))
         # several pairs may share the larger box, so the label is at the smaller one
         smaller = min(boxes, key=lambda b: (b[2] - b[0]) * (b[3] - b[1]))
@@ -93,11 +96,6 @@ def side_by_side(pictures: Sequence[Image.Image], gap: int = 8) -> Image.Image:
         sheet.paste(picture, (left, 0))
         left += picture.width + gap
     return sheet
-
-
-def _corners(box: Box) -> Box:
-    """The box as Pillow wants it: a model may have exchanged its corners."""
-    return min(box[0], box[2]), min(box[1], box[3]), max(box[0], box[2]), max(box[1], box[3])
 
 
 def _draw_pair(draw: ImageDraw.ImageDraw, human: Box, obj: Box, tone: str, *, thick: int) -> None:

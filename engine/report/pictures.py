@@ -5,7 +5,7 @@
 """
 
 import textwrap
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -41,8 +41,12 @@ def show(
     Raises InputError naming the option or file that cannot be used, and OSError for a missing
     file. If an image is missing, nothing is drawn.
     """
-    samples = load_split(data, split)
-    found = read_hois(predictions, {sample.file_name for sample in samples}) if predictions else {}
+    samples, found = load_split(data, split), {}
+    if predictions:
+        found = {line["file_name"]: line_hois(line) for _, line in read_lines(predictions)}
+        if other := found.keys() - {sample.file_name for sample in samples}:
+            said = f"{min(other)!r} is not of this split; see --data, --split"
+            raise InputError(f"{predictions}: {said}")
     wanted = [s for s in samples if not predictions or s.file_name in found]
     if file:
         wanted = [sample for sample in wanted if sample.file_name == Path(file).name]
@@ -59,17 +63,6 @@ def show(
         with aside(path) as new:
             picture.save(new, format="PNG")
         yield f"{path}: {numbers}"
-
-
-def read_hois(path: str, names: Collection[str]) -> dict[str, tuple[HOI, ...]]:
-    """The HOIs of predictions.jsonl by file name. Some of the names may be missing.
-
-    Raises InputError for a damaged line, and for an image that is not in `names`.
-    """
-    found = {line["file_name"]: line_hois(line) for _, line in read_lines(path)}
-    if other := found.keys() - names:
-        raise InputError(f"{path}: {min(other)!r} is not of this split; see --data, --split")
-    return found
 
 
 def draw_sample(sample: Sample, predicted: tuple[HOI, ...] | None) -> tuple[Image.Image, str]:

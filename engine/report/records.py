@@ -45,13 +45,17 @@ def read_run(folder: str | Path) -> RunRecord:
     if "stage" not in config:
         why = "it has no config.json of a training or prediction"
         raise InputError(f"{folder} is not a run: {why if folder.is_dir() else 'no such folder'}")
+    groups = _rows(folder / "rollouts.jsonl")
+    differ = [g for g in groups if len({c["rewards"]["total"] for c in g["completions"]}) > 1]
+    newest = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    found = map(read_object, newest)  # one may be of evaluate.py, under any name
     return RunRecord(
         folder,
         config,
         metrics=tuple(_rows(folder / "metrics.jsonl")),
-        group=_last_group(_rows(folder / "rollouts.jsonl")),
+        group=next(reversed(differ or groups), None),
         summary=_object(folder / "summary.json"),
-        result=_latest_result(folder),
+        result=next((value for value in found if "known_object" in value), None),
         predictions=tuple(row for _, row in sorted(stored_rows(folder)[0].items())),
     )
 
@@ -63,19 +67,6 @@ def _object(path: Path) -> dict | None:
 def _rows(path: Path) -> list[dict]:
     """The rows of a JSON lines file, without a last one that is still being written."""
     return [row for _, row in json_lines(path, cut_last=True)] if path.exists() else []
-
-
-def _last_group(rows: list[dict]) -> dict | None:
-    """The last group whose rewards differ, or else the last one."""
-    differ = [r for r in rows if len({c["rewards"]["total"] for c in r["completions"]}) > 1]
-    return next(reversed(differ or rows), None)
-
-
-def _latest_result(folder: Path) -> dict | None:
-    """What evaluate.py wrote into the folder, under any name."""
-    paths = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime, reverse=True)
-    results = (read_object(path) for path in paths)
-    return next((result for result in results if "known_object" in result), None)
 
 
 def stored_image(run: RunRecord, split: str, name: str) -> Image.Image | None:

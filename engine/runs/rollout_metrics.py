@@ -25,11 +25,6 @@ def advantage_shares(parts: dict[str, np.ndarray], eps: float = 1e-4) -> dict[st
     return {name: float((term * advantages).sum() / whole) for name, term in terms.items()}
 
 
-def counts(instances: Sequence) -> dict[str, int]:
-    """The number of instances and of their verbs. instances: predictions, or true HOIs."""
-    return {"instances": len(instances), "verbs": sum(len(one.verbs) for one in instances)}
-
-
 def group_row(
     hois: Sequence[HOI], rollout: Rollout, rewards: list[dict], predicted: list[Sequence]
 ) -> dict:
@@ -42,8 +37,8 @@ def group_row(
         "finished": rollout.finished.tolist(),
         "entropies": [float(row.sum()) for row in rollout.entropies],
         "rewards": rewards,
-        "written": [counts(instances) for instances in predicted],
-        "true": counts(hois),
+        "written": [[len(one.verbs) for one in instances] for instances in predicted],
+        "true": [len(hoi.verbs) for hoi in hois],
     }
 
 
@@ -69,7 +64,7 @@ def rollout_metrics(groups: list[dict], seconds: dict[str, float]) -> dict[str, 
     logged["entropy"] = sum(sum(group["entropies"]) for group in groups) / sum(lengths)
     written = [one for group in groups for one in group["written"]]
     for suffix, rows in (("", written), ("_true", [group["true"] for group in groups])):
-        instances, verbs = (sum(row[name] for row in rows) for name in ("instances", "verbs"))
+        instances, verbs = sum(map(len, rows)), sum(map(sum, rows))
         logged[f"instances{suffix}"] = instances / len(rows)
         logged[f"verbs_per_instance{suffix}"] = verbs / max(instances, 1)
     logged["truncated"] = np.mean([not done for group in groups for done in group["finished"]])

@@ -124,11 +124,6 @@ class RunFolder:
 
         on_first(self.ranks, write, patient=True)  # slow disks take longer than --timeout
 
-    def exported(self) -> Path:
-        """The folder of the final model, or of an adapter that cannot be merged."""
-        model = self.path / "model"
-        return model if model.is_dir() else self.path / "adapter"
-
 
 def _write_texts(folder: Path, texts: dict[str, str]) -> None:
     for file, text in texts.items():
@@ -184,7 +179,14 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
         if (stage := stored.get("stage")) != mine["stage"]:
             raise InputError(f"--out {folder}: holds a run of {stage}; choose another folder")
         changed = {n: [stored.get(n), mine[n]] for n in mine if stored.get(n) != mine[n]}
-        require_same_run(changed, config)
+        may_change = config.on_resume("allow") | config.on_resume("note") | KEPT
+        different = [
+            f"{CONTENTS.get(name, flag_of(name))} was {old}, is {new}"
+            for name, (old, new) in changed.items()
+            if name not in may_change
+        ]
+        if different:
+            raise InputError(f"--resume: the run in --out differs: {'; '.join(different)}")
         # "finished" was removed if a longer run has begun; the older result is still there
         done = max(map(steps_of, checkpoints(folder)), default=0)
         if stored.get("finished") and any((folder / name).exists() for name in FINAL):
@@ -200,15 +202,3 @@ def _write_settings(folder: Path, config, settings: dict) -> bool:
             mine["changes"] = changes
     files.write_json(path, mine)
     return False
-
-
-def require_same_run(changed: dict[str, list], config) -> None:
-    """Raise InputError naming all settings that may not change. changed: old and new values."""
-    may_change = config.on_resume("allow") | config.on_resume("note") | KEPT
-    different = [
-        f"{CONTENTS.get(name, flag_of(name))} was {old}, is {new}"
-        for name, (old, new) in changed.items()
-        if name not in may_change
-    ]
-    if different:
-        raise InputError(f"--resume: the run in --out differs: {'; '.join(different)}")

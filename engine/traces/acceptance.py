@@ -19,15 +19,6 @@ SEPARATED = (
 )
 
 
-def reply_text(message: dict) -> str:
-    """The text of a chat completion's message: a string, or a list's text parts, joined."""
-    content = message.get("content")
-    if isinstance(content, list):
-        parts = [part.get("text") for part in content if isinstance(part, dict)]
-        return "".join(part for part in parts if isinstance(part, str))
-    return content if isinstance(content, str) else ""  # None: the model declined
-
-
 def trace_fault(think: str) -> str:
     """What is wrong with a trace, or "".
 
@@ -46,7 +37,11 @@ def accept_trace(reply: dict) -> tuple[str | None, str]:
     """The trace of a chat completion and "", or None and why it is not accepted."""
     choice = reply["choices"][0]
     message, cut = choice["message"], choice.get("finish_reason")
-    text = reply_text(message)
+    text = message.get("content")
+    if isinstance(text, list):
+        parts = [part.get("text") for part in text if isinstance(part, dict)]
+        text = "".join(part for part in parts if isinstance(part, str))
+    text = text if isinstance(text, str) else ""  # None: the model declined
     # Take the last one: a reasoning teacher's own thoughts come first, and may contain the tags.
     closed = [part.partition("<think>")[2].strip() for part in text.split("</think>")[:-1]]
     think = next(filter(None, reversed(closed)), "")
