@@ -6,7 +6,8 @@ the model sees), so they are compared as written.
 
 Axes: N^_a predicted instances, N_a ground-truth instances. Multisets are `Counter`s.
 
-Where the paper leaves a choice, docs/paper.md lists how this code reads it ("Readings").
+Where the paper leaves a choice, docs/paper.md lists how this code reads it ("Readings"). Answers
+that are not strict JSON are read, and earn rewards in training.
 """
 
 import operator
