@@ -1,7 +1,12 @@
 """Attention of a decoding step on a GPU, flex attention over filled blocks, tested on a CPU."""
 
+import shutil
+
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.graph import GraphLowering
 from torch.nn.attention.flex_attention import flex_attention
 
 from engine.sampling import decode_step
@@ -67,3 +72,65 @@ def test_compiled_blocks_equal_scores_in_memory(model, seed):
         q = torch.randn(3, step.cache.heads, 2, step.cache.served, 16, generator=generator)
         expected = step._attend_whole(q, 1, 0.3)
         torch.testing.assert_close(attend(step, q, 1, 0.3), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("queries, warps", [(8, 4), (64, 4), (72, 8), (128, 8)])
+def test_kernel_gets_its_warps_and_stages(model, monkeypatch, queries, warps):
+    """PyTorch's default spills registers on an H200."""
+    given = []
+
+    def attention(query, *others, kernel_options, **options):
+        given.append((query.shape[2], kernel_options))
+        return query
+
+    monkeypatch.setattr(decode_step, "flex_attention", attention)
+    served = model.config.text_config.num_attention_heads // 2
+    sizes = {"slots": 2, "group_size": queries // served, "prompt_room": 9, "completion_room": 5}
+    step = random_step(model, torch.Generator(), **sizes)
+    step._attend_blocks(torch.zeros(2, 2, queries // served, served, 16), 0, 0.3)
+    assert given == [(queries, {"num_warps": warps, "num_stages": 2})]
+
+
+def compile_attention(model, seed, **options) -> None:
+    """Compile a step's mask and the attention of a layer, and run it."""
+    sizes = {"slots": 2, "group_size": 2, "prompt_room": 30, "completion_room": 9}
+    made = random_step(model, torch.Generator().manual_seed(seed), **sizes)
+
+    def attend(q):
+        step = DecodeStep(made.cache, made.prompt_lengths, made.own_lengths, made.room)
+        return step._attend_blocks(q, 0, 0.3)
+
+    q = torch.randn(2, made.cache.heads, 2, made.cache.served, 16)
+    torch.compile(attend, dynamic=False, fullgraph=True, **options)(q)
+
+
+def test_mask_reads_only_a_held_tensor(model, seed):
+    """On a GPU, Inductor would compute anything else inside of the attention kernel."""
+    captured = []
+
+    def note(graph, inputs):
+        (call,) = graph.graph.find_nodes(
+            op="call_function", target=torch.ops.higher_order.flex_attention
+        )
+        captured.extend(one for one in call.args[8] if isinstance(one, torch.fx.Node))
+        return make_boxed_func(graph.forward)
+
+    compile_attention(model, seed, backend=aot_autograd(fw_compiler=note))
+    assert [node.target for node in captured] == [torch.ops.hoi_r1.hold.default]
+
+
+class Lowered(BaseException):
+    """Inductor has lowered the graph, and only code generation is left."""
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="without g++ Inductor lowers nothing on a CPU")
+def test_attention_is_lowered_where_a_cat_is_fused(model, seed, monkeypatch):
+    """As for CUDA, where a cat that is not held becomes a part of the kernel, which then fails."""
+
+    def stop(graph):
+        raise Lowered
+
+    monkeypatch.setattr(GraphLowering, "compile_to_module", stop)
+    with torch._inductor.config.patch(force_pointwise_cat=True, fx_graph_cache=False):
+        with pytest.raises(Lowered):
+            compile_attention(model, seed)

@@ -94,9 +94,6 @@ def test_drop_unknown_drops_unknown_verbs(dataset, capsys):
     assert printed.out.splitlines()[-1].split()[0] == "75.00"
 
 
-# ---- faults
-
-
 @pytest.mark.parametrize("flags, said", [
     (["--limit", 0], "--limit 0: must be at least 1"),
     (["--json", "none.jsonl"], "--json would overwrite the predictions"),

@@ -1,26 +1,38 @@
 """Rules for GPUs, tested on a CPU: the compiled head, cores, old GPUs, pinned memory."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
+from transformers import Qwen2_5_VLForConditionalGeneration
 
 import engine.ranks
 import hoi_r1
 from engine.model.packing import chunk_logprobs
 from hicodet import InputError
+from tests.bench_models import SIZES, model_config
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_compiled_head_equals_cross_entropy(temperature):
-    """The temperature is a constant of each compiled graph; banned ids get no probability."""
+def test_compiled_head_equals_cross_entropy_and_has_no_scalar_input(temperature):
+    """The code of a CPU scalar needs a C++ compiler. Banned ids get no probability."""
     head, banned = torch.nn.Linear(8, 50, bias=False), torch.arange(50) % 5 == 1
-    hidden, ids = torch.randn(7, 8), torch.arange(7) * 5
+    hidden, ids, inputs = torch.randn(7, 8), torch.arange(7) * 5, []
+
+    def note(graph, given):
+        inputs.extend(x for x in given if isinstance(x, torch.Tensor))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=note)
     chunk = chunk_logprobs(temperature, compiled=False)
-    found = torch.compile(chunk, dynamic=True, backend="aot_eager")(head, hidden, ids, banned)
+    found = torch.compile(chunk, dynamic=True, backend=backend)(head, hidden, ids, banned)
     logits = head(hidden).masked_fill(banned, -torch.inf) / temperature
     torch.testing.assert_close(found, -F.cross_entropy(logits, ids, reduction="none"))
+    assert len(inputs) >= 4 and all(x.dim() > 0 for x in inputs)
 
 
 @pytest.mark.parametrize("environ, threads", [
@@ -68,3 +80,15 @@ def test_pinned_memory_is_exact_unless_the_user_chose(release, environ, expected
     monkeypatch.setattr(hoi_r1, "version", lambda package: release)
     hoi_r1.pin_exact_sizes()
     assert os.environ == expected
+
+
+def test_pinned_memory_of_the_3b_is_what_the_docs_say():
+    """PyTorch pins each parameter and each gradient on its own, and no moments of AdamW."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(model_config(SIZES["3b"]))
+    sizes = [4 * parameter.numel() for parameter in model.parameters()]
+    exact = 4 * sum(sizes)  # parameter, gradient and two moments
+    rounded = 2 * sum(sizes) + 2 * sum(1 << (size - 1).bit_length() for size in sizes)
+    assert (round(rounded / 1e9), round(exact / 1e9)) == (76, 60)
+    memory = (Path(hoi_r1.__file__).parent / "docs" / "memory.md").read_text()
+    assert "state needs 60 GB" in memory and "need 76 GB" in memory

@@ -19,9 +19,6 @@ def saved(path, pixels, **options):
     return path
 
 
-# Modes
-
-
 GREY = np.array([[0, 102 * 257, 65535]], np.uint16)
 
 
@@ -61,9 +58,6 @@ def test_transparency_is_pasted_on_white(mode, tmp_path):
     ]  # fmt: skip
 
 
-# Shapes
-
-
 @pytest.mark.parametrize("size, seen", [
     ((9, 5), (56, 28)), ((27, 300), (28, 308)), ((690, 15420), (28, 896)),
 ])  # fmt: skip
@@ -81,9 +75,6 @@ def test_image_that_is_too_long_is_refused(tmp_path):
     assert read_image(sample_of(tmp_path / "400.png", (400, 2))).size == (400, 2)
     with pytest.raises(InputError, match=f"^{path}: one side is more than 200 times the other"):
         read_image(sample_of(path, (402, 2)))
-
-
-# Damage
 
 
 def test_damaged_images_are_named(photo, tmp_path, monkeypatch):

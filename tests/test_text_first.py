@@ -63,9 +63,6 @@ def test_greedy_ids_equal_generate(path, model, reference, prompts, slots):
         assert ids.tolist() == generate(reference, prompt, 12, -1).tolist()
 
 
-# Whole runs on the toy, with a text long enough to be shared
-
-
 @pytest.fixture(scope="module")
 def runs(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
