@@ -64,6 +64,7 @@ part training 120 "$python" -m pytest -q -m cuda tests/test_cuda.py -k "not samp
 bench sampler 100 sampler --no-baseline
 bench step 110 step --no-baseline --checkpointing on
 bench step-without-checkpointing 90 step --no-baseline --checkpointing off
+bench step-lora 80 step --no-baseline --lora-rank 16
 bench sampler-3-stages 75 sampler --no-baseline --num-stages 3
 bench predict 90 predict --no-baseline
 bench baseline 60 sampler --repeats 1
