@@ -103,6 +103,8 @@ REFUSED = {  # a change of the folder, and what the line names
     "pointer": (write(WEIGHTS, POINTER), f"{WEIGHTS} is a git-lfs pointer; .*git lfs pull"),
     "not tied": (values(CONFIG, tie_word_embeddings=False), "tie_word_embeddings is not true in"),
     "DDP": (prefixed("module."), r"module.model.*: a wrapped model was saved; remove the prefix"),
+    "compiled": (prefixed("_orig_mod."), r"_orig_mod.model.*: a wrapped model was saved"),
+    "pickle": (all_of(without(WEIGHTS), write("pytorch_model.bin", "")), "convert them to safe"),
     "no weights": (without(WEIGHTS), f"no {WEIGHTS} and no {WEIGHTS}.index.json"),
     "cut weights": (cut, "no weights in safetensors that can be read"),
     "shard lost": (
