@@ -169,8 +169,7 @@ def set_up(
         path = run.path / "first_sample.png"
         with naming(path):
             picture(first_example(examples, excluded)).save(path)
-    names = ("gradient_checkpointing", "offload", "seed")
-    needs = needs | {name: getattr(config, name) for name in names}
+    needs = needs | {n: getattr(config, n) for n in ("gradient_checkpointing", "offload", "seed")}
     policy, replica, reference = load_policies(config.model, ranks.device, adapter, **needs)
     limits = {"weight_decay": config.weight_decay, "max_grad_norm": config.max_grad_norm}
     optimizer = ClippedAdamW(policy, beta2=config.adam_beta2, **limits)
